@@ -1,0 +1,70 @@
+"""Decode with any Hugging Face causal language model under a pluggable sparse-attention policy.
+
+>>> import kvsieve
+>>> model = kvsieve.load("reference")
+>>> policy = kvsieve.make_policy("sparq", r=8, k=64, local=16)
+>>> for token_ids in kvsieve.decode(model, ["def main("], policy, max_new_tokens=32): ...
+
+Names are loaded when first used: importing this package does not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .hooks import hookimpl
+
+if TYPE_CHECKING:
+    from . import corpus, ops, plugins, testing, transfer
+    from .cache import KVCache, LayerCache, NewTokens
+    from .loop import decode, score
+    from .models import load, prepare
+    from .plugins import make_policy
+    from .policy import Observe, Policy, Selection, Shape, Tail
+
+__version__ = "0.1.0"
+
+_FROM = {
+    "cache": ["KVCache", "LayerCache", "NewTokens"],
+    "loop": ["decode", "score"],
+    "models": ["load", "prepare"],
+    "plugins": ["make_policy"],
+    "policy": ["Observe", "Policy", "Selection", "Shape", "Tail"],
+}
+_HOME = {name: module for module, names in _FROM.items() for name in names}
+_MODULES = ["corpus", "ops", "plugins", "testing", "transfer"]
+
+__all__ = [
+    "KVCache",
+    "LayerCache",
+    "NewTokens",
+    "Observe",
+    "Policy",
+    "Selection",
+    "Shape",
+    "Tail",
+    "UserError",
+    "corpus",
+    "decode",
+    "hookimpl",
+    "load",
+    "make_policy",
+    "ops",
+    "plugins",
+    "prepare",
+    "score",
+    "testing",
+    "transfer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'kvsieve' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,187 @@
+"""One layer, one step: make room -> append -> select -> attend -> observe; and its door into transformers.
+
+transformers calls `attention_forward` in every attention module (AttentionInterface). The layer of a KVCache is found on
+the keys that its `update` returned; without one (no cache, or a layer whose window transformers keeps itself) the
+attention is plain.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from . import ops, transfer
+from .cache import ATTENTION, LayerCache
+from .errors import UserError
+from .policy import Observe
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`query [B, H, Q, D]`, `key` and `value [B, K, Q or T, D]` -> `[B, Q, H, D]`, as transformers asks.
+
+    `attention_mask` is what `attention_mask_for` returned: None, padding `[B, T]`, or a whole mask `[B, 1, Q, T]`.
+    """
+    rows, heads, new, size = query.shape
+    scale = size**-0.5 if scaling is None else scaling
+    layer = cast(LayerCache | None, getattr(key, "kvsieve_layer", None))
+    if layer is None:
+        output = _plain(query, key, value, attention_mask, scale, softcap, s_aux)
+        return output.transpose(1, 2).contiguous(), None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        raise UserError(
+            f"{type(module).__name__} asks for a mask beyond causal order and padding, which a policy cannot follow; "
+            "give a 2-dimensional attention_mask, or use transformers' own cache"
+        )
+    kv_heads = key.shape[1]
+    sinks = None if s_aux is None else s_aux.view(kv_heads, heads // kv_heads)
+    layer.scoring = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    grouped = query.view(rows, kv_heads, heads // kv_heads, new, size)
+    valid = None if attention_mask is None else attention_mask[:, -new:]
+    if new == 1 and layer.used > 0 and layer.phase == "auto":
+        output = decode_step(layer, grouped[:, :, :, 0], valid)[:, :, :, None]
+    else:
+        output = prefill(layer, grouped, valid)
+    return output.reshape(rows, heads, new, size).transpose(1, 2).contiguous(), None
+
+
+def decode_step(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """One token a row: `query [B, K, G, D]` -> `[B, K, G, D]`; its key and value are the ones `kv.update` took.
+
+    `valid [B, 1]` False: that row has ended; it appends nothing and its output means nothing.
+    """
+    policy, (keys, values) = kv.policy, kv.incoming or _nothing_came()
+    kv.incoming = None
+    if valid is not None:
+        kv.active = valid[:, 0]
+    kv.begin_step(transfer.current())
+    new = kv.append_one(keys, values)  # makes room first
+    policy.on_append(kv, new)
+    selection = policy.select(query, kv)
+    wants_mass = policy.observes is Observe.MASS
+    output, mass = ops.attend(query, kv, selection, want_mass=wants_mass)
+    if mass is not None:
+        policy.on_attend(kv, mass)
+    if kv.meter is not None:
+        kv.count_dense()
+        if kv.counts_steps:
+            kv.meter.add("steps", new.counts.sum())
+    kv.begin_step(None)
+    return output
+
+
+def prefill(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """A prompt, or a chunk of one, densely: `query [B, K, G, Q, D]` -> the same; `valid [B, Q]` marks real tokens."""
+    policy, (keys, values) = kv.policy, kv.incoming or _nothing_came()
+    kv.incoming = None
+    kv.begin_step(None)
+    fresh = kv.used == 0
+    new, starts, order = kv.append_prompt(keys, values, valid)
+    policy.on_append(kv, new)
+    if order is not None:
+        query = query.gather(3, order[:, None, None, :, None].expand(query.shape))
+    output, mass = ops.implementation(query.device).prefill(
+        query,
+        kv.live_keys,
+        kv.live_values,
+        starts,
+        new.counts,
+        fresh=fresh,
+        want_mass=policy.observes is Observe.MASS,
+        **kv.scoring,
+    )
+    if mass is not None:
+        policy.on_attend(kv, mass)
+    if kv.phase != "chunk":
+        policy.on_prefill(kv)
+        kv.compact_to_budget()
+    if order is not None:  # back to the places they came from
+        index = order[:, None, None, :, None].expand(output.shape)
+        output = torch.empty_like(output).scatter_(3, index, output)
+    return output
+
+
+def _nothing_came() -> tuple[torch.Tensor, torch.Tensor]:
+    raise RuntimeError("LayerCache.update was not called before attention")
+
+
+def _plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """What transformers' own attention does: no policy, nothing stored."""
+    heads, new, total = query.shape[1], query.shape[2], key.shape[2]
+    if mask is None and new > 1:
+        key, value, total = key[:, :, :new], value[:, :, :new], min(total, new)
+    if mask is not None and mask.dim() == 2:
+        offset = total - new
+        causal = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(offset)
+        mask = causal & mask[:, None, None, :total]
+    if mask is not None:
+        mask = mask[..., :total]
+    if softcap is None and sinks is None:
+        causal_only = mask is None and new > 1
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal_only, scale=scale, enable_gqa=heads > key.shape[1]
+        )
+    key, value = (t.repeat_interleave(heads // key.shape[1], 1) for t in (key, value))
+    logits = torch.matmul(query * scale, key.transpose(2, 3)).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is None and new > 1:
+        mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, column], -1)
+    weights = torch.softmax(logits, -1)[..., :total]
+    return torch.matmul(weights.to(value.dtype), value)
+
+
+def attention_mask_for(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask that reaches `attention_forward`: for plain causal attention only the padding `[B, T]`, or None.
+
+    A T x T mask is made only where the model asks for more than causal order (sliding windows), or where a cache that is
+    not ours hands out more slots than tokens.
+    """
+    plain = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
+    if plain and kv_length == q_offset + q_length:
+        return attention_mask
+    kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
+    return cast(
+        torch.Tensor | None,
+        sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs),
+    )
+
+
+def register() -> None:
+    """Make the name known to transformers; done when a model is prepared, not at import."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, attention_mask_for)

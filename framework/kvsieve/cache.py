@@ -1,0 +1,419 @@
+"""The KV cache: preallocated slots per row and KV head, and everything that a policy remembers about them.
+
+Rows are ragged: a row's tokens stand from slot 0 on, whatever side it was padded on; `lengths [B, K]` says how many slots
+are live. Slots have no order once a policy evicts: `positions` says which token each one holds. Storage is finite
+everywhere (zero-filled), because 0 x NaN is NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from . import ops, transfer
+from .errors import UserError
+from .policy import Policy, Shape
+
+
+Phase = Literal["auto", "chunk", "last_chunk"]
+ATTENTION = "kvsieve"  # our name among transformers' attention implementations
+
+
+class NewTokens(NamedTuple):
+    """Tokens just written, a row's real ones first; what follows them is zero."""
+
+    keys: torch.Tensor  # [B, K, Q, D], rotated
+    values: torch.Tensor  # [B, K, Q, D]
+    counts: torch.Tensor  # [B], how many of the Q are real
+
+
+class LayerCache(CacheLayerMixin):
+    """One layer's slots. This is the `kv` that a policy sees.
+
+    `kv["name"]` reads a column `[B, K, T, ...]` or summary `[B, K, ...]`, and `kv["name"] = ...` writes it; both are
+    metered. So are `kv.keys` and `kv.values [B, K, T, D]`: touching them costs a whole read, the ops cost less.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    lengths: torch.Tensor  # [B, K] int64: live slots
+    seen: torch.Tensor  # [B] int64: tokens so far, evicted ones and the one being written included
+
+    def __init__(self, policy: Policy, capacity: int | None = None) -> None:
+        self.policy = policy
+        self.budget = policy.slots_kept()
+        self.wanted = capacity
+        self.is_initialized = False
+        self.fed = 0  # token columns so far, padding included: what transformers calls the sequence length
+        self.used = 0  # no live slot at or above it; known without asking the device
+        self.counts_steps = False  # one layer of a model counts the decode steps
+        self.phase: Phase = "auto"
+        self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
+        self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.meter: transfer.Meter | None = None
+        self.scoring: dict[str, Any] = {"scale": None, "softcap": None, "sinks": None}
+        self._touched: set[str] = set()
+        self._stores: dict[str, torch.Tensor] = {}  # [B, K, C, ...] each
+        self._summaries: dict[str, torch.Tensor] = {}
+
+    # ---------------------------------------------------------------- what a policy reads
+    @property
+    def head_size(self) -> int:
+        return self._stores["keys"].shape[3]
+
+    @property
+    def capacity(self) -> int:
+        return self._stores["keys"].shape[2]
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """`[B, K, T, D]`. Metered as a read of every live key."""
+        if not self.is_initialized:
+            return None
+        self.count_read("keys", self.lengths * self.head_size)
+        return self.live_keys
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """`[B, K, T, D]`. Metered as a read of every live value."""
+        if not self.is_initialized:
+            return None
+        self.count_read("values", self.lengths * self.head_size)
+        return self.live_values
+
+    @property
+    def live_keys(self) -> torch.Tensor:
+        """`[B, K, T, D]` for the ops, which count for themselves."""
+        return self._stores["keys"][:, :, : self.used]
+
+    @property
+    def live_values(self) -> torch.Tensor:
+        return self._stores["values"][:, :, : self.used]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """`[B, K, T]` int64: the token that a live slot holds, counted within its row from 0."""
+        return self._stores["positions"][:, :, : self.used]
+
+    def live(self) -> torch.Tensor:
+        """`[B, K, T]` bool: slots that hold a token."""
+        return torch.arange(self.used, device=self.lengths.device) < self.lengths[..., None]
+
+    def newest(self, n: int) -> torch.Tensor:
+        """`[B, K, T]` bool: slots that hold one of the row's newest `n` tokens, the one being written counted."""
+        return self.live() & (self.positions >= (self.seen - n)[:, None, None])
+
+    def oldest(self, n: int) -> torch.Tensor:
+        """`[B, K, T]` bool: slots that hold one of the row's first `n` tokens."""
+        return self.live() & (self.positions < n)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._summaries:
+            summary = self._summaries[name]
+            if self._first_touch("read", name):
+                self.count_read("summaries", torch.full_like(self.lengths, summary[0, 0].numel()), summary)
+            return summary
+        column = self._stores[name][:, :, : self.used]
+        if self._first_touch("read", name):
+            self.count_read("columns", self.lengths * column[0, 0, 0].numel(), column)
+        return column
+
+    def __setitem__(self, name: str, new: torch.Tensor) -> None:
+        if name in self._summaries:
+            summary = self._summaries[name]
+            if self._first_touch("written", name):
+                self.count_written("summaries", torch.full_like(self.lengths, summary[0, 0].numel()), summary)
+            summary.copy_(new)
+            return
+        column = self._stores[name][:, :, : self.used]
+        if self._first_touch("written", name):
+            self.count_written("columns", self.lengths * column[0, 0, 0].numel(), column)
+        column.copy_(new)
+
+    # ---------------------------------------------------------------- the meter
+    def begin_step(self, meter: transfer.Meter | None) -> None:
+        """A decode step begins (with a meter, if one measures), or a prefill (None)."""
+        self.meter = meter
+        self._touched.clear()
+
+    def count_read(self, kind: str, numbers: torch.Tensor, like: torch.Tensor | None = None) -> None:
+        """Meter `numbers [B, K]` numbers read in this step, of the type of `like` (default: keys)."""
+        self._count(f"read/{kind}", numbers, like)
+
+    def count_written(self, kind: str, numbers: torch.Tensor, like: torch.Tensor | None = None) -> None:
+        self._count(f"written/{kind}", numbers, like)
+
+    def count_dense(self) -> None:
+        """Meter what dense attention over all tokens seen would read."""
+        self._count("dense", 2 * self.head_size * self.seen[:, None].expand_as(self.lengths), None)
+
+    def _count(self, name: str, numbers: torch.Tensor, like: torch.Tensor | None) -> None:
+        if self.meter is None:
+            return
+        if self.active is not None:
+            numbers = numbers * self.active[:, None]
+        self.meter.add(name, numbers.sum() * (self._stores["keys"] if like is None else like).element_size())
+
+    def _first_touch(self, way: str, name: str) -> bool:
+        key = f"{way}/{name}"
+        first = key not in self._touched
+        self._touched.add(key)
+        return first
+
+    # ---------------------------------------------------------------- append and compact
+    def append_prompt(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> tuple[
+        NewTokens, torch.Tensor, torch.Tensor | None
+    ]:  # fmt: skip
+        """Write Q tokens a row after the live slots; `valid [B, Q]` bool says which are real (None: all).
+
+        Returns the tokens as written, the lengths before `[B, K]`, and the order `[B, Q]` that brings a row's real
+        tokens to the front (None: as they came).
+        """
+        rows, _, new, _ = keys.shape
+        order = None
+        counts = torch.full((rows,), new, device=keys.device)
+        if valid is not None:
+            order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+            counts = valid.sum(1)
+            real = torch.arange(new, device=keys.device) < counts[:, None]
+            index = order[:, None, :, None].expand(keys.shape)
+            # Padding may be anything, NaN included: storage must stay finite.
+            keys = keys.gather(2, index).masked_fill(~real[:, None, :, None], 0)
+            values = values.gather(2, index).masked_fill(~real[:, None, :, None], 0)
+        self._make_capacity(self.used + new)
+        starts = self.lengths.clone()
+        slots = starts[..., None] + torch.arange(new, device=keys.device)
+        self.seen += counts
+        tokens = (self.seen - counts)[:, None, None] + torch.arange(new, device=keys.device).expand_as(slots)
+        self._write(keys, values, tokens, slots)
+        self.lengths += counts[:, None]
+        self.used += new
+        return NewTokens(keys, values, counts), starts, order
+
+    def append_one(self, keys: torch.Tensor, values: torch.Tensor) -> NewTokens:
+        """Write one token a row, `[B, K, 1, D]`: in the next free slot, or over the one with the lowest priority."""
+        active = self.active
+        counts = torch.ones_like(self.seen) if active is None else active.long()
+        self.seen += counts
+        if self.budget is not None and self.used >= self.budget:
+            slots = self._slot_to_overwrite(self.budget)
+        else:
+            self._make_capacity(self.used + 1)
+            slots = self.lengths
+        self.used = max(self.used, min(self.used + 1, self.budget or self.capacity))
+        self._write(keys, values, (self.seen - 1)[:, None, None].expand(*slots.shape, 1), slots[..., None], active)
+        grown = (slots == self.lengths).long()
+        self.lengths += grown if active is None else grown * active[:, None]
+        ones = torch.ones_like(self.lengths)
+        self.count_written("keys", ones * self.head_size)
+        self.count_written("values", ones * self.head_size)
+        if active is not None:
+            keys, values = (t.masked_fill(~active[:, None, None, None], 0) for t in (keys, values))
+        return NewTokens(keys, values, counts)
+
+    def _slot_to_overwrite(self, budget: int) -> torch.Tensor:
+        """`[B, K]`: the first free slot where there is one, else the slot with the lowest priority."""
+        lowest = self.policy.priority(self).masked_fill(~self.live(), torch.inf).argmin(2)
+        return torch.where(self.lengths < budget, self.lengths, lowest)
+
+    def compact_to_budget(self) -> None:
+        """Keep the `budget` slots with the highest priority of each row and KV head; the rest is freed."""
+        if self.budget is None or self.used <= self.budget:
+            return
+        priority = self.policy.priority(self).masked_fill(~self.live(), -torch.inf)
+        slots = priority.topk(self.budget, dim=2).indices.sort(dim=2).values  # sorted: the order of tokens is kept
+        run = ops.implementation(slots.device)
+        self._stores = {name: run.compact(store, slots) for name, store in self._stores.items()}
+        self.lengths = self.lengths.clamp(max=self.budget)
+        self.used = self.budget
+
+    def _write(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        active: torch.Tensor | None = None,
+    ) -> None:
+        run = ops.implementation(keys.device)
+        for name, store in self._stores.items():
+            if name == "keys":
+                new = keys
+            elif name == "values":
+                new = values
+            elif name == "positions":
+                new = tokens
+            else:  # a column starts at zero for every token
+                new = store.new_zeros(()).expand(*slots.shape, *store.shape[3:])
+            run.append(store, new, slots, active)
+
+    # ---------------------------------------------------------------- storage
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        rows, heads, new, size = key_states.shape
+        self.policy.check(size)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        capacity = new if self.budget is not None else max(new, self.wanted or 0)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.lengths = zeros(rows, heads, dtype=torch.int64)
+        self.seen = zeros(rows, dtype=torch.int64)
+        self._stores = {
+            "keys": zeros(rows, heads, capacity, size, dtype=self.dtype),
+            "values": zeros(rows, heads, capacity, value_states.shape[3], dtype=value_states.dtype),
+            "positions": zeros(rows, heads, capacity, dtype=torch.int64),
+        }
+        for name, shape in self.policy.columns.items():
+            dtype, extra = _dtype_and_size(shape, size)
+            self._stores[name] = zeros(rows, heads, capacity, *extra, dtype=dtype)
+        for name, shape in self.policy.summaries.items():
+            dtype, extra = _dtype_and_size(shape, size)
+            self._summaries[name] = zeros(rows, heads, *extra, dtype=dtype)
+        self.is_initialized = True
+
+    def _make_capacity(self, needed: int) -> None:
+        if needed <= self.capacity:
+            return
+        if self.wanted is not None and self.budget is None:
+            raise UserError(f"the cache holds {self.wanted} tokens a row (capacity), and {needed} are needed")
+        room = max(needed, self.capacity + max(256, self.capacity // 4))  # so that growing, a copy, is rare
+        if self.budget is not None:
+            room = max(needed, min(room, self.budget))
+        for name, store in self._stores.items():
+            grown = store.new_zeros(*store.shape[:2], room, *store.shape[3:])
+            grown[:, :, : self.used] = store[:, :, : self.used]
+            self._stores[name] = grown
+
+    def memory(self) -> int:
+        """Bytes held for keys, values, columns and summaries (positions and lengths not counted)."""
+        held = [store for name, store in self._stores.items() if name != "positions"]
+        return sum(t.numel() * t.element_size() for t in [*held, *self._summaries.values()])
+
+    # ---------------------------------------------------------------- what transformers asks of a cache layer
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the new tokens in hand; they are written by the attention function, which knows the padding.
+
+        It finds this layer through an attribute of the returned keys: no global state, and layers that borrow another
+        layer's keys (gemma3n) find it too.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.fed += key_states.shape[2]
+        self.incoming = (key_states, value_states)
+        key_states.kvsieve_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.fed + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.fed
+
+    def get_max_length(self) -> int:
+        return -1 if self.wanted is None else self.wanted
+
+    def reset(self) -> None:
+        self.fed = self.used = 0
+        self.is_initialized = False
+        self.active, self.incoming = None, None
+        self._stores, self._summaries = {}, {}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Row i becomes what row `indices[i]` was."""
+        if not self.is_initialized:
+            return
+        indices = indices.to(self.device)
+        self._stores = {name: store.index_select(0, indices) for name, store in self._stores.items()}
+        self._summaries = {name: summary.index_select(0, indices) for name, summary in self._summaries.items()}
+        self.lengths, self.seen = self.lengths.index_select(0, indices), self.seen.index_select(0, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            rows = torch.arange(self.lengths.shape[0], device=self.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+
+class KVCache(Cache):
+    """The cache of a whole model under a policy: a transformers `Cache`.
+
+    Works as `past_key_values` in `model(...)`, in `model.generate(...)` and in `kvsieve.decode`. Layers for which the
+    model brings a cache of its own (sliding windows, linear attention) keep it.
+
+    Args:
+        model: a model that `kvsieve.prepare` or `kvsieve.load` made ready.
+        policy: one policy for all layers (wrappers may answer per layer); None is dense.
+        capacity: tokens a row can hold; None grows as needed. A policy with a budget holds its budget.
+
+    Raises:
+        UserError: the model was not prepared, or has no layer that a policy can act on.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: Policy | None = None, capacity: int | None = None) -> None:
+        if model.config._attn_implementation != ATTENTION:
+            raise UserError(f"{type(model).__name__} is not ready for a KVCache: call kvsieve.prepare(model) first")
+        policy = policy or Policy()
+        config = model.config.get_text_config(decoder=True)
+        layers = list(DynamicCache(config=config).layers)
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[i] = LayerCache(policy.for_layer(i, len(layers)), capacity)
+        self.policy = policy
+        super().__init__(layers=layers)
+        if not self.policy_layers:
+            raise UserError(
+                f"{type(model).__name__}: no layer attends to the whole context (all have sliding windows or none "
+                "attends), so a policy would never act"
+            )
+        self.policy_layers[0].counts_steps = True
+
+    @functools.cached_property
+    def policy_layers(self) -> list[LayerCache]:
+        """The layers on which the policy acts."""
+        return [layer for layer in self.layers if isinstance(layer, LayerCache)]
+
+    def set_phase(self, phase: Phase) -> None:
+        """Say what the next forwards are: "chunk" of a prompt with more behind it (nothing is evicted yet), its
+        "last_chunk", or "auto": one token on a cache that holds some is a decode step, anything else a whole prompt.
+        """
+        for layer in self.policy_layers:
+            layer.phase = phase
+
+    def set_active(self, active: torch.Tensor | None) -> None:
+        """Rows `[B]` bool that still decode: the others neither append nor count as traffic. None: all."""
+        for layer in self.policy_layers:
+            layer.active = active
+
+    def memory(self) -> int:
+        """Bytes held for keys and values, and for what the policy keeps beside them, in all layers and rows."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, LayerCache):
+                total += layer.memory()
+            else:
+                held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+                total += sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
+        return total
+
+
+def _dtype_and_size(shape: Shape, head_size: int) -> tuple[torch.dtype, tuple[int, ...]]:
+    if isinstance(shape, tuple):
+        dtype, size = shape
+        return dtype, (head_size if size == "D" else cast(int, size),)
+    return shape, ()

@@ -1,0 +1,108 @@
+"""What policies are made of. Each op takes the layer's cache `kv`, counts what it reads, and runs an implementation.
+
+The implementations know nothing of caches or meters: tensors in, tensors out. Which one runs is explicit:
+`kvsieve.ops.use("reference")`, default by device, and an implementation never falls back to another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import UserError, unknown
+from . import reference
+
+if TYPE_CHECKING:
+    from ..cache import LayerCache
+    from ..policy import Selection
+
+IMPLEMENTATIONS = ("reference",)
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("kvsieve_ops", default=None)
+
+
+@contextlib.contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Run every op inside with this implementation, whatever the device.
+
+    Raises:
+        UserError: there is no such implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(unknown("implementation of the ops", implementation, IMPLEMENTATIONS))
+    token = _chosen.set(implementation)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def implementation(device: torch.device) -> ModuleType:
+    """The module that runs the ops on this device."""
+    name = _chosen.get() or "reference"
+    return reference if name == "reference" else importlib.import_module(f".{name}", __name__)
+
+
+def attend(
+    query: torch.Tensor, kv: LayerCache, selection: Selection | None = None, want_mass: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of `query [B, K, G, D]` over the selection, or over every live slot.
+
+    Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]` float32 that each slot received, averaged over
+    the group. Reads `2 * D` numbers per slot read and KV head.
+    """
+    run = implementation(query.device)
+    if selection is None:
+        kv.count_read("keys", kv.lengths * kv.head_size)
+        kv.count_read("values", kv.lengths * kv.head_size)
+        return run.attend(query, kv.live_keys, kv.live_values, kv.lengths, want_mass=want_mass, **kv.scoring)
+    kv.count_read("keys", selection.counts * kv.head_size)
+    kv.count_read("values", selection.counts * kv.head_size)
+    weight, value = selection.tail or (None, None)
+    return run.attend(
+        query,
+        kv.live_keys,
+        kv.live_values,
+        kv.lengths,
+        slots=selection.slots,
+        counts=selection.counts,
+        tail_weight=weight,
+        tail_value=value,
+        want_mass=want_mass,
+        **kv.scoring,
+    )
+
+
+def channel_scores(query: torch.Tensor, kv: LayerCache, channels: torch.Tensor) -> torch.Tensor:
+    """Approximate logits `[B, K, G, T]` float32 from `channels [B, K, r]` of the keys alone; dead slots get -inf.
+
+    Scaled, soft-capped and tempered for the missing channels. Reads r numbers per live slot and KV head.
+    """
+    kv.count_read("channels", kv.lengths * channels.shape[2])
+    scale, softcap = kv.scoring["scale"], kv.scoring["softcap"]
+    run = implementation(query.device)
+    return run.channel_scores(query, kv.live_keys, kv.lengths, channels, scale=scale, softcap=softcap)
+
+
+def slot_weights(scores: torch.Tensor, kv: LayerCache) -> torch.Tensor:
+    """Softmax of `scores [B, K, G, T]` over the slots, the model's attention sinks counted in."""
+    return implementation(scores.device).slot_weights(scores, kv.scoring["sinks"])
+
+
+def top_slots(ranking: torch.Tensor, kv: LayerCache, k: int, newest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k live slots with the highest `ranking [B, K, T]`, the `newest` tokens forced in.
+
+    Returns slots `[B, K, k]` and how many of them are live `[B, K]`: `min(k, length)`. A set: order and ties are free.
+    """
+    forced = kv.newest(newest)
+    return implementation(ranking.device).top_slots(ranking, kv.lengths, forced, k)
+
+
+def running_mean(mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """The mean `[B, K, D]` after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` of them in all."""
+    return implementation(new.device).running_mean(mean, new, counts, seen)

@@ -1,0 +1,188 @@
+"""Every op in plain torch. This file defines what is correct; kernels are compared with it and never import it.
+
+Letters: B rows, H = K * G query heads, K KV heads, G query heads per KV head, T slots, S chosen slots, D head size,
+Q new tokens, r channels. Weights and scores are float32 whatever the cache holds. `lengths [B, K]`: slots below it are
+live; no other is ever given a weight.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+_LOWEST = torch.finfo(torch.float32).min
+_PREFILL_BLOCK = 2**24  # attention weights held at once during prefill: 64 MiB
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    tail_weight: torch.Tensor | None = None,
+    tail_value: torch.Tensor | None = None,
+    want_mass: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one query token over all live slots, or over the first `counts` of `slots [B, K, S]`.
+
+    `query [B, K, G, D]`; `keys`, `values [B, K, T, D]`; `sinks [K, G]`: a logit per head that takes weight and gives no
+    value. Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]`: mean weight over the group.
+    """
+    size = keys.shape[2]
+    if slots is None:
+        live = _below(lengths, size)
+    else:
+        assert counts is not None
+        index = slots[..., None].expand(-1, -1, -1, keys.shape[3])
+        keys, values = keys.gather(2, index), values.gather(2, index)
+        live = _below(counts, slots.shape[2])
+    logits = _logits(query, keys, scale, softcap)
+    weights = _softmax(logits, live[:, :, None], sinks)
+    output = torch.matmul(weights.to(values.dtype), values)
+    if tail_weight is not None:
+        assert tail_value is not None
+        weight = tail_weight[..., None]
+        output = ((1 - weight) * output.float() + weight * tail_value[:, :, None].float()).to(output.dtype)
+    if not want_mass:
+        return output, None
+    mass = weights.mean(2)
+    if slots is not None:
+        mass = torch.zeros(*mass.shape[:2], size, device=mass.device).scatter_add_(2, slots, mass)
+    return output, mass
+
+
+def prefill(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    fresh: bool,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    want_mass: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense causal attention of Q new tokens: token i of a row sees the slots up to `starts + i`, its own included.
+
+    `query [B, K, G, Q, D]`; `keys`, `values [B, K, T, D]`, the new tokens in them; `starts [B, K]`: slots in use before;
+    `counts [B]`: how many of the Q are real, the rest follow them. `fresh`: all starts are zero and T = Q. Returns the
+    output `[B, K, G, Q, D]`, zero where not real, and, if wanted, the mass `[B, K, T]` summed over the real queries.
+    Works in blocks of queries: no T x T matrix.
+    """
+    (rows, heads, group, new, size), total = query.shape, keys.shape[2]
+    real = torch.arange(new, device=query.device) < counts[:, None]
+    if fresh and softcap is None and sinks is None and not want_mass:
+        flat = query.reshape(rows, heads * group, new, size)
+        output = F.scaled_dot_product_attention(flat, keys, values, is_causal=True, scale=scale, enable_gqa=group > 1)
+        output = output.view(query.shape)
+        return output.masked_fill(~real[:, None, None, :, None], 0), None
+    output = torch.empty_like(query)
+    mass = torch.zeros(rows, heads, total, device=query.device) if want_mass else None
+    step = max(1, _PREFILL_BLOCK // (rows * heads * group * total))
+    for first in range(0, new, step):
+        block = slice(first, min(first + step, new))
+        last_seen = starts[..., None] + torch.arange(block.start, block.stop, device=query.device)
+        visible = torch.arange(total, device=query.device) <= last_seen[..., None]
+        visible &= real[:, None, block, None]
+        logits = _logits(query[:, :, :, block].flatten(2, 3), keys, scale, softcap)
+        logits = logits.unflatten(2, (group, -1))
+        weights = _softmax(logits, visible[:, :, None], sinks)
+        blended = torch.matmul(weights.to(values.dtype).flatten(2, 3), values)
+        output[:, :, :, block] = blended.unflatten(2, (group, -1))
+        if mass is not None:
+            mass += weights.mean(2).sum(2)
+    return output, mass
+
+
+def channel_scores(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lengths: torch.Tensor,
+    channels: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Logits from the chosen channels only, `[B, K, G, T]` float32; dead slots get -inf.
+
+    `channels [B, K, r]`. The dot product over r of D channels is smaller than the whole one; it is divided by
+    `sqrt(coverage)`, coverage being the share of |query| that the channels hold (SparQ, equation 9: with the usual
+    scale this is the paper's temperature).
+    """
+    index = channels[:, :, None]
+    chosen = query.gather(3, index.expand(-1, -1, query.shape[2], -1))
+    norm = query.float().abs().sum(3)
+    coverage = chosen.float().abs().sum(3) / norm.clamp(min=torch.finfo(torch.float32).tiny)
+    # A zero query (the embedding of a pad token, say) covers nothing of nothing: 0 / 0. Its logits are all zero.
+    temperature = torch.where(norm > 0, coverage, 1).clamp(min=1e-6).rsqrt()
+    part = keys.gather(3, index.expand(-1, -1, keys.shape[2], -1))
+    logits = torch.matmul(chosen, part.transpose(2, 3)).float() * (scale * temperature)[..., None]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    live = _below(lengths, keys.shape[2])[:, :, None]
+    return logits.masked_fill(~live, -math.inf)
+
+
+def slot_weights(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
+    """Softmax of `scores [B, K, G, T]` over the slots; with sinks the weights of a head sum to less than one."""
+    return _softmax(scores, scores > -math.inf, sinks)
+
+
+def top_slots(
+    ranking: torch.Tensor, lengths: torch.Tensor, newest: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best live slots of `ranking [B, K, T]`, those marked in `newest [B, K, T]` first: `[B, K, k]`, `[B, K]`.
+
+    A set, not a ranking: among equal scores any may be taken. Rows with fewer than k live slots take all of theirs.
+    """
+    live = _below(lengths, ranking.shape[2])
+    ranking = ranking.masked_fill(newest, math.inf).masked_fill(~live, -math.inf)
+    return ranking.topk(k, dim=2).indices, lengths.clamp(max=k)
+
+
+def append(
+    storage: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
+) -> None:
+    """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`; inactive rows `[B]` stay as they are."""
+    index = slots.view(*slots.shape, *[1] * (new.dim() - 3)).expand(new.shape)
+    if active is not None:
+        new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, storage.gather(2, index))
+    storage.scatter_(2, index, new)
+
+
+def compact(storage: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """New storage `[B, K, S, ...]` that holds `slots [B, K, S]` of `storage [B, K, C, ...]`, in that order."""
+    index = slots.view(*slots.shape, *[1] * (storage.dim() - 3)).expand(*slots.shape, *storage.shape[3:])
+    return storage.gather(2, index)
+
+
+def running_mean(mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """The mean `[B, K, D]` float32 after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` in all."""
+    total = seen.clamp(min=1).view(-1, 1, 1)
+    return mean + (new.sum(2, dtype=torch.float32) - counts.view(-1, 1, 1) * mean) / total
+
+
+def _below(lengths: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.arange(size, device=lengths.device) < lengths[..., None]
+
+
+def _logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    logits = torch.matmul(query * scale, keys.transpose(-1, -2)).float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _softmax(logits: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension that gives exactly zero where not visible, also where nothing is."""
+    logits = logits.masked_fill(~visible, _LOWEST)
+    if sinks is None:
+        return torch.softmax(logits, -1).masked_fill(~visible, 0)
+    column = sinks.float().view(*sinks.shape, *[1] * (logits.dim() - 3)).expand(*logits.shape[:-1], 1)
+    return torch.softmax(torch.cat([logits, column], -1), -1)[..., :-1].masked_fill(~visible, 0)

@@ -1,0 +1,216 @@
+"""Discovery: which policies and tasks there are, from which package, and what could not be loaded.
+
+Packages announce themselves by an entry point in the group `kvsieve`; the built-in policies come in through the same door.
+A plugin that fails is reported and takes nothing else down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pluggy
+import pydantic
+
+from . import __version__ as kvsieve_version
+from . import hooks
+from .errors import UserError, unknown
+
+if typing.TYPE_CHECKING:
+    from .policy import Policy
+
+GROUP = "kvsieve"
+_BUILTIN = ("builtin", "kvsieve_policies")  # as in pyproject.toml
+
+
+class Registered(NamedTuple):
+    """A policy or task class and where it came from."""
+
+    name: str
+    cls: type
+    plugin: str
+    distribution: str
+    version: str
+
+
+class _Registry(NamedTuple):
+    manager: pluggy.PluginManager
+    policies: dict[str, Registered]
+    tasks: dict[str, Registered]
+    problems: list[str]
+
+
+def policies() -> dict[str, Registered]:
+    """All policies by name."""
+    return _registry().policies
+
+
+def tasks() -> dict[str, Registered]:
+    """All tasks by name."""
+    return _registry().tasks
+
+
+def problems() -> list[str]:
+    """What failed to load or to register, a line each, naming the plugin."""
+    return _registry().problems
+
+
+def hook() -> pluggy.HookRelay:
+    """To call run-level hooks: `plugins.hook().run_started(...)`."""
+    return _registry().manager.hook
+
+
+def reload() -> None:
+    """Forget what was discovered, so that packages installed since are seen."""
+    _registry.cache_clear()
+    parameters_model.cache_clear()
+
+
+@functools.cache
+def _registry() -> _Registry:
+    manager = pluggy.PluginManager("kvsieve")
+    manager.add_hookspecs(hooks)
+    registry = _Registry(manager, {}, {}, [])
+    for point in _entry_points():
+        distribution = point.dist.name if point.dist else "kvsieve"
+        version = point.dist.version if point.dist else kvsieve_version
+        try:
+            plugin = point.load()
+            manager.register(plugin, name=f"{distribution}:{point.name}")
+            for kind, found in (("policies", registry.policies), ("tasks", registry.tasks)):
+                implementation = getattr(plugin, f"register_{kind}", None)
+                if implementation is not None:
+                    implementation(_register(found, point.name, distribution, version, kind))
+        except Exception as error:  # whatever a stranger's module raises must not take the others down
+            registry.problems.append(
+                f"plugin {point.name!r} of {distribution} {version} ({point.value}): {type(error).__name__}: {error}"
+            )
+    return registry
+
+
+def _entry_points() -> list[importlib.metadata.EntryPoint]:
+    """The built-in policies first: they win a quarrel over a name, so that no plugin replaces them unnoticed."""
+    builtin = importlib.metadata.EntryPoint(*_BUILTIN, group=GROUP)
+    found = dict.fromkeys(importlib.metadata.entry_points(group=GROUP))
+    if not any(point.name == builtin.name for point in found):  # run from a source tree on PYTHONPATH, not installed
+        found[builtin] = None
+    return sorted(found, key=lambda point: (point.name != builtin.name, point.name))
+
+
+def _register(
+    found: dict[str, Registered], plugin: str, distribution: str, version: str, kind: str
+) -> Callable[[type], None]:
+    def register(cls: type) -> None:
+        if kind == "policies":
+            _check_policy_class(cls)
+        name = getattr(cls, "name", "")
+        if not isinstance(name, str) or not name.isidentifier():
+            raise TypeError(f"{cls.__name__} needs a class attribute name: ClassVar[str], an identifier; it is {name!r}")
+        if name in found:
+            raise ValueError(f"{name!r} is already registered by {found[name].distribution}")
+        found[name] = Registered(name, cls, plugin, distribution, version)
+
+    return register
+
+
+def _check_policy_class(cls: type) -> None:
+    from .policy import Policy
+
+    if not (isinstance(cls, type) and issubclass(cls, Policy)):
+        raise TypeError(f"{cls!r} is not a subclass of kvsieve.Policy")
+    if "__dataclass_fields__" not in vars(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise TypeError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True)")
+
+
+# -------------------------------------------------------------------- making a policy
+def make_policy(name: str, **parameters: Any) -> Policy:
+    """The policy `name` with these parameters; a parameter that is a policy may be given as its spec.
+
+    >>> make_policy("sparq", r=16, k=64)
+    >>> make_policy("dense_layers", layers=[0, 1], inner={"sparq": {"r": 16}})
+
+    Raises:
+        UserError: unknown name or parameter, or a bad value; the message names what is legal.
+    """
+    cls = policy_class(name)
+    try:
+        given = parameters_model(cls)(**parameters)
+    except pydantic.ValidationError as error:
+        raise UserError(_explain(name, cls, error)) from None
+    values = {field: getattr(given, field) for field in parameters_model(cls).model_fields}
+    for field, value in values.items():
+        if field in policy_fields(cls):
+            values[field] = policy_from_spec(value)
+    try:
+        return typing.cast("Policy", cls(**values))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"policy {name}: {error}") from error
+
+
+def policy_from_spec(spec: str | Mapping[str, Any] | Policy) -> Policy:
+    """A policy from its name, or from `{name: parameters}` as YAML gives it and `Policy.spec()` returns it."""
+    from .policy import Policy
+
+    if isinstance(spec, Policy):
+        return spec
+    if isinstance(spec, str):
+        return make_policy(spec)
+    if len(spec) != 1:
+        raise UserError(f"a policy is a name or one name with its parameters, not {dict(spec)!r}")
+    ((name, parameters),) = spec.items()
+    return make_policy(name, **(parameters or {}))
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The class registered under this name; UserError names the legal ones, and the plugins that failed to load."""
+    found = policies().get(name)
+    if found is None:
+        failed = "".join(f"\n  not loaded: {problem}" for problem in problems())
+        raise UserError(unknown("policy", name, policies()) + failed)
+    return found.cls
+
+
+def policy_fields(cls: type) -> list[str]:
+    """The fields of this policy class that hold a policy."""
+    from .policy import Policy
+
+    hints = typing.get_type_hints(cls)
+    return [f.name for f in dataclasses.fields(cls) if hints[f.name] is Policy]
+
+
+@functools.cache
+def parameters_model(cls: type) -> type[pydantic.BaseModel]:
+    """The parameters of a policy or task class as a pydantic model: types, defaults, nothing else allowed."""
+    hints = typing.get_type_hints(cls)
+    nested = policy_fields(cls)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        default: Any = ...
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = pydantic.Field(default_factory=field.default_factory)
+        fields[field.name] = (Any if field.name in nested else hints[field.name], default)
+    # No lax conversions between kinds: `k: "many"` and `k: true` are mistakes, 2 for a float is not.
+    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    return pydantic.create_model(cls.__name__, __config__=config, **fields)
+
+
+def _explain(name: str, cls: type, error: pydantic.ValidationError) -> str:
+    legal = [field.name for field in dataclasses.fields(cls)]
+    lines = []
+    for mistake in error.errors():
+        field = ".".join(str(part) for part in mistake["loc"])
+        if mistake["type"] == "extra_forbidden":
+            lines.append(unknown(f"parameter of {name}", field, legal))
+        elif mistake["type"] == "missing":
+            lines.append(f"{name}.{field} must be given")
+        else:
+            lines.append(f"{name}.{field}: {mistake['msg']}, not {mistake['input']!r}")
+    return "; ".join(lines)

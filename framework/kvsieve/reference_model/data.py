@@ -1,0 +1,115 @@
+"""What the reference model is trained on: source text with retrieval and repetition written into it.
+
+Every sequence is a function of (seed, step, row), so a resumed run sees what an uninterrupted one would have seen.
+The shapes are the tasks' own; the words are not: keys here are made-up syllables, the tasks ask for real names, and
+the text around them is the other half of the corpus.
+"""
+
+import numpy as np
+
+from .tokenizer import BOS, PAD
+
+FILLER, COPY, ANSWER = 0.1, 0.6, 4.0  # loss weights: plain text, repeated text, retrieved values
+_SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "il", "on")]
+
+
+def batch(text: np.ndarray, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids `[rows, length]` and the loss weight `[rows, length]` of each as a target."""
+    sequences = [_sequence(text, np.random.default_rng([seed, step, row]), length) for row in range(rows)]
+    return np.stack([ids for ids, _ in sequences]), np.stack([weights for _, weights in sequences])
+
+
+def _sequence(text: np.ndarray, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+    kind = rng.choice(4, p=[0.36, 0.42, 0.12, 0.10])
+    builder = _Builder(text, rng, length)
+    (builder.needles, builder.repetitions, builder.pairs, builder.plain)[kind]()
+    return builder.finished()
+
+
+class _Builder:
+    """Appends pieces of text, each with its weight, until the sequence is full."""
+
+    def __init__(self, text: np.ndarray, rng: np.random.Generator, length: int) -> None:
+        self.text, self.rng, self.length = text, rng, length
+        self.ids: list[np.ndarray] = [np.array([BOS])]
+        self.weights: list[np.ndarray] = [np.array([0.0])]
+        self.size = 1
+
+    def add(self, piece: str | np.ndarray, weight: float) -> None:
+        ids = np.frombuffer(piece.encode(), np.uint8) if isinstance(piece, str) else piece
+        self.ids.append(ids.astype(np.int64))
+        self.weights.append(np.full(len(ids), weight))
+        self.size += len(ids)
+
+    def filler(self, size: int) -> None:
+        if size > 0:
+            start = int(self.rng.integers(0, len(self.text) - size))
+            self.add(self.text[start : start + size], FILLER)
+
+    def finished(self) -> tuple[np.ndarray, np.ndarray]:
+        ids, weights = np.concatenate(self.ids)[: self.length], np.concatenate(self.weights)[: self.length]
+        missing = self.length - len(ids)
+        return np.pad(ids, (0, missing), constant_values=PAD), np.pad(weights, (0, missing))
+
+    def key(self) -> str:
+        return "".join(self.rng.choice(_SYLLABLES, size=int(self.rng.integers(2, 5)))).capitalize()
+
+    def digits(self) -> str:
+        return "".join(str(d) for d in self.rng.integers(0, 10, size=6))
+
+    # ------------------------------------------------------------------ the four kinds of sequence
+    def plain(self) -> None:
+        self.filler(self.length)
+
+    def needles(self) -> None:
+        """Statements hidden anywhere in the text; questions about them later, the last one at the very end."""
+        count = int(self.rng.integers(1, 3 + self.length // 256))
+        answers = {self.key(): self.digits() for _ in range(count)}
+        asked = [*self.rng.permutation(list(answers))]
+        sizes = [len(f"\nThe secret number of {key} is {value}.\n") for key, value in answers.items()]
+        room = self.length - 1 - 2 * sum(sizes)
+        if room < 0:
+            return self.plain()
+        split = room if self.rng.random() < 0.7 else int(room * self.rng.random())
+        gaps = self._split(split, count + 1)
+        for gap, (key, value) in zip(gaps, answers.items(), strict=False):
+            self.filler(gap)
+            self.add(f"\nThe secret number of {key} is {value}.\n", FILLER)
+        self.filler(gaps[-1])
+        later = [*self._split(room - split, count)]
+        for gap, key in zip(later, asked, strict=True):
+            self.filler(gap)
+            self.add(f"\nThe secret number of {key} is", FILLER)
+            self.add(f" {answers[key]}", ANSWER)
+            self.add(".\n", FILLER)
+
+    def repetitions(self) -> None:
+        """Text, then segments of what stands anywhere before them, each after a line break."""
+        self.filler(int(self.length * self.rng.uniform(0.4, 0.85)))
+        while self.size < self.length:
+            size = int(self.rng.integers(64, 193))
+            before = np.concatenate(self.ids)
+            if len(before) <= size + 1:
+                return self.filler(self.length - self.size)
+            start = int(self.rng.integers(1, len(before) - size))
+            prompt = int(self.rng.integers(16, 33))  # what it takes to know which place is meant
+            self.add("\n", FILLER)
+            self.add(before[start : start + prompt], FILLER)
+            self.add(before[start + prompt : start + size], COPY)
+
+    def pairs(self) -> None:
+        """A JSON object of random pairs, a few of which are asked for."""
+        questions = int(self.rng.integers(1, 5))
+        count = max(2, (self.length - 40 - 24 * questions) // 26)
+        hexadecimal = [f"{n:08x}" for n in self.rng.integers(0, 2**32, size=2 * count)]
+        keys, values = hexadecimal[:count], hexadecimal[count:]
+        self.add("{" + ",\n ".join(f'"{k}": "{v}"' for k, v in zip(keys, values, strict=True)) + "}\n", FILLER)
+        for i in self.rng.integers(0, count, size=questions):
+            self.add(f'\n{{"{keys[i]}": "', FILLER)
+            self.add(values[i], ANSWER / 2)
+            self.add('"}\n', FILLER)
+
+    def _split(self, total: int, parts: int) -> list[int]:
+        """`parts` random sizes that add up to `total`."""
+        cuts = np.sort(self.rng.integers(0, total + 1, size=parts - 1))
+        return [int(size) for size in np.diff([0, *cuts, total])]

@@ -1,0 +1,174 @@
+"""Train the reference model: `python -m kvsieve.reference_model.train --out DIR`.
+
+Deterministic for a seed and a number of threads, resumable after any interruption (`--out` holds the last checkpoint),
+made for two CPU cores. The learning rate is constant after a warm-up and falls to zero over the last quarter, so a run
+can be made longer by giving more tokens before that quarter begins.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ..corpus import digest, training_text
+from .data import batch
+from .tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
+
+TOKENS_PER_STEP = 8192
+# (up to this share of the run, sequence length)
+CURRICULUM = ((0.15, 256), (0.32, 512), (0.55, 1024), (1.0, 2048))
+
+
+def configuration() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+
+
+def sequence_length(share: float, rng: np.random.Generator) -> int:
+    """The curriculum's length at this share of the run; one step in four revisits a shorter one."""
+    reached = [length for _, length in CURRICULUM[: 1 + next(i for i, (end, _) in enumerate(CURRICULUM) if share < end)]]
+    return int(rng.choice(reached)) if rng.random() < 0.25 else reached[-1]
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    return peak * min(1.0, (step + 1) / 100, (steps - step) / (0.25 * steps))
+
+
+def train(out: Path, tokens: int, seed: int, peak: float) -> LlamaForCausalLM:
+    """Train for `tokens` tokens and return the model; continues from the checkpoint in `out` if there is one."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a tenth of the time, changes nothing here
+    model = LlamaForCausalLM(configuration())
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
+    first = _restore(out, model, optimizer)
+    corpus = training_text()
+    text = np.frombuffer(corpus.encode(), np.uint8)
+    steps = tokens // TOKENS_PER_STEP
+    log = (out / "log.jsonl").open("a")
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns) as progress:
+        bar = progress.add_task("training", total=steps, completed=first)
+        for step in range(first, steps):
+            started = time.perf_counter()
+            rng = np.random.default_rng([seed, step])
+            length = sequence_length(step / steps, rng)
+            ids, weights = batch(text, seed, step, TOKENS_PER_STEP // length, length)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, peak)
+            losses = _update(model, optimizer, torch.from_numpy(ids), torch.from_numpy(weights).float())
+            seconds = time.perf_counter() - started
+            record = {"step": step, "length": length, **losses, "seconds": round(seconds, 3)}
+            log.write(json.dumps(record) + "\n")
+            progress.update(bar, advance=1, description=f"step {step} length {length} answers {losses['answer']:.3f}")
+            if (step + 1) % 100 == 0 or step + 1 == steps:
+                log.flush()
+                _save(out, model, optimizer, step + 1)
+    log.close()
+    print(f"trained on {tokens:,} tokens of corpus {digest(corpus)} (seed {seed})")
+    return model
+
+
+def _update(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: torch.Tensor, weights: torch.Tensor
+) -> dict[str, float]:
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids[:, :-1], use_cache=False).logits
+    nll = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weight = weights[:, 1:].flatten()
+    loss = (nll * weight).sum() / weight.sum()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not math.isfinite(norm.item()):
+        raise FloatingPointError("the gradient is not finite; lower --learning-rate")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    def mean(mask: torch.Tensor) -> float:
+        return round((nll[mask].sum() / mask.sum().clamp(min=1)).item(), 4)
+
+    return {
+        "loss": round(loss.item(), 4),
+        "filler": mean((weight > 0) & (weight < 0.5)),
+        "copy": mean((weight > 0.5) & (weight < 1)),
+        "answer": mean(weight > 3),
+        "pair": mean((weight > 1) & (weight < 3)),
+    }
+
+
+def _save(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Replaces the checkpoint in one move, so that an interruption leaves the old or the new one whole."""
+    state = {f"model/{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    for i, moments in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer/{i}/{name}": tensor for name, tensor in moments.items()}
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, out / "checkpoint.tmp", {"step": str(step)})
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.safetensors")
+
+
+def _restore(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    state = load_file(path)
+    weights = {name.removeprefix("model/"): t for name, t in state.items() if name.startswith("model/")}
+    model.load_state_dict(weights, strict=False)
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        if name.startswith("optimizer/"):
+            _, i, kind = name.split("/")
+            moments.setdefault(int(i), {})[kind] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def export(model: LlamaForCausalLM, out: Path) -> None:
+    """Write the model in bfloat16 (6.3 MB) with its tokenizer, as `from_pretrained` reads it."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    byte_tokenizer().save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and the finished model")
+    parser.add_argument("--tokens", type=float, default=45e6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = train(options.out, int(options.tokens), options.seed, options.learning_rate)
+    export(model, options.out)
+
+
+if __name__ == "__main__":
+    main()

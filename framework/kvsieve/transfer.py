@@ -1,0 +1,78 @@
+"""The meter: bytes that decode steps read from and write to the KV cache, counted by the ops.
+
+Counted are keys, values, columns and summaries: what grows with the cache, as in the SparQ paper's formulas. Not counted
+are the weights, the queries, and what a step makes for itself (scores, chosen slots). A column or summary is counted
+once each way per step, however often a policy touches it. Prefill is not counted: there all policies are dense.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import torch
+
+_current: contextvars.ContextVar[Meter | None] = contextvars.ContextVar("kvsieve_meter", default=None)
+
+
+class Meter:
+    """Sums of bytes over all decode steps, layers, KV heads and active rows since it was made.
+
+    Counts are kept on the device and added without a host synchronisation; reading a property synchronises.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, int | torch.Tensor] = {}
+
+    def add(self, name: str, amount: int | torch.Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0) + amount
+
+    def _total(self, prefix: str) -> int:
+        return sum(int(amount) for name, amount in self._sums.items() if name.startswith(prefix))
+
+    @property
+    def read(self) -> int:
+        """Bytes read."""
+        return self._total("read/")
+
+    @property
+    def written(self) -> int:
+        """Bytes written."""
+        return self._total("written/")
+
+    @property
+    def dense_read(self) -> int:
+        """Bytes that dense attention over every token seen would have read in the same steps."""
+        return self._total("dense")
+
+    @property
+    def steps(self) -> int:
+        """Decode steps, counted once for every active row."""
+        return self._total("steps")
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """Bytes read, by what was read: keys, values, channels, columns, summaries."""
+        return {k.removeprefix("read/"): int(v) for k, v in self._sums.items() if k.startswith("read/")}
+
+
+@contextlib.contextmanager
+def measure() -> Iterator[Meter]:
+    """Count the traffic of every decode step inside; of nested meters the innermost counts.
+
+    >>> with kvsieve.transfer.measure() as meter:
+    ...     tokens = list(kvsieve.decode(model, prompts, policy, max_new_tokens=16))
+    >>> meter.read / meter.dense_read
+    """
+    meter = Meter()
+    token = _current.set(meter)
+    try:
+        yield meter
+    finally:
+        _current.reset(token)
+
+
+def current() -> Meter | None:
+    """The innermost meter that is measuring."""
+    return _current.get()

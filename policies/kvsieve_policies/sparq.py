@@ -1,0 +1,78 @@
+"""SparQ Attention: guess which tokens matter from a few channels of the keys, read those whole (arXiv:2312.04985).
+
+The one idea: the largest |q| components dominate q.k. Read only those r channels of every key, take the k tokens with the
+highest approximate scores, attend to them exactly, and let the mean value stand for all the others, weighted with the
+approximate attention that they hold.
+
+Deviations: k and local count the current token (in the authors' code it comes on top of both). `group_score` says how the
+approximate scores of the query heads in a group are added up to rank tokens: "softmax", as the paper writes, or "logits",
+as the authors' code does. `mean_value_limit` is ours: with small k the approximate attention can miss so much that the
+mean value drowns the tokens read, and the model repeats itself; 1 is the paper's, less guards against that.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+
+from kvsieve import LayerCache, NewTokens, Policy, Selection, Shape, Tail, UserError, ops
+
+
+@dataclass(frozen=True)
+class SparQ(Policy):
+    """Reads r channels of all keys, then k tokens whole."""
+
+    r: int = 32  # key channels read to guess
+    k: int = 128  # tokens read whole, the current one included
+    local: int = 32  # of these the newest, always read
+    mean_value: bool = True  # let the mean value stand for the tokens not read
+    group_score: Literal["softmax", "logits"] = "softmax"
+    mean_value_limit: float = 1.0  # the mean value's largest weight
+
+    name: ClassVar[str] = "sparq"
+    paper: ClassVar[str] = "arXiv:2312.04985"
+
+    def __post_init__(self) -> None:
+        for field in ("r", "k"):
+            if getattr(self, field) < 1:
+                raise UserError(f"sparq.{field} must be at least 1, not {getattr(self, field)}")
+        if not 0 <= self.local <= self.k:
+            raise UserError(f"sparq.local must be from 0 to k = {self.k}, not {self.local}")
+        if not 0 <= self.mean_value_limit <= 1:
+            raise UserError(f"sparq.mean_value_limit must be from 0 to 1, not {self.mean_value_limit}")
+        if self.group_score not in ("softmax", "logits"):
+            raise UserError(f"sparq.group_score must be 'softmax' or 'logits', not {self.group_score!r}")
+
+    @property
+    def summaries(self) -> Mapping[str, Shape]:
+        return {"mean_value": (torch.float32, "D")} if self.mean_value else {}
+
+    def check(self, head_size: int) -> None:
+        if self.r > head_size:
+            raise UserError(f"sparq.r is {self.r}, but this model's heads have only {head_size} channels")
+
+    def on_append(self, kv: LayerCache, new: NewTokens) -> None:
+        if self.mean_value:
+            kv["mean_value"] = ops.running_mean(kv["mean_value"], new.values, new.counts, kv.seen)
+
+    def select(self, query: torch.Tensor, kv: LayerCache) -> Selection | None:
+        if kv.used <= self.k:
+            return None  # nothing to leave out
+        channels = query.float().abs().sum(2).topk(self.r).indices
+        scores = ops.channel_scores(query, kv, channels)
+        weights = ops.slot_weights(scores, kv)
+        ranking = (weights if self.group_score == "softmax" else scores).sum(2)
+        slots, counts = ops.top_slots(ranking, kv, self.k, newest=self.local)
+        if not self.mean_value:
+            return Selection(slots, counts)
+        group = slots[:, :, None].expand(-1, -1, query.shape[2], -1)
+        missed = weights.sum(3) - weights.gather(3, group).sum(3)
+        missed = missed.clamp(0, self.mean_value_limit).masked_fill(kv.lengths[..., None] <= self.k, 0)
+        return Selection(slots, counts, Tail(missed, kv["mean_value"]))
+
+    @classmethod
+    def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
+        """Half of the bytes for the guess (r = D * ratio), half for the tokens (k = T * ratio / 2), as the authors do."""
+        k = max(1, round(context * ratio / 2))
+        return cls(r=max(1, round(head_size * ratio)), k=k, local=k // 4)
