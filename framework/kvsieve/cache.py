@@ -297,6 +297,11 @@ class LayerCache(CacheLayerMixin):
         held = [store for name, store in self._stores.items() if name != "positions"]
         return sum(t.numel() * t.element_size() for t in [*held, *self._summaries.values()])
 
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """A copy of everything stored, by name; not metered."""
+        stored = {**self._stores, **self._summaries, "lengths": self.lengths, "seen": self.seen}
+        return {name: tensor.clone() for name, tensor in stored.items()}
+
     # ---------------------------------------------------------------- what transformers asks of a cache layer
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

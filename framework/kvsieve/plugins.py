@@ -136,17 +136,21 @@ def make_policy(name: str, **parameters: Any) -> Policy:
     Raises:
         UserError: unknown name or parameter, or a bad value; the message names what is legal.
     """
-    cls = policy_class(name)
+    return build(policy_class(name), parameters)
+
+
+def build(cls: type[Policy], parameters: Mapping[str, Any]) -> Policy:
+    """An instance of a policy class, registered or not, from parameters as they stand in YAML; see make_policy."""
+    name, model = cls.name or cls.__name__, parameters_model(cls)
     try:
-        given = parameters_model(cls)(**parameters)
+        given = model(**parameters)
     except pydantic.ValidationError as error:
         raise UserError(_explain(name, cls, error)) from None
-    values = {field: getattr(given, field) for field in parameters_model(cls).model_fields}
-    for field, value in values.items():
-        if field in policy_fields(cls):
-            values[field] = policy_from_spec(value)
+    nested = policy_fields(cls)
+    values = {field: getattr(given, field) for field in model.model_fields}
+    values |= {field: policy_from_spec(values[field]) for field in nested}
     try:
-        return typing.cast("Policy", cls(**values))
+        return cls(**values)
     except UserError:
         raise
     except ValueError as error:
