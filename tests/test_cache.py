@@ -1,0 +1,190 @@
+"""Slots, lengths, positions and columns stay together through every sequence of appends, evictions and reorderings."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvsieve
+from kvsieve import KVCache, LayerCache, Policy, UserError, make_policy
+from kvsieve.attention import decode_step, prefill
+from tests.models import random_prompts, tiny_llama
+
+HEADS, SIZE = 2, 4
+
+
+@dataclass(frozen=True)
+class Tagging(Policy):
+    """Evicts in an arbitrary but fixed order and writes each token's position into a column and a vector column."""
+
+    budget: int | None = None
+    name: ClassVar[str] = "tagging"
+    columns = {"tag": torch.float32, "pair": (torch.float64, 2)}
+    summaries = {"last": (torch.float32, "D"), "count": torch.int64}
+
+    def on_append(self, kv, new):
+        kv["tag"] = torch.where(kv.live(), kv.positions + 0.5, 0)
+        kv["pair"] = (kv["tag"][..., None] * torch.tensor([1.0, -1.0])).double()
+        kv["count"] = kv["count"] + new.counts[:, None]
+
+    def priority(self, kv):
+        scrambled = (kv.positions * 7919 + torch.arange(HEADS)[:, None] * 31) % 101
+        return scrambled.float().masked_fill(kv.newest(1), torch.inf)
+
+
+def key_of(row: int, token: int) -> float:
+    return row * 1000.0 + token
+
+
+def tokens(rows: list[int], starts: list[int], new: int) -> torch.Tensor:
+    """Keys `[B, HEADS, new, SIZE]` that say which token of which row they are."""
+    table = [[key_of(row, start + i) for i in range(new)] for row, start in zip(rows, starts, strict=True)]
+    return torch.tensor(table)[:, None, :, None].expand(-1, HEADS, -1, SIZE).clone()
+
+
+class Slots:
+    """Drives a LayerCache and knows what must be in it: the rows' names, and how many tokens each has seen."""
+
+    def __init__(self, rows: int, budget: int | None) -> None:
+        self.kv = LayerCache(Tagging(budget))
+        self.kv.scoring = {"scale": 0.5, "softcap": None, "sinks": None}
+        self.rows, self.seen = list(range(rows)), [0] * rows
+
+    def prompt(self, sizes: list[int], left: bool) -> None:
+        longest = max(sizes)
+        valid = torch.zeros(len(sizes), longest, dtype=torch.bool)
+        keys = torch.full((len(sizes), HEADS, longest, SIZE), torch.nan)  # padding may be anything
+        for b, size in enumerate(sizes):
+            place = slice(longest - size, longest) if left else slice(0, size)
+            valid[b, place] = True
+            keys[b, :, place] = tokens([self.rows[b]], [self.seen[b]], size)[0]
+            self.seen[b] += size
+        self.kv.update(keys, -keys)
+        self.kv.phase = "last_chunk"
+        prefill(self.kv, torch.zeros(len(sizes), HEADS, 1, longest, SIZE), valid)
+        self.kv.phase = "auto"
+
+    def step(self, active: list[bool]) -> None:
+        keys = tokens(self.rows, self.seen, 1)
+        self.kv.update(keys, -keys)
+        self.seen = [seen + is_active for seen, is_active in zip(self.seen, active, strict=True)]
+        decode_step(self.kv, torch.zeros(len(active), HEADS, 1, SIZE), torch.tensor(active)[:, None])
+
+    def reorder(self, order: list[int]) -> None:
+        self.kv.reorder_cache(torch.tensor(order))
+        self.rows, self.seen = [self.rows[i] for i in order], [self.seen[i] for i in order]
+
+    def check(self) -> None:
+        kv, budget = self.kv, self.kv.budget
+        tag, pair = kv["tag"], kv["pair"]
+        for b, (row, seen) in enumerate(zip(self.rows, self.seen, strict=True)):
+            assert int(kv.seen[b]) == seen
+            assert kv["count"][b].tolist() == [seen] * HEADS
+            for k in range(HEADS):
+                length = int(kv.lengths[b, k])
+                assert length == (seen if budget is None else min(seen, budget))
+                assert length <= kv.used
+                held = kv.positions[b, k, :length].tolist()
+                assert len(set(held)) == length
+                assert all(0 <= token < seen for token in held)
+                assert seen - 1 in held  # the newest is never the one to go
+                wanted = torch.tensor([key_of(row, token) for token in held])
+                assert torch.equal(kv.live_keys[b, k, :length, 0], wanted)
+                assert torch.equal(kv.live_values[b, k, :length, 0], -wanted)
+                assert torch.equal(tag[b, k, :length], torch.tensor(held) + 0.5)
+                assert torch.equal(pair[b, k, :length, 1].float(), -torch.tensor(held) - 0.5)
+        assert all(t.isfinite().all() for t in kv.snapshot().values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 3), budget=st.none() | st.integers(1, 9))
+def test_slots_and_what_belongs_to_them_stay_together(data, rows, budget):
+    slots = Slots(rows, budget)
+    slots.prompt(data.draw(st.lists(st.integers(1, 8), min_size=rows, max_size=rows)), data.draw(st.booleans()))
+    slots.check()
+    for _ in range(data.draw(st.integers(1, 8))):
+        action = data.draw(st.sampled_from(["step", "step", "prompt", "reorder"]))
+        if action == "step":
+            slots.step(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
+        elif action == "prompt":  # a conversation goes on: some rows may have nothing to add
+            sizes = data.draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows).filter(lambda s: max(s) > 1))
+            slots.prompt(sizes, data.draw(st.booleans()))
+        else:
+            slots.reorder(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
+        slots.check()
+
+
+def test_storage_is_for_the_budget_not_for_the_context():
+    model, prompts = tiny_llama(), random_prompts(200, 150)
+    dense = KVCache(model, make_policy("dense"), capacity=210)
+    window = KVCache(model, make_policy("local_window", budget=20, sinks=2))
+    for cache in (dense, window):
+        list(kvsieve.decode(model, prompts, cache.policy, max_new_tokens=10, cache=cache))
+    per_token = 2 * 2 * 8 * 4 * 2 * 2  # keys and values, KV heads, head size, float32, layers, rows
+    assert dense.memory() == 210 * per_token
+    assert window.memory() == 20 * per_token
+
+
+def test_the_whole_context_is_never_held_for_all_layers():
+    """When layer 1 begins its prefill, layer 0 is down to its budget."""
+    model, held = tiny_llama(), []
+
+    @dataclass(frozen=True)
+    class Watching(Policy):
+        name: ClassVar[str] = "watching"
+        budget: int = 10
+
+        def priority(self, kv):
+            held.append([layer.capacity for layer in cache.policy_layers if layer.is_initialized])
+            return kv.positions.float()
+
+    cache = KVCache(model, Watching())
+    list(kvsieve.decode(model, random_prompts(100), cache=cache, max_new_tokens=1))
+    assert held == [[100], [10, 100]]
+
+
+def test_a_grown_cache_equals_a_preallocated_one():
+    model, prompts = tiny_llama(), random_prompts(5, 3)
+    policy = make_policy("sparq", r=3, k=6, local=2)
+    grown, preallocated = KVCache(model, policy), KVCache(model, policy, capacity=25)
+    ran = [
+        torch.stack(list(kvsieve.decode(model, prompts, policy, max_new_tokens=20, cache=cache)))
+        for cache in (grown, preallocated)
+    ]
+    assert torch.equal(*ran)
+
+
+def test_a_full_cache_says_what_it_holds_and_what_is_needed():
+    model = tiny_llama()
+    cache = KVCache(model, capacity=6)
+    with pytest.raises(UserError, match="holds 6 tokens a row .capacity., and 7 are needed"):
+        list(kvsieve.decode(model, random_prompts(5), max_new_tokens=5, cache=cache))
+
+
+def test_a_cache_needs_a_prepared_model():
+    from transformers import LlamaForCausalLM
+
+    with pytest.raises(UserError, match=r"kvsieve\.prepare"):
+        KVCache(LlamaForCausalLM(tiny_llama().config.__class__(**{**tiny_llama().config.to_dict(), "dtype": None})))
+
+
+def test_reset_makes_it_fresh():
+    model, prompts = tiny_llama(), random_prompts(9)
+    cache = KVCache(model, make_policy("h2o", budget=6, recent=2))
+    first = list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))
+    cache.reset()
+    assert torch.equal(torch.stack(first), torch.stack(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))))
+
+
+def test_plain_forward_through_the_cache_equals_no_cache():
+    model = tiny_llama()
+    ids = torch.tensor(random_prompts(30))
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+        cache = KVCache(model)
+        parts = [model(ids[:, part], past_key_values=cache).logits for part in (slice(0, 12), slice(12, 29), slice(29, 30))]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-5, rtol=1e-5)
+    assert cache.get_seq_length() == 30
