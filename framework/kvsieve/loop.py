@@ -149,6 +149,7 @@ class Decoder:
             raise UserError("the cache already holds tokens; decode needs a fresh one")
         if cache is not None and policy is not None and cache.policy != policy:
             raise UserError(f"the cache was made for the policy {cache.policy}, not for {policy}")
+        self.cache.check_room(longest + max_new_tokens)
         # Left-padded: the last column is every row's last token. The cache drops the padding.
         ids = [[0] * (longest - len(row)) + row for row in rows]
         self.ids = torch.tensor(ids, device=model.device)
