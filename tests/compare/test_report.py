@@ -1,0 +1,323 @@
+"""The report, on a run folder made up here in the shape of a real one."""
+
+import csv
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from kvsieve.errors import UserError
+
+pytest.importorskip("altair", reason="the extra 'report' is not installed")
+pytest.importorskip("vl_convert", reason="the extra 'report' is not installed")
+
+from kvsieve.compare.report import write_picture, write_report
+from kvsieve.compare.report.__main__ import main
+from kvsieve.compare.report.finding import finding
+from kvsieve.compare.report.results import read
+
+POLICIES = {"sparq": "r=8 k={k}", "h2o": "budget={k} recent={q}", "local_window": "budget={k} sinks=16"}
+SHARES = (1 / 2, 1 / 4, 1 / 8)
+# metric, higher is better, dense score, and how much of it each policy keeps at SHARES of the bytes
+TASKS = {
+    ("needle", 512): ("accuracy", True, 1.0, (1, 1, 1), (0.53, 0.22, 0.03), (0.5, 0.25, 0.09)),
+    ("needle", 1024): ("accuracy", True, 1.0, (1, 1, 0.97), (0.5, 0.19, 0.0), (0.44, 0.28, 0.12)),
+    ("needle", 2048): ("accuracy", True, 0.97, (1, 1, 0.97), (0.47, 0.13, 0.0), (0.5, 0.22, 0.06)),
+    ("repetition", 512): (
+        "characters of 64",
+        True,
+        51.3,
+        (1, 1.02, 0.99),
+        (0.62, 0.3, 0.1),
+        (0.5, 0.2, 0.09),
+    ),
+    ("repetition", 1024): (
+        "characters of 64",
+        True,
+        46.0,
+        (1, 0.99, 0.97),
+        (0.6, 0.2, 0.08),
+        (0.5, 0.2, 0.08),
+    ),
+    ("perplexity", 1024): (
+        "bits per byte",
+        False,
+        1.62,
+        (1, 1.001, 1.012),
+        (1, 1.02, 1.05),
+        (1.01, 1.03, 1.06),
+    ),
+}
+
+
+def row(task, context, policy, score, compression="", **values):
+    metric, higher_is_better = TASKS[task, context][:2]
+    spread = 0.0 if score in (0, 1) else {"accuracy": 0.08, "bits per byte": 0.03}.get(metric, 4.0)
+    share = 1 / int(compression[2:]) if compression else 1.0
+    dense_bytes = context * 4096
+    return {
+        "model": "reference",
+        "task": task,
+        "context": context,
+        "policy": policy,
+        "parameters": "",
+        "compression": compression,
+        "score": score,
+        "score_low": max(score - spread, 0),
+        "score_high": min(score + spread, 1) if metric == "accuracy" else score + spread,
+        "samples": 32,
+        "bytes_per_step": share * dense_bytes,
+        "bytes_ratio": share * 1.01 if compression else 1.0,
+        "kv_bytes": dense_bytes * (1.5 if policy == "sparq" else share),
+        "tokens_per_second": 250 - 40 * share,
+        "metric": metric,
+        "higher_is_better": higher_is_better,
+    } | values
+
+
+def synthetic_rows():
+    rows = []
+    for (task, context), (metric, _, dense, *kept) in TASKS.items():
+        rows.append(row(task, context, "dense", dense))
+        for (policy, parameters), qualities in zip(POLICIES.items(), kept, strict=True):
+            for share, quality in zip(SHARES, qualities, strict=True):
+                described = parameters.format(k=int(context * share), q=int(context * share / 4))
+                score = min(dense * quality, 1.0) if metric == "accuracy" else dense * quality
+                rows.append(row(task, context, policy, score, f"1/{1 / share:.0f}", parameters=described))
+    return rows
+
+
+def write_run(folder, rows):
+    with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "config.yaml").write_text("model: reference\ntasks:\n  - needle: {context: 512, samples: 32}\n")
+    environment = {
+        "date": "2025-11-20T19:40:11+00:00",
+        "machine": {"cpu": "Intel Xeon 2.80GHz", "cores": 2, "gpu": None},
+        "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "kvsieve": "0.1.0"},
+        "command": "kvsieve compare configs/quickstart.yaml",
+    }
+    (folder / "environment.json").write_text(json.dumps(environment))
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for one in rows:
+            for sample in range(2):
+                line = {name: one[name] for name in ("task", "context", "policy", "score")}
+                file.write(json.dumps({"cell": "c0ffee", "sample": sample, "seconds": 0.3} | line) + "\n")
+        file.write('{"cell": "c0ffee", "sam')  # killed in the middle of a line
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"), synthetic_rows())
+
+
+@pytest.fixture(scope="module")
+def page(run_folder):
+    return write_report(run_folder).read_text(encoding="utf-8")
+
+
+def finding_of(folder, rows):
+    return finding(read(write_run(folder, rows)))
+
+
+def charts_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.S)[1])
+
+
+def test_the_page_holds_every_row_the_finding_and_what_was_run(run_folder, page):
+    assert page.count('<th scope="row"') == len(synthetic_rows())
+    assert html.escape(finding(read(run_folder))) in page
+    assert page.count('<div class="chart"') == len(TASKS) == len(charts_of(page))
+    for expected in ("Intel Xeon 2.80GHz", "torch 2.13.0", "2025-11-20", "samples: 32", "budget=64 recent=16",
+                     "characters of 64", "lower is better", "0.890 to 1.000", "2 MiB"):  # fmt: skip
+        assert expected in page, expected
+    assert f"{2 * len(synthetic_rows())}" in page  # samples decoded, the torn line left out
+
+
+def test_best_values_are_marked_among_the_sparse_policies_of_each_group(tmp_path):
+    rows = [row("needle", 512, "dense", 1.0),
+            row("needle", 512, "sparq", 0.9, "1/8", tokens_per_second=100),
+            row("needle", 512, "h2o", 0.2, "1/8", tokens_per_second=300)]  # fmt: skip
+    page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
+    body = page[page.index("<tbody>") :]
+    assert re.findall(r'class="best">([^<]+)<', body) == ["0.900", "256 KiB", "300"]
+
+
+def test_the_finding_names_who_keeps_the_dense_score_and_who_does_not(tmp_path):
+    sentence = finding_of(tmp_path, synthetic_rows())
+    assert sentence == (
+        "SparQ kept at least 95% of the dense score in all 6 task settings "
+        "while reading about 1/8 of the bytes; "
+        "for as many bytes, local window fell to 6% and H2O to 0% at worst."
+    )
+
+
+def test_the_finding_claims_no_more_than_was_measured(tmp_path):
+    needle = [one for one in synthetic_rows() if one["task"] == "needle"]
+    dense = [one for one in needle if one["policy"] == "dense"]
+    others = [one for one in needle if one["policy"] != "dense"]
+    weak = [one | {"score": 0.9 * one["score"]} for one in others]
+    eighths = [one for one in others if one["compression"] == "1/8" and one["context"] == 512]
+    failed = [one | {"score": ""} if one in eighths else one for one in others]
+    assert re.match(
+        r"No policy kept 95%.* SparQ, with 90% at worst .* 1/4", finding_of(tmp_path, dense + weak)
+    )
+    assert "SparQ kept" in (cheapest := finding_of(tmp_path, dense + failed))
+    assert "about 1/4 of the bytes" in cheapest
+    assert "no dense baseline" in finding_of(tmp_path, others)
+    assert "dense attention alone" in finding_of(tmp_path, dense)
+    assert "scored nothing" in finding_of(tmp_path, [one | {"score": 0.0} for one in needle])
+
+
+def test_lower_is_better_is_turned_round(tmp_path):
+    rows = [row("perplexity", 1024, "dense", 2.0),
+            row("perplexity", 1024, "sparq", 2.5, "1/8"),
+            row("perplexity", 1024, "h2o", 1.9, "1/8")]  # fmt: skip
+    assert finding_of(tmp_path, rows) == (
+        "H2O kept at least 95% of the dense score on perplexity at 1,024 tokens "
+        "while reading about 1/8 of the bytes; for as many bytes, SparQ fell to 80% at worst."
+    )
+
+
+class Document(HTMLParser):
+    """The elements of a page, with their attributes, and its text outside scripts."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if not self.elements or self.elements[-1][0] != "script":
+            self.text += data
+
+
+def test_the_page_asks_nothing_of_the_network(page):
+    elements = Document(page).elements
+    assert [attributes["href"] for _, attributes in elements if "href" in attributes] == [
+        "https://arxiv.org/abs/2312.04985"
+    ]
+    assert not [attributes for _, attributes in elements if "src" in attributes]
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "@import" not in style
+    assert "url(" not in style
+    security = next(attributes["content"] for _, attributes in elements if "http-equiv" in attributes)
+    assert security.startswith("default-src 'none'")
+    assert "unsafe-eval" not in security
+
+
+OWN = "document.title='owned'"
+ATTACK = f"""</script><script>{OWN}</script><img src=x onerror="{OWN}">{{{{ 7*7 }}}}&"'"""
+
+
+def attacked_run(folder):
+    hostile = dict.fromkeys(("model", "task", "parameters", "metric"), ATTACK)
+    rows = [one | hostile for one in synthetic_rows()[0:7:2]]
+    rows[2] |= {"policy": ATTACK, "compression": ATTACK}
+    write_run(folder, rows)
+    (folder / "config.yaml").write_text(ATTACK)
+    (folder / "environment.json").write_text(json.dumps({ATTACK: ATTACK}))
+    return write_report(folder)
+
+
+def test_strings_of_a_user_cannot_become_script(tmp_path):
+    page = attacked_run(tmp_path).read_text(encoding="utf-8")
+    document = Document(page)
+    assert ATTACK in document.text
+    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == ["script"] * 3
+    assert not [name for _, attributes in document.elements for name in attributes if name.startswith("on")]
+    assert ATTACK in [
+        point["parameters"] for points in charts_of(page)[0]["datasets"].values() for point in points
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_picture(run_folder, tmp_path, suffix):
+    picture = tmp_path / "images" / f"quickstart.{suffix}"
+    assert main([str(run_folder), "--picture", str(picture)]) == 0
+    image = picture.read_bytes()
+    if suffix == "png":
+        assert image.startswith(b"\x89PNG")
+        assert len(image) > 20_000
+    else:
+        text = image.decode()
+        for words in ("needle, 2,048 tokens", "repetition, 1,024 tokens", "SparQ", "H2O", ">1/8<"):
+            assert words in text
+        assert "perplexity" not in text
+
+
+def test_bad_input_is_answered_with_a_message(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"\.png or \.svg, not '\.gif'"):
+        write_picture(write_run(tmp_path, synthetic_rows()), tmp_path / "x.gif")
+    (tmp_path / "summary.csv").write_text("model,task\n")
+    with pytest.raises(UserError, match="no line"):
+        write_report(tmp_path)
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "not the folder of a finished run" in capsys.readouterr().err
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+         "--virtual-time-budget=4000", "--enable-logging=stderr", "--window-size=1200,2200",
+         "--dump-dom"]  # fmt: skip
+
+# What a reader does: sort by score, then point at the first mark of the first chart.
+READER = """<script>addEventListener("load", () => setTimeout(() => {
+  for (const _ of [1, 2]) document.querySelectorAll("thead button")[1].click();
+  const mark = document.querySelector(".chart path[aria-roledescription=point]");
+  const {x, y, width, height} = mark.getBoundingClientRect();
+  const where = {bubbles: true, clientX: x + width / 2, clientY: y + height / 2};
+  for (const type of ["pointermove", "mousemove"]) mark.dispatchEvent(new MouseEvent(type, where));
+}, 1000))</script>"""
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Opens a page in a browser and returns the document as its scripts left it; an error fails."""
+    if BROWSER is None:
+        pytest.skip("no chromium on this machine: what a browser draws is not checked")
+
+    def browse(page):
+        path = tmp_path / "page.html"
+        path.write_text(page, encoding="utf-8")
+        command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'browser'}", path.as_uri()]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert "CONSOLE" not in shown.stderr, shown.stderr
+        return shown.stdout
+
+    return browse
+
+
+def test_a_browser_draws_the_charts(page, browse):
+    shown = browse(page)
+    assert 'data-charts="drawn"' in shown
+    charts = re.findall(r"<svg[^>]*class=\"marks\".*?</svg>", shown, re.S)
+    assert len(charts) == len(TASKS)
+    for chart in charts:
+        assert chart.count('aria-roledescription="point"') == 10  # dense, and three policies at three ratios
+        assert "NaN" not in chart
+
+
+def test_a_reader_sorts_and_points(tmp_path, browse):
+    page = attacked_run(tmp_path).read_text(encoding="utf-8")
+    without_its_guard = re.sub(r"<meta http-equiv.*?>", "", page) + READER
+    shown = browse(without_its_guard)
+    lines = re.findall(r'<th scope="row".*?</tr>', shown, re.S)
+    scores = [float(re.search(r'<td data-value="([\d.]+)"', line)[1]) for line in lines]
+    assert len(scores) == 4
+    assert scores == sorted(scores)  # the first click has put the best on top, the second the worst
+    tooltip = Document(shown[shown.index('id="vg-tooltip-element"') - 20 :]).text
+    assert "95% interval" in tooltip
+    assert ATTACK in tooltip
+    assert "<title>owned" not in shown
