@@ -1,0 +1,55 @@
+"""Layers with a sliding window: transformers keeps them to their window itself; what is added here is the meter."""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from . import transfer
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """transformers' own layer, no policy acts on it; the bytes of its decode steps are counted.
+
+    Dense attention reads no more than the window here, so what is read counts as `dense_read` too.
+    """
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
+        self.prompt_end: int | None = None  # columns of the prompt, where that is known
+        self.meter: transfer.Meter | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As transformers does, with a mark on the keys by which attention finds this layer."""
+        begun = self.get_seq_length() > 0
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        decodes = begun and key_states.shape[2] == 1 and self.get_seq_length() > (self.prompt_end or 0)
+        self.meter = transfer.current() if decodes else None
+        ones = torch.ones(len(keys), dtype=torch.int64, device=keys.device)
+        self._count("written", ones, keys, values)
+        keys.kvsieve_layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def count_read(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Meter one attention over `keys` and `values [B, K, T, D]`; `mask [B, 1, 1, T]` says what a row sees."""
+        if self.meter is None:
+            return
+        if mask is None:
+            tokens = torch.full((len(keys),), keys.shape[2], device=keys.device)
+        else:
+            tokens = mask[:, 0, 0, : keys.shape[2]].sum(1)
+        self._count("read", tokens, keys, values)
+        self._count("dense", tokens, keys, values)
+
+    def _count(self, way: str, tokens: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Count the keys and values of `tokens [B]`, in all KV heads of the active rows."""
+        if self.meter is None:
+            return
+        if self.active is not None:
+            tokens = tokens * self.active.to(tokens.device)
+        for kind, of in (("keys", keys), ("values", values)):
+            numbers = of.shape[1] * of.shape[3]
+            self.meter.add(f"{way}/{kind}", tokens.sum() * numbers * of.element_size())
