@@ -81,6 +81,7 @@ def _registry() -> _Registry:
         try:
             plugin = point.load()
             manager.register(plugin, name=f"{distribution}:{point.name}")
+            _refuse_misspelt_hooks(manager, plugin)
             for kind, found in (("policies", registry.policies), ("tasks", registry.tasks)):
                 implementation = getattr(plugin, f"register_{kind}", None)
                 if implementation is not None:
@@ -99,6 +100,14 @@ def _entry_points() -> list[importlib.metadata.EntryPoint]:
     if not any(point.name == builtin.name for point in found):  # run from a source tree on PYTHONPATH, not installed
         found[builtin] = None
     return sorted(found, key=lambda point: (point.name != builtin.name, point.name))
+
+
+def _refuse_misspelt_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError:
+        manager.unregister(plugin)
+        raise
 
 
 def _register(

@@ -1,0 +1,42 @@
+# make demo    compare four policies on the model that ships, print the table, write report.html
+# make test    lint, types, tests (CPU only, offline once installed)
+# make gpu     kernels tested and measured on this machine's GPU, results into benchmarks/results/
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types unit slow gpu schema clean
+
+demo: $(VENV)/.installed
+	$(BIN)/kvsieve compare configs/quickstart.yaml
+
+test: lint types unit
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+# Runs with the interpreter at hand: a CUDA image brings its own torch and triton.
+gpu:
+	PYTHONPATH=framework:policies $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench attention --out benchmarks/results
+	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench decode --out benchmarks/results
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"kvsieve needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[report,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) results dist

@@ -1,0 +1,10 @@
+"""The laws that hold for every policy, run on this one."""
+
+import pytest
+from kvsieve.testing import LAWS
+from my_policy import KeyNorm
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_key_norm(law):
+    law(tight=KeyNorm(budget=12, recent=2), loose=KeyNorm(budget=1000))
