@@ -17,6 +17,7 @@ from .hooks import hookimpl
 if TYPE_CHECKING:
     from . import corpus, ops, plugins, testing, transfer
     from .cache import KVCache, LayerCache, NewTokens
+    from .layouts import KeyLayout
     from .loop import decode, score
     from .models import load, prepare
     from .plugins import make_policy
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _FROM = {
     "cache": ["KVCache", "LayerCache", "NewTokens"],
+    "layouts": ["KeyLayout"],
     "loop": ["decode", "score"],
     "models": ["load", "prepare"],
     "plugins": ["make_policy"],
@@ -36,6 +38,7 @@ _MODULES = ["corpus", "ops", "plugins", "testing", "transfer"]
 
 __all__ = [
     "KVCache",
+    "KeyLayout",
     "LayerCache",
     "NewTokens",
     "Observe",

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import ops, transfer
+from . import layouts, ops, transfer
 from .cache import ATTENTION, LayerCache
 from .errors import UserError
 from .policy import Observe
@@ -94,7 +94,7 @@ def prefill(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = No
         query = query.gather(3, order[:, None, None, :, None].expand(query.shape))
     output, mass = ops.implementation(query.device).prefill(
         query,
-        kv.live_keys,
+        layouts.by_token(kv.live_keys, kv.used),
         kv.live_values,
         starts,
         new.counts,

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from . import ops, transfer
+from . import layouts, ops, transfer
 from .errors import UserError
 from .policy import Policy, Shape
 
@@ -45,6 +45,7 @@ class LayerCache(CacheLayerMixin):
 
     lengths: torch.Tensor  # [B, K] int64: live slots
     seen: torch.Tensor  # [B] int64: tokens so far, evicted ones and the one being written included
+    head_size: int
 
     def __init__(self, policy: Policy, capacity: int | None = None) -> None:
         self.policy = policy
@@ -60,25 +61,22 @@ class LayerCache(CacheLayerMixin):
         self.meter: transfer.Meter | None = None
         self.scoring: dict[str, Any] = {"scale": None, "softcap": None, "sinks": None}
         self._touched: set[str] = set()
-        self._stores: dict[str, torch.Tensor] = {}  # [B, K, C, ...] each
+        self._stores: dict[str, torch.Tensor] = {}  # [B, K, C, ...] each; keys as their layout has it
+        self._key_stores: list[str] = []  # token-major first, if there is one
         self._summaries: dict[str, torch.Tensor] = {}
 
     # ---------------------------------------------------------------- what a policy reads
     @property
-    def head_size(self) -> int:
-        return self._stores["keys"].shape[3]
-
-    @property
     def capacity(self) -> int:
-        return self._stores["keys"].shape[2]
+        return self._stores["values"].shape[2]
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """`[B, K, T, D]`. Metered as a read of every live key."""
+        """`[B, K, T, D]`, whatever the layout. Metered as a read of every live key."""
         if not self.is_initialized:
             return None
         self.count_read("keys", self.lengths * self.head_size)
-        return self.live_keys
+        return layouts.by_token(self.live_keys, self.used)
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -90,8 +88,15 @@ class LayerCache(CacheLayerMixin):
 
     @property
     def live_keys(self) -> torch.Tensor:
-        """`[B, K, T, D]` for the ops, which count for themselves."""
-        return self._stores["keys"][:, :, : self.used]
+        """`[B, K, T, D]`, or `[B, K, T/n, n, D]` of a blocked layout, for the ops, which count for themselves."""
+        name = self._key_stores[0]
+        return layouts.first_slots(name, self._stores[name], self.used)
+
+    @property
+    def live_channels(self) -> torch.Tensor:
+        """As `live_keys`, in the layout that is read by channels at the least cost."""
+        name = self._key_stores[-1]
+        return layouts.first_slots(name, self._stores[name], self.used)
 
     @property
     def live_values(self) -> torch.Tensor:
@@ -101,6 +106,11 @@ class LayerCache(CacheLayerMixin):
     def positions(self) -> torch.Tensor:
         """`[B, K, T]` int64: the token that a live slot holds, counted within its row from 0."""
         return self._stores["positions"][:, :, : self.used]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether slots stand in the order of their tokens: always, until one is overwritten."""
+        return self.budget is None
 
     def live(self) -> torch.Tensor:
         """`[B, K, T]` bool: slots that hold a token."""
@@ -159,7 +169,7 @@ class LayerCache(CacheLayerMixin):
             return
         if self.active is not None:
             numbers = numbers * self.active[:, None]
-        self.meter.add(name, numbers.sum() * (self._stores["keys"] if like is None else like).element_size())
+        self.meter.add(name, numbers.sum() * (self.dtype.itemsize if like is None else like.element_size()))
 
     def _first_touch(self, way: str, name: str) -> bool:
         key = f"{way}/{name}"
@@ -212,7 +222,7 @@ class LayerCache(CacheLayerMixin):
         grown = (slots == self.lengths).long()
         self.lengths += grown if active is None else grown * active[:, None]
         ones = torch.ones_like(self.lengths)
-        self.count_written("keys", ones * self.head_size)
+        self.count_written("keys", ones * self.head_size * len(self._key_stores))
         self.count_written("values", ones * self.head_size)
         if active is not None:
             keys, values = (t.masked_fill(~active[:, None, None, None], 0) for t in (keys, values))
@@ -230,7 +240,10 @@ class LayerCache(CacheLayerMixin):
         priority = self.policy.priority(self).masked_fill(~self.live(), -torch.inf)
         slots = priority.topk(self.budget, dim=2).indices.sort(dim=2).values  # sorted: the order of tokens is kept
         run = ops.implementation(slots.device)
-        self._stores = {name: run.compact(store, slots) for name, store in self._stores.items()}
+        for name, store in self._stores.items():
+            kept = layouts.resized(name, store, self.budget)
+            run.compact(layouts.slots_first(name, store), slots, layouts.slots_first(name, kept))
+            self._stores[name] = kept
         self.lengths = self.lengths.clamp(max=self.budget)
         self.used = self.budget
 
@@ -244,7 +257,7 @@ class LayerCache(CacheLayerMixin):
     ) -> None:
         run = ops.implementation(keys.device)
         for name, store in self._stores.items():
-            if name == "keys":
+            if name in layouts.KEY_STORES:
                 new = keys
             elif name == "values":
                 new = values
@@ -252,13 +265,13 @@ class LayerCache(CacheLayerMixin):
                 new = tokens
             else:  # a column starts at zero for every token
                 new = store.new_zeros(()).expand(*slots.shape, *store.shape[3:])
-            run.append(store, new, slots, active)
+            run.append(layouts.slots_first(name, store), new, slots, active)
 
     # ---------------------------------------------------------------- storage
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         rows, heads, new, size = key_states.shape
         self.policy.check(size)
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device, self.head_size = key_states.dtype, key_states.device, size
         capacity = new if self.budget is not None else max(new, self.wanted or 0)
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -266,8 +279,10 @@ class LayerCache(CacheLayerMixin):
 
         self.lengths = zeros(rows, heads, dtype=torch.int64)
         self.seen = zeros(rows, dtype=torch.int64)
+        keys = self.policy.key_layout.stores(key_states, capacity)
+        self._key_stores = list(keys)
         self._stores = {
-            "keys": zeros(rows, heads, capacity, size, dtype=self.dtype),
+            **keys,
             "values": zeros(rows, heads, capacity, value_states.shape[3], dtype=value_states.dtype),
             "positions": zeros(rows, heads, capacity, dtype=torch.int64),
         }
@@ -288,12 +303,12 @@ class LayerCache(CacheLayerMixin):
         if self.budget is not None:
             room = max(needed, min(room, self.budget))
         for name, store in self._stores.items():
-            grown = store.new_zeros(*store.shape[:2], room, *store.shape[3:])
-            grown[:, :, : self.used] = store[:, :, : self.used]
+            grown = layouts.resized(name, store, room)
+            layouts.first_slots(name, grown, self.used).copy_(layouts.first_slots(name, store, self.used))
             self._stores[name] = grown
 
     def memory(self) -> int:
-        """Bytes held for keys, values, columns and summaries (positions and lengths not counted)."""
+        """Bytes held for keys in all their layouts, values, columns, summaries (positions, lengths not counted)."""
         held = [store for name, store in self._stores.items() if name != "positions"]
         return sum(t.numel() * t.element_size() for t in [*held, *self._summaries.values()])
 

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 
+from .layouts import KeyLayout
+
 if TYPE_CHECKING:
     from .cache import LayerCache, NewTokens
 
@@ -82,6 +84,11 @@ class Policy:
     def observes(self) -> Observe:
         """Which form of the attention weights `on_attend` is given."""
         return Observe.NONE
+
+    @property
+    def key_layout(self) -> KeyLayout:
+        """How the keys lie in memory; it changes speed and memory, never a result."""
+        return KeyLayout()
 
     # ---------------------------------------------------------------- two questions
     def select(self, query: torch.Tensor, kv: LayerCache) -> Selection | None:

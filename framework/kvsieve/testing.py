@@ -22,6 +22,7 @@ from . import ops, plugins, transfer
 from .attention import decode_step, prefill
 from .cache import LayerCache, NewTokens
 from .errors import UserError
+from .layouts import KeyLayout, by_token
 from .policy import Observe, Policy, Selection, Shape
 
 
@@ -279,6 +280,10 @@ class _Spy(Policy):
     def observes(self) -> Observe:
         return self.inner.observes
 
+    @property
+    def key_layout(self) -> KeyLayout:
+        return self.inner.key_layout
+
     def slots_kept(self) -> int | None:
         return self.inner.slots_kept()
 
@@ -322,7 +327,8 @@ class _Spy(Policy):
         meter, kv.meter = kv.meter, None
         clean, _ = ops.attend(query, kv, selection)
         saved = kv.live_keys.clone(), kv.live_values.clone()
-        kv.live_keys.masked_fill_(~chosen[..., None], 1e4)
+        junk = by_token(saved[0], kv.used).masked_fill(~chosen[..., None], 1e4)
+        ops.reference.append(kv.live_keys, junk, torch.arange(kv.used).expand(chosen.shape))
         kv.live_values.masked_fill_(~chosen[..., None], 1e4)
         spoilt, _ = ops.attend(query, kv, selection)
         kv.live_keys.copy_(saved[0])

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
-from kvsieve import LayerCache, NewTokens, Policy, Selection, Shape, Tail, UserError, ops
+from kvsieve import KeyLayout, LayerCache, NewTokens, Policy, Selection, Shape, Tail, UserError, ops
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class SparQ(Policy):
     mean_value: bool = True  # let the mean value stand for the tokens not read
     group_score: Literal["softmax", "logits"] = "softmax"
     mean_value_limit: float = 1.0  # the mean value's largest weight
+    layout: Literal["single", "double", "blocked"] = "single"  # of the keys: speed and memory, not results
+    block: int = 16  # tokens in a block of layout "blocked"
 
     name: ClassVar[str] = "sparq"
     paper: ClassVar[str] = "arXiv:2312.04985"
@@ -43,10 +45,15 @@ class SparQ(Policy):
             raise UserError(f"sparq.mean_value_limit must be from 0 to 1, not {self.mean_value_limit}")
         if self.group_score not in ("softmax", "logits"):
             raise UserError(f"sparq.group_score must be 'softmax' or 'logits', not {self.group_score!r}")
+        KeyLayout(self.layout, self.block)  # raises UserError for what is none
 
     @property
     def summaries(self) -> Mapping[str, Shape]:
         return {"mean_value": (torch.float32, "D")} if self.mean_value else {}
+
+    @property
+    def key_layout(self) -> KeyLayout:
+        return KeyLayout(self.layout, self.block)
 
     def check(self, head_size: int) -> None:
         if self.r > head_size:
@@ -59,16 +66,14 @@ class SparQ(Policy):
     def select(self, query: torch.Tensor, kv: LayerCache) -> Selection | None:
         if kv.used <= self.k:
             return None  # nothing to leave out
-        channels = query.float().abs().sum(2).topk(self.r).indices
-        scores = ops.channel_scores(query, kv, channels)
-        weights = ops.slot_weights(scores, kv)
-        ranking = (weights if self.group_score == "softmax" else scores).sum(2)
-        slots, counts = ops.top_slots(ranking, kv, self.k, newest=self.local)
+        channels = ops.top_channels(query, self.r)
+        slots, counts, missed = ops.top_by_channels(
+            query, kv, channels, self.k, newest=self.local, group_score=self.group_score
+        )
         if not self.mean_value:
             return Selection(slots, counts)
-        group = slots[:, :, None].expand(-1, -1, query.shape[2], -1)
-        missed = weights.sum(3) - weights.gather(3, group).sum(3)
-        missed = missed.clamp(0, self.mean_value_limit).masked_fill(kv.lengths[..., None] <= self.k, 0)
+        if self.mean_value_limit < 1:
+            missed = missed.clamp(max=self.mean_value_limit)
         return Selection(slots, counts, Tail(missed, kv["mean_value"]))
 
     @classmethod

@@ -11,7 +11,7 @@ import contextvars
 import importlib
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -78,6 +78,11 @@ def attend(
     )
 
 
+def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
+    """The r channels `[B, K, r]` in which the group's `query [B, K, G, D]` is largest: the highest sum of |q|."""
+    return implementation(query.device).top_channels(query, r)
+
+
 def channel_scores(query: torch.Tensor, kv: LayerCache, channels: torch.Tensor) -> torch.Tensor:
     """Approximate logits `[B, K, G, T]` float32 from `channels [B, K, r]` of the keys alone; dead slots get -inf.
 
@@ -86,7 +91,8 @@ def channel_scores(query: torch.Tensor, kv: LayerCache, channels: torch.Tensor) 
     kv.count_read("channels", kv.lengths * channels.shape[2])
     scale, softcap = kv.scoring["scale"], kv.scoring["softcap"]
     run = implementation(query.device)
-    return run.channel_scores(query, kv.live_keys, kv.lengths, channels, scale=scale, softcap=softcap)
+    scores = run.channel_scores(query, kv.live_channels, kv.lengths, channels, scale=scale, softcap=softcap)
+    return cast(torch.Tensor, scores[..., : kv.used])
 
 
 def slot_weights(scores: torch.Tensor, kv: LayerCache) -> torch.Tensor:
@@ -99,8 +105,43 @@ def top_slots(ranking: torch.Tensor, kv: LayerCache, k: int, newest: int = 0) ->
 
     Returns slots `[B, K, k]` and how many of them are live `[B, K]`: `min(k, length)`. A set: order and ties are free.
     """
-    forced = kv.newest(newest)
-    return implementation(ranking.device).top_slots(ranking, kv.lengths, forced, k)
+    run = implementation(ranking.device)
+    return run.top_slots(ranking, kv.lengths, k, newest=newest, forced=_newest_by_position(kv, newest))
+
+
+def top_by_channels(
+    query: torch.Tensor,
+    kv: LayerCache,
+    channels: torch.Tensor,
+    k: int,
+    *,
+    newest: int = 0,
+    group_score: Literal["softmax", "logits"] = "softmax",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`channel_scores`, added up over the group, and the `top_slots` of that, in one op that stores few of them.
+
+    `group_score` "softmax" ranks slots by the sum of the heads' weights, "logits" by the sum of their logits. Returns
+    slots `[B, K, k]`, how many of them are live `[B, K]`, and the approximate attention weight `[B, K, G]` float32 of the
+    live slots that were left out. Reads r numbers per live slot and KV head.
+    """
+    kv.count_read("channels", kv.lengths * channels.shape[2])
+    return implementation(query.device).top_by_channels(
+        query,
+        kv.live_channels,
+        kv.lengths,
+        channels,
+        k,
+        size=kv.used,
+        group_score=group_score,
+        newest=newest,
+        forced=_newest_by_position(kv, newest),
+        **kv.scoring,
+    )
+
+
+def _newest_by_position(kv: LayerCache, n: int) -> torch.Tensor | None:
+    """The newest n tokens as a mask `[B, K, T]`, where slots do not stand in the order of tokens."""
+    return None if kv.in_order else kv.newest(n)
 
 
 def running_mean(mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

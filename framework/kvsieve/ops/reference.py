@@ -2,7 +2,8 @@
 
 Letters: B rows, H = K * G query heads, K KV heads, G query heads per KV head, T slots, S chosen slots, D head size,
 Q new tokens, r channels. Weights and scores are float32 whatever the cache holds. `lengths [B, K]`: slots below it are
-live; no other is ever given a weight.
+live; no other is ever given a weight. `keys` may be `[B, K, T, D]` of any strides, or `[B, K, T/n, n, D]`, the blocked
+layout, whose last block may reach beyond T.
 """
 
 import math
@@ -34,13 +35,13 @@ def attend(
     `query [B, K, G, D]`; `keys`, `values [B, K, T, D]`; `sinks [K, G]`: a logit per head that takes weight and gives no
     value. Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]`: mean weight over the group.
     """
-    size = keys.shape[2]
+    size = values.shape[2]
     if slots is None:
+        keys = keys if keys.dim() == 4 else keys.flatten(2, 3)[:, :, :size]
         live = _below(lengths, size)
     else:
         assert counts is not None
-        index = slots[..., None].expand(-1, -1, -1, keys.shape[3])
-        keys, values = keys.gather(2, index), values.gather(2, index)
+        keys, values = keys[_places(keys, slots)], values[_places(values, slots)]
         live = _below(counts, slots.shape[2])
     logits = _logits(query, keys, scale, softcap)
     weights = _softmax(logits, live[:, :, None], sinks)
@@ -102,6 +103,11 @@ def prefill(
     return output, mass
 
 
+def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
+    """The r channels `[B, K, r]` in which the group's `query [B, K, G, D]` is largest: the highest sum of |q|."""
+    return query.float().abs().sum(2).topk(r).indices
+
+
 def channel_scores(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -111,7 +117,7 @@ def channel_scores(
     scale: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Logits from the chosen channels only, `[B, K, G, T]` float32; dead slots get -inf.
+    """Logits from the chosen channels only, `[B, K, G, T]` float32; dead slots get -inf. Of blocks, T is all they hold.
 
     `channels [B, K, r]`. The dot product over r of D channels is smaller than the whole one; it is divided by
     `sqrt(coverage)`, coverage being the share of |query| that the channels hold (SparQ, equation 9: with the usual
@@ -123,11 +129,14 @@ def channel_scores(
     coverage = chosen.float().abs().sum(3) / norm.clamp(min=torch.finfo(torch.float32).tiny)
     # A zero query (the embedding of a pad token, say) covers nothing of nothing: 0 / 0. Its logits are all zero.
     temperature = torch.where(norm > 0, coverage, 1).clamp(min=1e-6).rsqrt()
-    part = keys.gather(3, index.expand(-1, -1, keys.shape[2], -1))
+    if keys.dim() == 5:
+        part = keys.gather(4, index[:, :, None].expand(-1, -1, *keys.shape[2:4], -1)).flatten(2, 3)
+    else:
+        part = keys.gather(3, index.expand(-1, -1, keys.shape[2], -1))
     logits = torch.matmul(chosen, part.transpose(2, 3)).float() * (scale * temperature)[..., None]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    live = _below(lengths, keys.shape[2])[:, :, None]
+    live = _below(lengths, part.shape[2])[:, :, None]
     return logits.masked_fill(~live, -math.inf)
 
 
@@ -137,37 +146,82 @@ def slot_weights(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> tor
 
 
 def top_slots(
-    ranking: torch.Tensor, lengths: torch.Tensor, newest: torch.Tensor, k: int
+    ranking: torch.Tensor, lengths: torch.Tensor, k: int, *, newest: int = 0, forced: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best live slots of `ranking [B, K, T]`, those marked in `newest [B, K, T]` first: `[B, K, k]`, `[B, K]`.
+    """The k best live slots of `ranking [B, K, T]`, the last `newest` ones first: `[B, K, k]`, `[B, K]`.
 
-    A set, not a ranking: among equal scores any may be taken. Rows with fewer than k live slots take all of theirs.
+    Where slots do not stand in the order of tokens, `forced [B, K, T]` bool marks the newest instead. A set, not a
+    ranking: among equal scores any may be taken. Rows with fewer than k live slots take all of theirs, and those come
+    before whatever fills the rest.
     """
-    live = _below(lengths, ranking.shape[2])
-    ranking = ranking.masked_fill(newest, math.inf).masked_fill(~live, -math.inf)
+    slots = torch.arange(ranking.shape[2], device=lengths.device)
+    if forced is None:
+        forced = slots >= (lengths - newest)[..., None]
+    ranking = ranking.masked_fill(forced, math.inf).masked_fill(slots >= lengths[..., None], -math.inf)
     return ranking.topk(k, dim=2).indices, lengths.clamp(max=k)
+
+
+def top_by_channels(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lengths: torch.Tensor,
+    channels: torch.Tensor,
+    k: int,
+    *,
+    size: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    group_score: str = "softmax",
+    newest: int = 0,
+    forced: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`channel_scores` over T = `size` slots, added up over the group, and the `top_slots` of that.
+
+    `group_score` "softmax" adds the heads' weights, "logits" their logits. Returns slots `[B, K, k]`, how many are live
+    `[B, K]`, and the approximate weight `[B, K, G]` of the live slots that were left out, zero where none was.
+    """
+    scores = channel_scores(query, keys, lengths, channels, scale=scale, softcap=softcap)[..., :size]
+    weights = slot_weights(scores, sinks)
+    ranking = (weights if group_score == "softmax" else scores).sum(2)
+    slots, counts = top_slots(ranking, lengths, k, newest=newest, forced=forced)
+    held = weights.gather(3, slots[:, :, None].expand(-1, -1, weights.shape[2], -1))
+    missed = (weights.sum(3) - held.sum(3)).clamp(min=0)
+    return slots, counts, missed.masked_fill((lengths <= k)[..., None], 0)
 
 
 def append(
     storage: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
 ) -> None:
-    """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`; inactive rows `[B]` stay as they are."""
-    index = slots.view(*slots.shape, *[1] * (new.dim() - 3)).expand(new.shape)
+    """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`; inactive rows `[B]` stay as they are.
+
+    Storage may be of any strides, and in blocks: `[B, K, C/n, n, D]`.
+    """
+    places = _places(storage, slots)
     if active is not None:
-        new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, storage.gather(2, index))
-    storage.scatter_(2, index, new)
+        new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, storage[places])
+    storage[places] = new
 
 
-def compact(storage: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """New storage `[B, K, S, ...]` that holds `slots [B, K, S]` of `storage [B, K, C, ...]`, in that order."""
-    index = slots.view(*slots.shape, *[1] * (storage.dim() - 3)).expand(*slots.shape, *storage.shape[3:])
-    return storage.gather(2, index)
+def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """Write `slots [B, K, S]` of `storage [B, K, C, ...]` to the first S slots of `out`, another storage, in that order."""
+    target = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
+    out[_places(out, target)] = storage[_places(storage, slots)]
 
 
 def running_mean(mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """The mean `[B, K, D]` float32 after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` in all."""
     total = seen.clamp(min=1).view(-1, 1, 1)
     return mean + (new.sum(2, dtype=torch.float32) - counts.view(-1, 1, 1) * mean) / total
+
+
+def _places(storage: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `storage[...]` takes to mean the slots `[B, K, S]`, in blocks or not."""
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
+    heads = torch.arange(slots.shape[1], device=slots.device)[:, None]
+    if storage.dim() == 5:
+        return rows, heads, slots // storage.shape[3], slots % storage.shape[3]
+    return rows, heads, slots
 
 
 def _below(lengths: torch.Tensor, size: int) -> torch.Tensor:
