@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvsieve
-from kvsieve import KVCache, LayerCache, Policy, UserError, make_policy
+from kvsieve import KeyLayout, KVCache, LayerCache, Policy, UserError, make_policy
 from kvsieve.attention import decode_step, prefill
+from kvsieve.layouts import KINDS, by_token
 from tests.models import random_prompts, tiny_llama
 
 HEADS, SIZE = 2, 4
@@ -21,6 +22,7 @@ class Tagging(Policy):
     """Evicts in an arbitrary but fixed order and writes each token's position into a column and a vector column."""
 
     budget: int | None = None
+    key_layout: KeyLayout = KeyLayout()
     name: ClassVar[str] = "tagging"
     columns = {"tag": torch.float32, "pair": (torch.float64, 2)}
     summaries = {"last": (torch.float32, "D"), "count": torch.int64}
@@ -48,8 +50,8 @@ def tokens(rows: list[int], starts: list[int], new: int) -> torch.Tensor:
 class Slots:
     """Drives a LayerCache and knows what must be in it: the rows' names, and how many tokens each has seen."""
 
-    def __init__(self, rows: int, budget: int | None) -> None:
-        self.kv = LayerCache(Tagging(budget))
+    def __init__(self, rows: int, budget: int | None, layout: str) -> None:
+        self.kv = LayerCache(Tagging(budget, KeyLayout(layout)))
         self.kv.scoring = {"scale": 0.5, "softcap": None, "sinks": None}
         self.rows, self.seen = list(range(rows)), [0] * rows
 
@@ -79,7 +81,8 @@ class Slots:
 
     def check(self) -> None:
         kv, budget = self.kv, self.kv.budget
-        tag, pair = kv["tag"], kv["pair"]
+        tag, pair, keys = kv["tag"], kv["pair"], kv.keys
+        channels = by_token(kv.live_channels, kv.used)
         for b, (row, seen) in enumerate(zip(self.rows, self.seen, strict=True)):
             assert int(kv.seen[b]) == seen
             assert kv["count"][b].tolist() == [seen] * HEADS
@@ -92,7 +95,8 @@ class Slots:
                 assert all(0 <= token < seen for token in held)
                 assert seen - 1 in held  # the newest is never the one to go
                 wanted = torch.tensor([key_of(row, token) for token in held])
-                assert torch.equal(kv.live_keys[b, k, :length, 0], wanted)
+                assert torch.equal(keys[b, k, :length, 0], wanted)
+                assert torch.equal(channels[b, k, :length, SIZE - 1], wanted)
                 assert torch.equal(kv.live_values[b, k, :length, 0], -wanted)
                 assert torch.equal(tag[b, k, :length], torch.tensor(held) + 0.5)
                 assert torch.equal(pair[b, k, :length, 1].float(), -torch.tensor(held) - 0.5)
@@ -100,10 +104,15 @@ class Slots:
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), rows=st.integers(1, 3), budget=st.none() | st.integers(1, 9))
-def test_slots_and_what_belongs_to_them_stay_together(data, rows, budget):
-    slots = Slots(rows, budget)
-    slots.prompt(data.draw(st.lists(st.integers(1, 8), min_size=rows, max_size=rows)), data.draw(st.booleans()))
+@given(
+    data=st.data(),
+    rows=st.integers(1, 3),
+    budget=st.none() | st.integers(1, 20),
+    layout=st.sampled_from(KINDS),
+)
+def test_slots_and_what_belongs_to_them_stay_together(data, rows, budget, layout):
+    slots = Slots(rows, budget, layout)
+    slots.prompt(data.draw(st.lists(st.integers(1, 20), min_size=rows, max_size=rows)), data.draw(st.booleans()))
     slots.check()
     for _ in range(data.draw(st.integers(1, 8))):
         action = data.draw(st.sampled_from(["step", "step", "prompt", "reorder"]))

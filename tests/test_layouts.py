@@ -1,0 +1,104 @@
+"""A key layout changes where the keys stand in memory, and nothing else."""
+
+import pytest
+import torch
+
+import kvsieve
+from kvsieve import KeyLayout, KVCache, LayerCache, UserError, make_policy, transfer
+from kvsieve.layouts import BLOCKS, KINDS, by_token
+from kvsieve.testing import rollout
+from tests.models import random_prompts, tiny_llama
+from tests.test_oracle import TOLERANCE, right_padded, steps
+
+OTHERS = [("double", 16), *(("blocked", block) for block in BLOCKS)]
+
+
+@pytest.mark.parametrize("case", ["mha_ragged", "gqa"])
+@pytest.mark.parametrize(("layout", "block"), OTHERS)
+def test_the_authors_numbers_in_every_layout(case, layout, block):
+    given = steps(case)
+    r, k, local = given["r_k_l"].tolist()
+    policy = make_policy("sparq", r=r, k=k, local=local, layout=layout, block=block)
+    keys, values = (right_padded(given[name], given["left_padding"], 1) for name in ("keys", "values"))
+    lengths = keys.shape[2] - 1 - given["left_padding"]
+    got = rollout(policy, None, given["query"], keys, values, lengths=lengths)
+    torch.testing.assert_close(got, given["sparq_paper_mean_value"], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def run(layout, block=16, steps=40):
+    """Tokens, bytes held, and the meter, of a run long enough to grow the cache and to fill several blocks."""
+    model, prompts = tiny_llama(), random_prompts(21, 9, 1)
+    policy = make_policy("sparq", r=3, k=6, local=2, layout=layout, block=block)
+    cache = KVCache(model, policy)
+    with transfer.measure() as meter:
+        made = list(kvsieve.decode(model, prompts, policy, max_new_tokens=steps, cache=cache, prefill_chunk=5))
+    return torch.stack(made), cache, meter
+
+
+@pytest.mark.parametrize(("layout", "block"), OTHERS)
+def test_the_same_tokens_and_the_same_bytes_read(layout, block):
+    tokens, _, meter = run("single")
+    same_tokens, _, same_meter = run(layout, block)
+    assert torch.equal(tokens, same_tokens)
+    assert same_meter.by_kind == meter.by_kind
+
+
+def test_the_second_copy_is_held_and_written():
+    (_, single, meter), (_, double, double_meter) = run("single"), run("double")
+    keys = [layer.capacity for layer in single.policy_layers]
+    padded = [-(-capacity // 64) * 64 for capacity in keys]  # a channel's row is whole memory sectors
+    a_token = 3 * 2 * 8 * 4  # rows, KV heads, head size, float32
+    assert double.memory() - single.memory() == sum(padded) * a_token
+    written_keys = len(keys) * meter.steps * 2 * 8 * 4
+    assert double_meter.written - meter.written == written_keys
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_hold_one_copy(block):
+    (_, single, meter), (_, blocked, blocked_meter) = run("single"), run("blocked", block)
+    a_token = 3 * 2 * 8 * 4
+    assert 0 <= blocked.memory() - single.memory() < 2 * block * a_token  # the last block may be begun
+    assert blocked_meter.written == meter.written
+
+
+@pytest.mark.parametrize("layout", KINDS)
+def test_rows_can_be_reordered(layout):
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 8)
+    queries = torch.randn(2, 4, 4, 8)
+    kv = LayerCache(make_policy("sparq", r=3, k=6, local=2, layout=layout))
+    rollout(kv.policy, None, queries, keys, values, lengths=torch.tensor([30, 7]), kv=kv)
+    before = kv.keys.clone()
+    kv.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(kv.keys, before[[1, 1]])
+    contiguous = {"single": 3, "double": 2, "blocked": 3}[layout]  # still in its layout
+    assert kv.live_channels.stride(contiguous) == 1
+
+
+@pytest.mark.parametrize("layout", KINDS)
+@pytest.mark.parametrize("budget", [5, 16, 23])
+def test_evicting_works_in_every_layout(layout, budget):
+    """An evicting policy whose keys are laid out in another way: compaction and overwriting keep all copies right."""
+    from kvsieve_policies.h2o import H2O
+
+    class Laid(H2O):
+        key_layout = KeyLayout(layout)
+
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
+    prompt, queries = torch.randn(2, 4, 40, 8), torch.randn(2, 4, 10, 8)
+    lengths = torch.tensor([40, 11])
+    kv = LayerCache(Laid(budget=budget, recent=2))
+    got = rollout(kv.policy, prompt, queries, keys, values, lengths=lengths, kv=kv)
+    wanted = rollout(H2O(budget=budget, recent=2), prompt, queries, keys, values, lengths=lengths)
+    torch.testing.assert_close(got, wanted)
+    assert torch.equal(by_token(kv.live_channels, kv.used), kv.keys)
+
+
+def test_what_is_no_layout_is_refused_with_the_legal_ones():
+    with pytest.raises(UserError, match="'single', 'double' or 'blocked', not 'doubled'"):
+        make_policy("sparq", layout="doubled")
+    with pytest.raises(UserError, match="did you mean 'double'[?] Legal: blocked, double, single"):
+        KeyLayout("doubled")
+    with pytest.raises(UserError, match="16, 32, 64 tokens, not 20"):
+        make_policy("sparq", layout="blocked", block=20)
