@@ -1,0 +1,322 @@
+"""Attention of one query token: flash decoding, split over the sequence.
+
+One program takes a piece of a row and KV head with the whole query group, so every key and value is read once; a
+second, small kernel merges the pieces by their log-sum-exps. The grid depends on the capacity alone and lengths are
+read by pointer: no host synchronisation, and what the step costs follows the lengths. Logits are kept in base 2.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+_MERGED_AT_ONCE = 64
+_MASS_BLOCK = 512
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    tail_weight: torch.Tensor | None = None,
+    tail_value: torch.Tensor | None = None,
+    want_mass: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `reference.attend`. Slots that are not live, or not chosen, are never read.
+
+    The mass comes from the same pass: logits are stored once, G * 4 bytes a slot, and a last kernel turns them into
+    weights when the log-sum-exp of the whole row is known. Their sum over the group cannot be taken earlier, because
+    each head's weights have another divisor; reading the keys again would move D * 2 bytes a slot. For G = 4, D = 128
+    in 16 bit it is 36 bytes beside the 512 that attention reads, mostly in the L2 cache.
+    """
+    rows, heads, group, size = query.shape
+    total, pairs = values.shape[2], rows * heads
+    many = total if slots is None else slots.shape[2]
+    plan = launch.decode(size, keys.dtype)
+    splits = launch.splits(pairs, many, query.device)
+    aligned = triton.cdiv(many, 16) * 16  # one compiled kernel serves a growing cache
+    query, lengths = query.contiguous(), lengths.contiguous()
+    if slots is not None:
+        assert counts is not None
+        slots, lengths = slots.contiguous(), counts.contiguous()
+
+    new: dict[str, Any] = {"device": query.device, "dtype": torch.float32}
+    output = torch.empty_like(query)
+    lse = torch.empty(pairs, group, **new)
+    logits = torch.empty(pairs, group, aligned, **new) if want_mass else None
+    pieces = torch.empty(pairs, splits, group, size, **new) if splits > 1 else None
+    piece_lse = torch.empty(pairs, splits, group, **new) if splits > 1 else None
+    ending = (
+        None if sinks is None else sinks.contiguous(),
+        None if tail_weight is None else tail_weight.contiguous(),
+        None if tail_value is None else tail_value.contiguous(),
+        heads,
+        group,
+        size,
+        triton.next_power_of_2(size),
+        plan.slots,
+    )
+    _attend_piece[(pairs, splits)](
+        *(query, keys, values, lengths, slots),
+        *(output, lse, pieces, piece_lse, logits),
+        *(scale, softcap),
+        *_key_strides(keys),
+        *values.stride(),
+        *(many, aligned, splits),
+        *ending,
+        ROWS=max(plan.rows, triton.next_power_of_2(group)),
+        KEY_BLOCK=1 if keys.dim() == 4 else keys.shape[3],
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+    )
+    if splits > 1:
+        _merge_pieces[(pairs, group)](
+            *(pieces, piece_lse, lengths, output, lse, splits), *ending, MERGED=_MERGED_AT_ONCE
+        )
+    if not want_mass:
+        return output, None
+    mass = (torch.empty if slots is None else torch.zeros)(rows, heads, total, **new)
+    _mass_from_logits[(pairs, triton.cdiv(many, _MASS_BLOCK))](
+        *(logits, lse, lengths, slots, mass, many, aligned, total),
+        G=group,
+        GROUP=triton.next_power_of_2(group),
+        BLOCK=_MASS_BLOCK,
+    )
+    return output, mass
+
+
+def _key_strides(keys: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """Of rows, heads, blocks of slots, slots within a block, channels. Token-major: a block is one slot."""
+    row, head, *within, channel = keys.stride()
+    return row, head, within[0], within[1] if len(within) == 2 else 0, channel
+
+
+@triton.jit
+def capped(logits, softcap):
+    """softcap * tanh(logits / softcap); where its exponential overflows it has the right limit."""
+    return softcap * (1 - 2 / (1 + tl.exp2(logits * (2 * LOG2_E / softcap))))
+
+
+@triton.jit
+def with_sinks(blend, peak, total, sinks, mask):
+    """A logit per head that takes weight and gives no value: joins `total` = sum of exp2(logit - peak)."""
+    sink = tl.load(sinks, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    top = tl.maximum(peak, sink)
+    fade = tl.exp2(peak - top)
+    return blend * fade[:, None], top, total * fade + tl.exp2(sink - top)
+
+
+@triton.jit
+def _share(length, splits, BLOCK: tl.constexpr):
+    """How many slots each piece of a row takes: whole blocks."""
+    return tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
+
+
+@triton.jit
+def _finish(
+    blend,  # [N, BLOCK_D], sum of exp2(logit - peak) * value
+    peak,
+    total,
+    pair,
+    g,  # [N], the heads within their group
+    output,
+    lse,
+    sinks,
+    tail_weight,
+    tail_value,
+    KV_HEADS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Store the result of whole rows: sinks, division, tail. A row without slots gives zero."""
+    real, d = g < G, tl.arange(0, BLOCK_D)
+    if sinks is not None:
+        blend, peak, total = with_sinks(blend, peak, total, sinks + (pair % KV_HEADS) * G + g, real)
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    result = blend / total[:, None]
+    head = pair * G + g
+    tl.store(lse + head, tl.where(some, peak + tl.log2(total), float("-inf")), mask=real)
+    if tail_weight is not None:
+        weight = tl.load(tail_weight + head, mask=real, other=0.0)[:, None]
+        value = tl.load(tail_value + pair * D + d, mask=d < D, other=0.0).to(tl.float32)
+        result = (1 - weight) * result + weight * value[None, :]
+    mask = real[:, None] & (d < D)[None, :]
+    tl.store(output + head[:, None] * D + d[None, :], result.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _attend_piece(
+    query,  # [B, K, G, D]
+    keys,  # [B, K, T, D] or [B, K, T/n, n, D]
+    values,  # [B, K, T, D]
+    lengths,  # [B, K]: live slots, or chosen ones
+    slots,  # [B, K, S] or None
+    output,
+    lse,  # [B, K, G]
+    pieces,  # [B, K, splits, G, D] float32, or None: this is the only piece
+    piece_lse,
+    logits,  # [B, K, G, aligned] float32 or None
+    scale,
+    softcap,
+    key_row,
+    key_head,
+    key_block,
+    key_slot,
+    key_d,
+    value_row,
+    value_head,
+    value_slot,
+    value_d,
+    many,
+    aligned,
+    splits,
+    sinks,
+    tail_weight,
+    tail_value,
+    KV_HEADS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+):
+    pair, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + pair).to(tl.int32)
+    share = _share(length, splits, BLOCK)
+    begin = piece * share
+    end = tl.minimum(begin + share, length)
+    if pieces is not None:
+        if begin >= end:
+            return
+    g, d, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    real = g < G
+    q = tl.load(
+        query + (pair * G + g)[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
+    )
+    keys += (pair // KV_HEADS) * key_row + (pair % KV_HEADS) * key_head
+    values += (pair // KV_HEADS) * value_row + (pair % KV_HEADS) * value_head
+
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    blend = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for first in range(begin, end, BLOCK):
+        index = first + n
+        live = index < end
+        if slots is not None:
+            slot = tl.load(slots + pair * many + index, mask=live, other=0).to(tl.int64)
+        else:
+            slot = index.to(tl.int64)
+        mask = live[:, None] & (d < D)[None, :]
+        if KEY_BLOCK == 1:
+            place = slot * key_block
+        else:
+            place = (slot // KEY_BLOCK) * key_block + (slot % KEY_BLOCK) * key_slot
+        k = tl.load(keys + place[:, None] + d[None, :] * key_d, mask=mask, other=0.0)
+        v = tl.load(values + slot[:, None] * value_slot + d[None, :] * value_d, mask=mask, other=0.0)
+        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if softcap is not None:
+            logit = capped(logit, softcap)
+        logit = tl.where(live[None, :], logit * LOG2_E, float("-inf"))
+        if logits is not None:
+            head = (pair * G + g)[:, None] * aligned
+            tl.store(logits + head + index[None, :], logit, mask=real[:, None] & live[None, :])
+        top = tl.maximum(peak, tl.max(logit, 1))
+        fade = tl.exp2(peak - top)
+        weight = tl.exp2(logit - top[:, None])
+        total = total * fade + tl.sum(weight, 1)
+        blend = blend * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        peak = top
+
+    if pieces is None:
+        _finish(
+            blend, peak, total, pair, g, output, lse, sinks, tail_weight, tail_value, KV_HEADS, G, D, BLOCK_D
+        )
+    else:
+        head = (pair * splits + piece) * G + g
+        tl.store(piece_lse + head, peak + tl.log2(total), mask=real)
+        mask = real[:, None] & (d < D)[None, :]
+        tl.store(pieces + head[:, None] * D + d[None, :], blend / total[:, None], mask=mask)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _merge_pieces(
+    pieces,
+    piece_lse,
+    lengths,
+    output,
+    lse,
+    splits,
+    sinks,
+    tail_weight,
+    tail_value,
+    KV_HEADS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    pair, g = tl.program_id(0).to(tl.int64), tl.program_id(1) + tl.arange(0, 1)
+    d, s = tl.arange(0, BLOCK_D), tl.arange(0, MERGED)
+    length = tl.load(lengths + pair).to(tl.int32)
+    written = tl.cdiv(length, tl.maximum(_share(length, splits, BLOCK), 1))
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    blend = tl.zeros([1, BLOCK_D], tl.float32)
+    for first in range(0, written, MERGED):
+        live = first + s < written
+        head = (pair * splits + first + s) * G + tl.program_id(1)
+        logit = tl.load(piece_lse + head, mask=live, other=float("-inf"))
+        mask = live[:, None] & (d < D)[None, :]
+        piece = tl.load(pieces + head[:, None] * D + d[None, :], mask=mask, other=0.0)
+        top = tl.maximum(peak, tl.max(logit, 0))
+        fade = tl.exp2(peak - top)
+        weight = tl.exp2(logit - top)
+        total = total * fade + tl.sum(weight, 0)
+        blend = blend * fade[:, None] + tl.sum(weight[:, None] * piece, 0)[None, :]
+        peak = top
+    _finish(blend, peak, total, pair, g, output, lse, sinks, tail_weight, tail_value, KV_HEADS, G, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["many", "total"])
+def _mass_from_logits(
+    logits,
+    lse,
+    lengths,
+    slots,
+    mass,  # [B, K, total]; zero already if there are slots
+    many,
+    aligned,
+    total,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair, g = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = index < tl.load(lengths + pair).to(tl.int32)
+    head = pair * G + g
+    mask = (g < G)[:, None] & live[None, :]
+    logit = tl.load(logits + head[:, None] * aligned + index[None, :], mask=mask, other=0.0)
+    peak = tl.load(lse + head, mask=g < G, other=0.0)
+    weight = tl.where(mask, tl.exp2(logit - peak[:, None]), 0.0)
+    mean = tl.sum(weight, 0) / G
+    if slots is not None:
+        slot = tl.load(slots + pair * many + index, mask=live, other=0)
+        tl.store(mass + pair * total + slot, mean, mask=live)
+    else:
+        tl.store(mass + pair * total + index, mean, mask=index < many)
