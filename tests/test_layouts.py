@@ -1,5 +1,7 @@
 """A key layout changes where the keys stand in memory, and nothing else."""
 
+import functools
+
 import pytest
 import torch
 
@@ -25,13 +27,16 @@ def test_the_authors_numbers_in_every_layout(case, layout, block):
     torch.testing.assert_close(got, given["sparq_paper_mean_value"], atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@functools.cache
 def run(layout, block=16, steps=40):
-    """Tokens, bytes held, and the meter, of a run long enough to grow the cache and to fill several blocks."""
+    """Tokens, cache and meter of a run long enough to grow the cache and to fill several blocks."""
     model, prompts = tiny_llama(), random_prompts(21, 9, 1)
     policy = make_policy("sparq", r=3, k=6, local=2, layout=layout, block=block)
     cache = KVCache(model, policy)
     with transfer.measure() as meter:
-        made = list(kvsieve.decode(model, prompts, policy, max_new_tokens=steps, cache=cache, prefill_chunk=5))
+        made = list(
+            kvsieve.decode(model, prompts, policy, max_new_tokens=steps, cache=cache, prefill_chunk=5)
+        )
     return torch.stack(made), cache, meter
 
 
@@ -78,7 +83,7 @@ def test_rows_can_be_reordered(layout):
 @pytest.mark.parametrize("layout", KINDS)
 @pytest.mark.parametrize("budget", [5, 16, 23])
 def test_evicting_works_in_every_layout(layout, budget):
-    """An evicting policy whose keys are laid out in another way: compaction and overwriting keep all copies right."""
+    """Compaction and overwriting keep every copy right."""
     from kvsieve_policies.h2o import H2O
 
     class Laid(H2O):
@@ -98,7 +103,7 @@ def test_evicting_works_in_every_layout(layout, budget):
 def test_what_is_no_layout_is_refused_with_the_legal_ones():
     with pytest.raises(UserError, match="'single', 'double' or 'blocked', not 'doubled'"):
         make_policy("sparq", layout="doubled")
-    with pytest.raises(UserError, match="did you mean 'double'[?] Legal: blocked, double, single"):
+    with pytest.raises(UserError, match=r"did you mean 'double'[?] Legal: blocked, double, single"):
         KeyLayout("doubled")
     with pytest.raises(UserError, match="16, 32, 64 tokens, not 20"):
         make_policy("sparq", layout="blocked", block=20)
