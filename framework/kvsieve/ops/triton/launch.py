@@ -1,4 +1,4 @@
-"""How kernels are launched: block sizes, warps and stages by head size and type; how many pieces a row is cut into.
+"""How kernels are launched: block sizes, warps and stages by head size and type, pieces of a row.
 
 Plain rules, to be tuned on a machine; no autotuner, which synchronises and cannot be captured in a graph.
 """
@@ -42,9 +42,10 @@ def prompt(head_size: int, dtype: torch.dtype) -> Launch:
 
 
 def splits(pairs: int, slots: int, device: torch.device) -> int:
-    """Into how many pieces each of `pairs` = B * K rows of up to `slots` slots is cut: a small batch fills the GPU.
+    """Into how many pieces each of `pairs` = B * K rows is cut, so that a small batch fills the GPU too.
 
-    Depends on sizes alone, not on lengths, which the host does not know; programs beyond a row's end return early.
+    Depends on sizes alone, not on lengths, which the host does not know; programs beyond a row's end return
+    early.
     """
     return max(1, min(PROGRAMS_PER_SM * multiprocessors(device) // pairs, slots // SLOTS_PER_SPLIT))
 

@@ -1,8 +1,9 @@
 """Attention of a prompt, and the mass that each slot receives from it, without a T x T matrix.
 
-Plain causal attention of a whole prompt is torch's. Soft-capping, sinks and chunks that follow other slots need a
-flash kernel of our own, and so does the mass: it is the column sums of the attention weights, recomputed from the
-log-sum-exps that the first kernel leaves. Query heads of a group share rows: row i * G + g is head g of token i.
+Plain causal attention of a whole prompt is torch's. Soft-capping, sinks and chunks that follow other slots
+need a flash kernel of our own, and so does the mass: it is the column sums of the attention weights,
+recomputed from the log-sum-exps that the first kernel leaves. Query heads of a group share rows: row i * G +
+g is head g of token i.
 """
 
 import torch
@@ -32,7 +33,9 @@ def prefill(
     if fresh and softcap is None and sinks is None and not want_mass:
         flat = query.reshape(rows, heads * group, new, size)
         gqa = group > 1
-        output = F.scaled_dot_product_attention(flat, keys, values, is_causal=True, scale=scale, enable_gqa=gqa)
+        output = F.scaled_dot_product_attention(
+            flat, keys, values, is_causal=True, scale=scale, enable_gqa=gqa
+        )
         real = torch.arange(new, device=query.device) < counts[:, None]
         return output.view(query.shape).masked_fill(~real[:, None, None, :, None], 0), None
 
