@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -98,10 +99,16 @@ def write_run(folder, rows):
         writer.writerows(rows)
     (folder / "config.yaml").write_text("model: reference\ntasks:\n  - needle: {context: 512, samples: 32}\n")
     environment = {
-        "date": "2025-11-20T19:40:11+00:00",
-        "machine": {"cpu": "Intel Xeon 2.80GHz", "cores": 2, "gpu": None},
-        "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "kvsieve": "0.1.0"},
-        "command": "kvsieve compare configs/quickstart.yaml",
+        "started": "2025-11-20T19:40:11+00:00",
+        "kvsieve": "0.1.0",
+        "plugins": {"my-policy": "1.0"},
+        "python": "3.11.2",
+        "torch": "2.13.0",
+        "cpu": "Intel Xeon 2.80GHz",
+        "cores": 2,
+        "gpu": None,
+        "dtype": "float32",
+        "parameters": 3211520,
     }
     (folder / "environment.json").write_text(json.dumps(environment))
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
@@ -135,8 +142,9 @@ def test_the_page_holds_every_row_the_finding_and_what_was_run(run_folder, page)
     assert page.count('<th scope="row"') == len(synthetic_rows())
     assert html.escape(finding(read(run_folder))) in page
     assert page.count('<div class="chart"') == len(TASKS) == len(charts_of(page))
-    for expected in ("Intel Xeon 2.80GHz", "torch 2.13.0", "2025-11-20", "samples: 32", "budget=64 recent=16",
-                     "characters of 64", "lower is better", "0.890 to 1.000", "2 MiB"):  # fmt: skip
+    for expected in ("reference, 3.21 M parameters, float32", "Intel Xeon 2.80GHz, 2 cores", "torch 2.13.0",
+                     "2025-11-20 19:40 UTC", "my-policy 1.0", "samples: 32", "budget=64 recent=16",
+                     "characters of 64", "lower is better", "0.890 to 1.000", "2.1 MB"):  # fmt: skip
         assert expected in page, expected
     assert f"{2 * len(synthetic_rows())}" in page  # samples decoded, the torn line left out
 
@@ -147,7 +155,23 @@ def test_best_values_are_marked_among_the_sparse_policies_of_each_group(tmp_path
             row("needle", 512, "h2o", 0.2, "1/8", tokens_per_second=300)]  # fmt: skip
     page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
     body = page[page.index("<tbody>") :]
-    assert re.findall(r'class="best">([^<]+)<', body) == ["0.900", "256 KiB", "300"]
+    assert re.findall(r'class="best">([^<]+)<', body) == ["0.900", "262 kB", "300"]
+
+
+def test_a_failed_cell_stays_in_the_table_without_numbers(tmp_path):
+    nothing = dict.fromkeys(("score_low", "score_high", "bytes_ratio", "bytes_per_step", "kv_bytes"), "")
+    rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "sparq", 1.0, "1/8")]
+    failed = rows[1] | nothing | {"context": 1024, "score": "nan", "tokens_per_second": ""}
+    write_run(tmp_path, [*rows, failed])
+    errors = {"needle 512, dense": None, "needle 1024, sparq 1/8": "NaN in <logits>"}
+    cells = [{"label": label, "error": error} for label, error in errors.items()]
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    page = write_report(tmp_path).read_text(encoding="utf-8").partition("</table>")[0]
+    assert "<li>needle 1024, sparq 1/8: NaN in &lt;logits&gt;</li>" in page
+    assert "1 of the cells" in page
+    last = re.findall(r"<td.*?</td>", page[page.rindex('<th scope="row"') :])
+    assert [re.sub("<.*?>", "", cell) for cell in last] == [*["\N{EN DASH}"] * 5, "32"]
+    assert not any("data-value" in cell for cell in last[:-1])
 
 
 def test_the_finding_names_who_keeps_the_dense_score_and_who_does_not(tmp_path):
@@ -155,7 +179,7 @@ def test_the_finding_names_who_keeps_the_dense_score_and_who_does_not(tmp_path):
     assert sentence == (
         "SparQ kept at least 95% of the dense score in all 6 task settings "
         "while reading about 1/8 of the bytes; "
-        "for as many bytes, local window fell to 6% and H2O to 0% at worst."
+        "for about as many bytes, local window fell to 6% and H2O to 0% at worst."
     )
 
 
@@ -165,6 +189,7 @@ def test_the_finding_claims_no_more_than_was_measured(tmp_path):
     others = [one for one in needle if one["policy"] != "dense"]
     weak = [one | {"score": 0.9 * one["score"]} for one in others]
     eighths = [one for one in others if one["compression"] == "1/8" and one["context"] == 512]
+    assert "in all 3 task settings" in finding_of(tmp_path, needle)
     failed = [one | {"score": ""} if one in eighths else one for one in others]
     assert re.match(
         r"No policy kept 95%.* SparQ, with 90% at worst .* 1/4", finding_of(tmp_path, dense + weak)
@@ -182,7 +207,7 @@ def test_lower_is_better_is_turned_round(tmp_path):
             row("perplexity", 1024, "h2o", 1.9, "1/8")]  # fmt: skip
     assert finding_of(tmp_path, rows) == (
         "H2O kept at least 95% of the dense score on perplexity at 1,024 tokens "
-        "while reading about 1/8 of the bytes; for as many bytes, SparQ fell to 80% at worst."
+        "while reading about 1/8 of the bytes; for about as many bytes, SparQ fell to 80% at worst."
     )
 
 
@@ -264,6 +289,15 @@ def test_bad_input_is_answered_with_a_message(tmp_path, capsys):
         write_report(tmp_path)
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "not the folder of a finished run" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "altair", None)
+    for module in ("chart", "page", "table"):
+        monkeypatch.delitem(sys.modules, f"kvsieve.compare.report.{module}")
+    monkeypatch.delattr("kvsieve.compare.report.chart")
+    with pytest.raises(UserError, match=r"needs altair; pip install 'kvsieve\[report\]'"):
+        write_report(write_run(tmp_path, synthetic_rows()))
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

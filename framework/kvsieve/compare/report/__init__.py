@@ -6,6 +6,7 @@ python -m kvsieve.compare.report RUN_FOLDER --picture quickstart.png     # or .s
 
 from pathlib import Path
 
+from ...errors import UserError
 from .results import read
 
 __all__ = ["write_picture", "write_report"]
@@ -15,13 +16,13 @@ def write_report(run_folder: Path) -> Path:
     """Write report.html into the folder of a run and return its path.
 
     Raises:
-        UserError: the folder holds no summary, or the extra `report` is not installed.
+        UserError: the folder holds no summary, the page cannot be written, or the extra `report` is missing.
     """
     from .page import render  # needs the extra
 
     results = read(Path(run_folder))
     path = Path(run_folder) / "report.html"
-    path.write_text(render(results), encoding="utf-8")
+    _write(path, render(results).encode())
     return path
 
 
@@ -35,6 +36,13 @@ def write_picture(run_folder: Path, path: Path) -> Path:
 
     path = Path(path)
     image = render(read(Path(run_folder)), path.suffix)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(image)
+    _write(path, image)
     return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

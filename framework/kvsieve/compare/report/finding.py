@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .results import DENSE, Group, Results, policy_name
 
+ALIKE = 0.2  # settings whose bytes differ by less than this share are compared with each other
 KEPT = 0.95  # of the dense score, in every task and context: then a policy is said to have kept it
 
 
@@ -41,7 +42,7 @@ def finding(results: Results) -> str:
             f"{_share(best.worst)} at worst while reading {fraction(best.bytes_ratio)} of the bytes."
         )
     ratio = min(setting.bytes_ratio for setting in kept)
-    alike = [setting for setting in settings if _same(setting.bytes_ratio, ratio)]
+    alike = [setting for setting in settings if abs(setting.bytes_ratio / ratio - 1) <= ALIKE]
     winners = list(dict.fromkeys(setting.name for setting in alike if setting.kept))
     losers = sorted(
         (setting for setting in alike if setting.name not in winners), key=lambda loser: -loser.worst
@@ -53,8 +54,9 @@ def finding(results: Results) -> str:
     )
     if losers:
         worst = {loser.name: _share(loser.worst) for loser in losers}
-        fell = _list([f"{name} to {share}" for name, share in worst.items()])
-        sentence += f"; for as many bytes, {fell.replace(' to ', ' fell to ', 1)} at worst"
+        verbs = ["fell to", *["to"] * (len(worst) - 1)]
+        fell = [f"{name} {verb} {worst[name]}" for name, verb in zip(worst, verbs, strict=True)]
+        sentence += f"; for about as many bytes, {_list(fell)} at worst"
     return sentence[0].upper() + sentence[1:] + "."
 
 
@@ -73,18 +75,14 @@ def _why_nothing(results: Results, groups: Sequence[Group]) -> str:
 def fraction(ratio: float) -> str:
     """`about 1/8` where the measured ratio is within a tenth of it, else the number itself."""
     for power in range(8):
-        if _same(ratio, 2**-power):
-            return f"about 1/{2**power}" if power else "all"
+        if abs(ratio * 2**power - 1) <= 0.1:
+            return f"about 1/{2**power}" if power else "about all"
     return f"{ratio:.2g}"
 
 
 def _share(quality: float) -> str:
     """A share of the dense score in percent, rounded down: 94.9% has not kept 95%."""
     return f"{math.floor(100 * quality + 1e-9)}%"
-
-
-def _same(ratio: float, other: float) -> bool:
-    return abs(ratio / other - 1) <= 0.1
 
 
 def _settings(groups: Sequence[Group]) -> list[Setting]:

@@ -97,18 +97,17 @@ class Group:
         return f"{score:.{1 if any((row.score or 0) >= 10 for row in self.rows) else 3}f}"
 
     def interval(self, row: Row) -> str:
-        return (
-            MISSING if row.score_low is None else f"{self.text(row.score_low)} to {self.text(row.score_high)}"
-        )
+        """The 95% interval of a row; empty where there is none."""
+        return "" if row.score_low is None else f"{self.text(row.score_low)} to {self.text(row.score_high)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    folder: Path
     rows: list[Row]
     config: str
     environment: dict[str, Any]
     answers: int
+    failures: list[tuple[str, str]]  # what could not be measured, and why
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -128,7 +127,7 @@ class Results:
 
 
 def read(folder: Path) -> Results:
-    """Everything a report needs from a run folder; environment.json and samples.jsonl may be missing.
+    """Everything a report needs from a run folder; all but summary.csv may be missing.
 
     Raises:
         UserError: there is no summary.csv, or no line in it.
@@ -145,7 +144,9 @@ def read(folder: Path) -> Results:
         raise UserError(f"{summary} has no line: there is nothing to report yet")
     environment = json.loads(_text(folder / "environment.json") or "{}")
     answers = sum(1 for _ in _samples(_text(folder / "samples.jsonl")))
-    return Results(folder, rows, _text(folder / "config.yaml"), environment, answers)
+    cells = json.loads(_text(folder / "cells.json") or "[]")
+    failures = [(cell["label"], cell["error"]) for cell in cells if cell.get("error")]
+    return Results(rows, _text(folder / "config.yaml"), environment, answers, failures)
 
 
 def _text(path: Path) -> str:
