@@ -1,0 +1,115 @@
+"""Compiles every kernel for real GPUs, on a machine without one, and prints what each needs, a JSON line a kernel.
+
+    python -m tests.kernels.ahead_of_time [--targets sm_90 gfx942] [--head-sizes 128] [--dtypes bfloat16] [--groups 4]
+
+The ops themselves are called, with small CPU tensors and a driver that stands for the target, so that what is compiled is
+what would be launched: types, strides, block sizes, warps. Nothing is launched. Runs without TRITON_INTERPRET.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from kvsieve.ops import triton as ops
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+B, K, T, S, Q, R = 2, 2, 1024, 128, 64, 32  # rows, KV heads, slots, chosen slots, new tokens, channels
+_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], Any]]:
+    """The launches to compile, by name. All tensors are zero: what an op computes from them means nothing."""
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    query, prompt = zeros(B, K, group, size), zeros(B, K, group, Q, size)
+    keys, values = zeros(B, K, T, size), zeros(B, K, T, size)
+    blocked = zeros(B, K, T // 16, size, 16).transpose(3, 4)
+    lengths, counts = zeros(B, K, dtype=torch.int64), zeros(B, dtype=torch.int64)
+    chosen = {"slots": zeros(B, K, S, dtype=torch.int64), "counts": lengths}
+    tail = {"tail_weight": zeros(B, K, group, dtype=torch.float32), "tail_value": zeros(B, K, size, dtype=torch.float32)}
+    gemma: dict[str, Any] = {"scale": 0.1, "softcap": 50.0, "sinks": zeros(K, group)}
+    kv = (keys, values, lengths)
+    return {
+        "attend all": lambda: ops.attend(query, *kv, scale=0.1),
+        "attend all, mass": lambda: ops.attend(query, *kv, want_mass=True, **gemma),
+        "attend chosen, tail": lambda: ops.attend(query, *kv, scale=0.1, **chosen, **tail),
+        "attend chosen, blocked": lambda: ops.attend(query, blocked, values, lengths, **gemma, **chosen, **tail),
+        "prefill, mass": lambda: ops.prefill(prompt, *kv, counts, fresh=False, scale=0.1, want_mass=True),
+        "prefill, softcap": lambda: ops.prefill(prompt, *kv, counts, fresh=False, **gemma),
+    }
+
+
+def compiled(target: GPUTarget, call: Callable[[], Any]) -> Iterator[Any]:
+    """Triton's compiled kernels of one call."""
+    kernels = []
+    index = list(TARGETS.values()).index(target)
+    driver = SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: index, get_current_stream=lambda device: 0
+    )
+    triton.runtime.driver.set_active(driver)
+    run = JITFunction.run
+
+    def only_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernels.append(run(self, *args, **kwargs | {"warmup": True}))
+        return kernels[-1]
+
+    JITFunction.run = only_compile
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    yield from kernels
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers, spilled bytes (NVIDIA: stack and local memory) or registers (AMD), and shared memory in bytes."""
+    if "cubin" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            report = subprocess.check_output([_CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
+        used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+        registers, spills = used["REG"], used["STACK"] + used["LOCAL"]
+    else:
+        used = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
+        registers, spills = used["vgpr_count"], used["vgpr_spill_count"]
+    return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--head-sizes", nargs="+", default=[128], type=int)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--groups", nargs="+", default=[4], type=int)
+    chosen = parser.parse_args()
+    shapes = itertools.product(chosen.dtypes, chosen.head_sizes, chosen.groups)
+    for (dtype, size, group), target in itertools.product(shapes, chosen.targets):
+        for name, call in calls(getattr(torch, dtype), size, group).items():
+            for kernel in compiled(TARGETS[target], call):
+                shape = {"dtype": dtype, "head_size": size, "group": group}
+                found = {"target": target, "call": name, "kernel": kernel.metadata.name, **resources(kernel), **shape}
+                print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
