@@ -17,6 +17,13 @@ from . import layouts, ops, transfer
 from .cache import ATTENTION, LayerCache
 from .errors import UserError
 from .policy import Observe
+from .windows import WindowLayer
+
+_NOT_SERVED = {
+    "position_bias": "a bias on the logits",
+    "sinks": "sinks that depend on the query",
+    "cache": "a paged cache (generate_batch)",
+}
 
 
 def attention_forward(
@@ -36,21 +43,26 @@ def attention_forward(
     """
     rows, heads, new, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
-    layer = cast(LayerCache | None, getattr(key, "kvsieve_layer", None))
-    if layer is None:
-        output = _plain(query, key, value, attention_mask, scale, softcap, s_aux)
+    if unknown := [name for name in _NOT_SERVED if kwargs.get(name) is not None]:
+        raise UserError(f"{type(module).__name__} asks attention for {_NOT_SERVED[unknown[0]]}, which kvsieve does not serve")
+    layer = cast(LayerCache | WindowLayer | None, getattr(key, "kvsieve_layer", None))
+    if not isinstance(layer, LayerCache):
+        if layer is not None:
+            layer.count_read(key, value, attention_mask)
+        causal = kwargs.get("is_causal")
+        causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+        output = _plain(query, key, value, attention_mask, scale, softcap, s_aux, causal)
         return output.transpose(1, 2).contiguous(), None
-    if attention_mask is not None and attention_mask.dim() == 4:
-        raise UserError(
-            f"{type(module).__name__} asks for a mask beyond causal order and padding, which a policy cannot follow; "
-            "give a 2-dimensional attention_mask, or use transformers' own cache"
-        )
+    if attention_mask is not None:
+        _check_mask(attention_mask, layer, new, type(module).__name__)
     kv_heads = key.shape[1]
     sinks = None if s_aux is None else s_aux.view(kv_heads, heads // kv_heads)
     layer.scoring = {"scale": scale, "softcap": softcap, "sinks": sinks}
     grouped = query.view(rows, kv_heads, heads // kv_heads, new, size)
-    valid = None if attention_mask is None else attention_mask[:, -new:]
-    if new == 1 and layer.used > 0 and layer.phase == "auto":
+    valid = None if attention_mask is None else attention_mask[:, -new:].bool()
+    if layer.incoming is not None:  # else it borrows another layer's slots, and that layer has just decided
+        layer.decoding = new == 1 and layer.used > 0 and layer.phase == "auto"
+    if layer.decoding:
         output = decode_step(layer, grouped[:, :, :, 0], valid)[:, :, :, None]
     else:
         output = prefill(layer, grouped, valid)
@@ -60,15 +72,21 @@ def attention_forward(
 def decode_step(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """One token a row: `query [B, K, G, D]` -> `[B, K, G, D]`; its key and value are the ones `kv.update` took.
 
-    `valid [B, 1]` False: that row has ended; it appends nothing and its output means nothing.
+    `valid [B, 1]` False: that row has ended; it appends nothing and its output means nothing. A layer that borrows the
+    slots of `kv` (gemma3n) brings a query only: for it nothing is appended.
     """
-    policy, (keys, values) = kv.policy, kv.incoming or _nothing_came()
-    kv.incoming = None
+    policy = kv.policy
     if valid is not None:
         kv.active = valid[:, 0]
     kv.begin_step(transfer.current())
-    new = kv.append_one(keys, values)  # makes room first
-    policy.on_append(kv, new)
+    if kv.incoming is not None:
+        (keys, values), kv.incoming = kv.incoming, None
+        if kv.lends:
+            kv.compact_to_budget()  # all have read the prompt by now
+        new = kv.append_one(keys, values)  # makes room first
+        policy.on_append(kv, new)
+        if kv.counts_steps and kv.meter is not None:
+            kv.meter.add("steps", new.counts.sum())
     selection = policy.select(query, kv)
     wants_mass = policy.observes is Observe.MASS
     output, mass = ops.attend(query, kv, selection, want_mass=wants_mass)
@@ -76,20 +94,23 @@ def decode_step(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None 
         policy.on_attend(kv, mass)
     if kv.meter is not None:
         kv.count_dense()
-        if kv.counts_steps:
-            kv.meter.add("steps", new.counts.sum())
     kv.begin_step(None)
     return output
 
 
 def prefill(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """A prompt, or a chunk of one, densely: `query [B, K, G, Q, D]` -> the same; `valid [B, Q]` marks real tokens."""
-    policy, (keys, values) = kv.policy, kv.incoming or _nothing_came()
-    kv.incoming = None
+    """A prompt, or a chunk of one, densely: `query [B, K, G, Q, D]` -> the same; `valid [B, Q]` marks real tokens.
+
+    As in `decode_step`, a borrower appends nothing.
+    """
+    policy, owner = kv.policy, kv.incoming is not None
     kv.begin_step(None)
-    fresh = kv.used == 0
-    new, starts, order = kv.append_prompt(keys, values, valid)
-    policy.on_append(kv, new)
+    if kv.incoming is not None:
+        (keys, values), kv.incoming = kv.incoming, None
+        new, starts, order = kv.append_prompt(keys, values, valid)
+        policy.on_append(kv, new)
+        kv.appended = starts, new.counts, order
+    starts, counts, order = kv.appended
     if order is not None:
         query = query.gather(3, order[:, None, None, :, None].expand(query.shape))
     output, mass = ops.implementation(query.device).prefill(
@@ -97,24 +118,32 @@ def prefill(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = No
         layouts.by_token(kv.live_keys, kv.used),
         kv.live_values,
         starts,
-        new.counts,
-        fresh=fresh,
+        counts,
+        fresh=kv.used == query.shape[3],
         want_mass=policy.observes is Observe.MASS,
         **kv.scoring,
     )
     if mass is not None:
         policy.on_attend(kv, mass)
-    if kv.phase != "chunk":
+    if kv.phase != "chunk" and owner:
         policy.on_prefill(kv)
-        kv.compact_to_budget()
+        if not kv.lends:
+            kv.compact_to_budget()
     if order is not None:  # back to the places they came from
         index = order[:, None, None, :, None].expand(output.shape)
         output = torch.empty_like(output).scatter_(3, index, output)
     return output
 
 
-def _nothing_came() -> tuple[torch.Tensor, torch.Tensor]:
-    raise RuntimeError("LayerCache.update was not called before attention")
+def _check_mask(mask: torch.Tensor, layer: LayerCache, new: int, module: str) -> None:
+    """Raise UserError for a mask that the cache cannot follow."""
+    if mask.dim() == 4:
+        raise UserError(
+            f"{module} asks for a mask beyond causal order and padding, which a policy cannot follow; "
+            "give a 2-dimensional attention_mask, or use transformers' own cache"
+        )
+    if new > 1 and layer.used > 0 and layer.counts_steps and layer.incoming is not None:
+        layer.check_earlier(mask[:, :-new])  # not in decode steps: it waits for the device
 
 
 def _plain(
@@ -125,27 +154,28 @@ def _plain(
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    causal: bool,
 ) -> torch.Tensor:
     """What transformers' own attention does: no policy, nothing stored."""
     heads, new, total = query.shape[1], query.shape[2], key.shape[2]
-    if mask is None and new > 1:
+    causal = causal and new > 1 and mask is None
+    if causal:
         key, value, total = key[:, :, :new], value[:, :, :new], min(total, new)
     if mask is not None and mask.dim() == 2:
         offset = total - new
-        causal = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(offset)
-        mask = causal & mask[:, None, None, :total]
+        order = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(offset)
+        mask = order & mask[:, None, None, :total].bool()
     if mask is not None:
         mask = mask[..., :total]
     if softcap is None and sinks is None:
-        causal_only = mask is None and new > 1
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal_only, scale=scale, enable_gqa=heads > key.shape[1]
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads > key.shape[1]
         )
     key, value = (t.repeat_interleave(heads // key.shape[1], 1) for t in (key, value))
     logits = torch.matmul(query * scale, key.transpose(2, 3)).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if mask is None and new > 1:
+    if causal:
         mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)

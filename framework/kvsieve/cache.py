@@ -11,12 +11,19 @@ import functools
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from . import layouts, ops, transfer
 from .errors import UserError
 from .policy import Policy, Shape
+from .windows import WindowLayer
 
 
 Phase = Literal["auto", "chunk", "last_chunk"]
@@ -29,6 +36,7 @@ class NewTokens(NamedTuple):
     keys: torch.Tensor  # [B, K, Q, D], rotated
     values: torch.Tensor  # [B, K, Q, D]
     counts: torch.Tensor  # [B], how many of the Q are real
+    slots: torch.Tensor  # [B, K, Q], where they were written
 
 
 class LayerCache(CacheLayerMixin):
@@ -54,8 +62,12 @@ class LayerCache(CacheLayerMixin):
         self.is_initialized = False
         self.fed = 0  # token columns so far, padding included: what transformers calls the sequence length
         self.used = 0  # no live slot at or above it; known without asking the device
-        self.counts_steps = False  # one layer of a model counts the decode steps
+        self.counts_steps = True  # in a model one layer counts them for all
         self.phase: Phase = "auto"
+        self.prompt_end: int | None = None  # token columns of the prompt, where that is known
+        self.lends = False  # other layers attend to these slots too (gemma3n): evict when all have
+        self.decoding = False  # the forward now running is a decode step
+        self.appended: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # starts, counts, order: for borrowers
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
         self.meter: transfer.Meter | None = None
@@ -147,6 +159,12 @@ class LayerCache(CacheLayerMixin):
             self.count_written("columns", self.lengths * column[0, 0, 0].numel(), column)
         column.copy_(new)
 
+    def write(self, name: str, new: NewTokens, column: torch.Tensor) -> None:
+        """Set a column for the new tokens only: `column [B, K, Q, ...]`. Metered as a write of theirs."""
+        store = self._stores[name]
+        self.count_written("columns", new.counts[:, None].expand_as(self.lengths) * store[0, 0, 0].numel(), store)
+        ops.implementation(store.device).append(store, column.to(store.dtype), new.slots, self.active)
+
     # ---------------------------------------------------------------- the meter
     def begin_step(self, meter: transfer.Meter | None) -> None:
         """A decode step begins (with a meter, if one measures), or a prefill (None)."""
@@ -205,7 +223,7 @@ class LayerCache(CacheLayerMixin):
         self._write(keys, values, tokens, slots)
         self.lengths += counts[:, None]
         self.used += new
-        return NewTokens(keys, values, counts), starts, order
+        return NewTokens(keys, values, counts, slots), starts, order
 
     def append_one(self, keys: torch.Tensor, values: torch.Tensor) -> NewTokens:
         """Write one token a row, `[B, K, 1, D]`: in the next free slot, or over the one with the lowest priority."""
@@ -226,7 +244,7 @@ class LayerCache(CacheLayerMixin):
         self.count_written("values", ones * self.head_size)
         if active is not None:
             keys, values = (t.masked_fill(~active[:, None, None, None], 0) for t in (keys, values))
-        return NewTokens(keys, values, counts)
+        return NewTokens(keys, values, counts, slots[..., None])
 
     def _slot_to_overwrite(self, budget: int) -> torch.Tensor:
         """`[B, K]`: the first free slot where there is one, else the slot with the lowest priority."""
@@ -297,8 +315,7 @@ class LayerCache(CacheLayerMixin):
     def _make_capacity(self, needed: int) -> None:
         if needed <= self.capacity:
             return
-        if self.wanted is not None and self.budget is None:
-            raise UserError(f"the cache holds {self.wanted} tokens a row (capacity), and {needed} are needed")
+        self.check_room(needed)
         room = max(needed, self.capacity + max(256, self.capacity // 4))  # so that growing, a copy, is rare
         if self.budget is not None:
             room = max(needed, min(room, self.budget))
@@ -306,6 +323,11 @@ class LayerCache(CacheLayerMixin):
             grown = layouts.resized(name, store, room)
             layouts.first_slots(name, grown, self.used).copy_(layouts.first_slots(name, store, self.used))
             self._stores[name] = grown
+
+    def check_room(self, tokens: int) -> None:
+        """Raise UserError if a row can never hold this many tokens."""
+        if self.wanted is not None and self.budget is None and tokens > self.wanted:
+            raise UserError(f"the cache holds {self.wanted} tokens a row (capacity), and {tokens} are needed")
 
     def memory(self) -> int:
         """Bytes held for keys in all their layouts, values, columns, summaries (positions, lengths not counted)."""
@@ -326,12 +348,40 @@ class LayerCache(CacheLayerMixin):
         It finds this layer through an attribute of the returned keys: no global state, and layers that borrow another
         layer's keys (gemma3n) find it too.
         """
+        if self.incoming is not None:
+            raise UserError(
+                "a policy cannot act: the attention of the last forward did not take the keys that it cached. Either that "
+                "forward failed half-way, and a new cache is needed, or this model changes keys between cache and "
+                "attention, and only transformers' own cache can serve it"
+            )
         if not self.is_initialized:
+            if key_states.shape != value_states.shape:
+                raise UserError(
+                    f"keys of {key_states.shape[3]} and values of {value_states.shape[3]} numbers a head: policies need the "
+                    "same for both. Use transformers' own cache for this model"
+                )
             self.lazy_initialization(key_states, value_states)
+        if len(key_states) != self.batch_size:
+            raise UserError(
+                f"the cache holds {self.batch_size} rows, but {len(key_states)} came: a new batch needs a new cache; to "
+                "continue each row several times, call cache.batch_repeat_interleave(times) first"
+            )
         self.fed += key_states.shape[2]
+        if self.prompt_end is not None:
+            part: Phase = "chunk" if self.fed < self.prompt_end else "last_chunk"
+            self.phase = "auto" if self.fed > self.prompt_end else part
         self.incoming = (key_states, value_states)
         key_states.kvsieve_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
+
+    def check_earlier(self, mask: torch.Tensor) -> None:
+        """Raise UserError if a mask over the tokens fed so far, `[B, T]`, hides some that are in the cache."""
+        shown = mask.sum(1).to(self.seen)
+        if not torch.equal(shown, self.seen):
+            raise UserError(
+                f"the attention_mask shows {shown.tolist()} earlier tokens a row, but {self.seen.tolist()} were cached: "
+                "what is once in the cache cannot be masked out; start a new cache"
+            )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.fed + query_length, 0
@@ -345,7 +395,7 @@ class LayerCache(CacheLayerMixin):
     def reset(self) -> None:
         self.fed = self.used = 0
         self.is_initialized = False
-        self.active, self.incoming = None, None
+        self.active, self.incoming, self.prompt_end, self.phase = None, None, None, "auto"
         self._stores, self._summaries = {}, {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -393,32 +443,52 @@ class KVCache(Cache):
         layers = list(DynamicCache(config=config).layers)
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                layers[i] = LayerCache(policy.for_layer(i, len(layers)), capacity)
+                layers[i] = LayerCache(policy.for_layer(i, config.num_hidden_layers), capacity)
+            elif type(layer) is DynamicSlidingWindowLayer:
+                layers[i] = WindowLayer(layer.sliding_window)
         self.policy = policy
         super().__init__(layers=layers)
         if not self.policy_layers:
-            raise UserError(
-                f"{type(model).__name__}: no layer attends to the whole context (all have sliding windows or none "
-                "attends), so a policy would never act"
-            )
-        self.policy_layers[0].counts_steps = True
+            raise UserError(_nothing_to_do(model, layers))
+        self.policy_layers[-1].lends = bool(getattr(config, "num_kv_shared_layers", 0))
+        for layer in self.policy_layers:
+            layer.counts_steps = layer is self.policy_layers[0]
+            layer.policy.check(_head_size(config))
 
     @functools.cached_property
     def policy_layers(self) -> list[LayerCache]:
         """The layers on which the policy acts."""
         return [layer for layer in self.layers if isinstance(layer, LayerCache)]
 
-    def set_phase(self, phase: Phase) -> None:
-        """Say what the next forwards are: "chunk" of a prompt with more behind it (nothing is evicted yet), its
-        "last_chunk", or "auto": one token on a cache that holds some is a decode step, anything else a whole prompt.
+    @functools.cached_property
+    def _told(self) -> list[LayerCache | WindowLayer]:
+        return [layer for layer in self.layers if isinstance(layer, LayerCache | WindowLayer)]
+
+    def expect_prompt(self, columns: int) -> None:
+        """Say that the prompt is complete when the cache has been fed `columns` tokens a row, padding included.
+
+        Forwards before that are chunks of it: nothing is evicted yet. Without this, one token on a cache that holds some
+        is a decode step, and anything else a whole prompt.
         """
-        for layer in self.policy_layers:
-            layer.phase = phase
+        for layer in self._told:
+            layer.prompt_end = columns
 
     def set_active(self, active: torch.Tensor | None) -> None:
         """Rows `[B]` bool that still decode: the others neither append nor count as traffic. None: all."""
+        for layer in self._told:  # the layers may be on several devices
+            layer.active = None if active is None else active.to(layer.device)
+
+    def activate_past_recording(self) -> None:
+        """What assisted decoding calls first: refuse, before any work."""
+        raise UserError(
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes tokens back out of the cache, and a KVCache "
+            "cannot: what a policy has evicted or summed up is gone. Leave it out, or use transformers' own cache"
+        )
+
+    def check_room(self, tokens: int) -> None:
+        """Raise UserError if a row can never hold this many tokens."""
         for layer in self.policy_layers:
-            layer.active = active
+            layer.check_room(tokens)
 
     def memory(self) -> int:
         """Bytes held for keys and values, and for what the policy keeps beside them, in all layers and rows."""
@@ -430,6 +500,24 @@ class KVCache(Cache):
                 held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
                 total += sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
         return total
+
+
+def _nothing_to_do(model: PreTrainedModel, layers: list[Any]) -> str:
+    """Why a policy would never act on this model, and what can be done."""
+    name = type(model).__name__
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, WindowLayer)]
+    if not windows:
+        return f"{name} has no attention layer whose keys and values grow with the context: a policy would never act"
+    return (
+        f"every attention layer of {name} has a sliding window ({max(windows)} tokens), which transformers' own cache "
+        "already keeps to that size: a policy would never act. For contexts within the window, where it changes nothing, "
+        "set model.config.sliding_window = None"
+    )
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return cast(int, size)
 
 
 def _dtype_and_size(shape: Shape, head_size: int) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -165,11 +165,11 @@ class Decoder:
         """Logits `[B, V]` of the first new token."""
         total = self.ids.shape[1]
         step = self.chunk or total
+        self.cache.expect_prompt(total)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         logits = torch.empty(0)
         for first in range(0, total, step):
             last = min(first + step, total)
-            self.cache.set_phase("chunk" if last < total else "last_chunk")
             logits = self.model(
                 input_ids=self.ids[:, first:last],
                 attention_mask=self.mask[:, :last].long() if self.ragged else None,
@@ -178,7 +178,6 @@ class Decoder:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
-        self.cache.set_phase("auto")
         return logits[:, -1]
 
     @torch.no_grad()

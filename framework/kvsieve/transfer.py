@@ -26,7 +26,10 @@ class Meter:
         self._sums: dict[str, int | torch.Tensor] = {}
 
     def add(self, name: str, amount: int | torch.Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0) + amount
+        total = self._sums.get(name, 0)
+        if isinstance(total, torch.Tensor) and isinstance(amount, torch.Tensor):
+            amount = amount.to(total.device)  # the layers may be on several devices
+        self._sums[name] = total + amount
 
     def _total(self, prefix: str) -> int:
         return sum(int(amount) for name, amount in self._sums.items() if name.startswith(prefix))

@@ -33,6 +33,10 @@ class WindowLayer(DynamicSlidingWindowLayer):
         keys.kvsieve_layer = self  # type: ignore[attr-defined]
         return keys, values
 
+    def reset(self) -> None:
+        super().reset()
+        self.active, self.prompt_end = None, None
+
     def count_read(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Meter one attention over `keys` and `values [B, K, T, D]`; `mask [B, 1, 1, T]` says what a row sees."""
         if self.meter is None:
@@ -49,7 +53,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         if self.meter is None:
             return
         if self.active is not None:
-            tokens = tokens * self.active.to(tokens.device)
+            tokens = tokens * self.active
         for kind, of in (("keys", keys), ("values", values)):
             numbers = of.shape[1] * of.shape[3]
             self.meter.add(f"{way}/{kind}", tokens.sum() * numbers * of.element_size())
