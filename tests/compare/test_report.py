@@ -168,7 +168,7 @@ def test_a_failed_cell_stays_in_the_table_without_numbers(tmp_path):
     (tmp_path / "cells.json").write_text(json.dumps(cells))
     page = write_report(tmp_path).read_text(encoding="utf-8").partition("</table>")[0]
     assert "<li>needle 1024, sparq 1/8: NaN in &lt;logits&gt;</li>" in page
-    assert "1 of the cells" in page
+    assert "1 cell of this run failed" in page
     last = re.findall(r"<td.*?</td>", page[page.rindex('<th scope="row"') :])
     assert [re.sub("<.*?>", "", cell) for cell in last] == [*["\N{EN DASH}"] * 5, "32"]
     assert not any("data-value" in cell for cell in last[:-1])
@@ -189,6 +189,8 @@ def test_the_finding_claims_no_more_than_was_measured(tmp_path):
     others = [one for one in needle if one["policy"] != "dense"]
     weak = [one | {"score": 0.9 * one["score"]} for one in others]
     eighths = [one for one in others if one["compression"] == "1/8" and one["context"] == 512]
+    many = [row("needle", context, f"p{i}", i / 10, "1/8") for i in range(4) for context in (512, 1024, 2048)]
+    assert "the 6 others fell to between 0% and 30% at worst" in finding_of(tmp_path, needle + many)
     assert "in all 3 task settings" in finding_of(tmp_path, needle)
     failed = [one | {"score": ""} if one in eighths else one for one in others]
     assert re.match(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .results import DENSE, Group, Results, policy_name
 
@@ -54,10 +54,17 @@ def finding(results: Results) -> str:
     )
     if losers:
         worst = {loser.name: _share(loser.worst) for loser in losers}
-        verbs = ["fell to", *["to"] * (len(worst) - 1)]
-        fell = [f"{name} {verb} {worst[name]}" for name, verb in zip(worst, verbs, strict=True)]
-        sentence += f"; for about as many bytes, {_list(fell)} at worst"
+        sentence += f"; for about as many bytes, {_fell(worst)} at worst"
     return sentence[0].upper() + sentence[1:] + "."
+
+
+def _fell(worst: Mapping[str, str]) -> str:
+    """From the least fall to the deepest; of many policies only these two."""
+    shares = list(worst.values())
+    if len(worst) > 3:
+        return f"the {len(worst)} others fell to between {shares[-1]} and {shares[0]}"
+    verbs = ["fell to", *["to"] * (len(worst) - 1)]
+    return _list([f"{name} {verb} {share}" for (name, share), verb in zip(worst.items(), verbs, strict=True)])
 
 
 def _why_nothing(results: Results, groups: Sequence[Group]) -> str:
