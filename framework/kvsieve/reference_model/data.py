@@ -9,19 +9,21 @@ import numpy as np
 
 from .tokenizer import BOS, PAD
 
-FILLER, COPY, ANSWER = 0.1, 0.6, 4.0  # loss weights: plain text, repeated text, retrieved values
+FILLER, ANSWER = 0.1, 4.0  # loss weights of plain text and of retrieved values; repeated text has its own schedule
 _SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "il", "on")]
 
 
-def batch(text: np.ndarray, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids `[rows, length]` and the loss weight `[rows, length]` of each as a target."""
-    sequences = [_sequence(text, np.random.default_rng([seed, step, row]), length) for row in range(rows)]
+def batch(
+    text: np.ndarray, seed: int, step: int, rows: int, length: int, copy: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids `[rows, length]` and the loss weight `[rows, length]` of each as a target; `copy`: of repeated text."""
+    sequences = [_sequence(text, np.random.default_rng([seed, step, row]), length, copy) for row in range(rows)]
     return np.stack([ids for ids, _ in sequences]), np.stack([weights for _, weights in sequences])
 
 
-def _sequence(text: np.ndarray, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _sequence(text: np.ndarray, rng: np.random.Generator, length: int, copy: float) -> tuple[np.ndarray, np.ndarray]:
     kind = rng.choice(4, p=[0.36, 0.42, 0.12, 0.10])
-    builder = _Builder(text, rng, length)
+    builder = _Builder(text, rng, length, copy)
     (builder.needles, builder.repetitions, builder.pairs, builder.plain)[kind]()
     return builder.finished()
 
@@ -29,8 +31,8 @@ def _sequence(text: np.ndarray, rng: np.random.Generator, length: int) -> tuple[
 class _Builder:
     """Appends pieces of text, each with its weight, until the sequence is full."""
 
-    def __init__(self, text: np.ndarray, rng: np.random.Generator, length: int) -> None:
-        self.text, self.rng, self.length = text, rng, length
+    def __init__(self, text: np.ndarray, rng: np.random.Generator, length: int, copy: float) -> None:
+        self.text, self.rng, self.length, self.copy = text, rng, length, copy
         self.ids: list[np.ndarray] = [np.array([BOS])]
         self.weights: list[np.ndarray] = [np.array([0.0])]
         self.size = 1
@@ -95,7 +97,7 @@ class _Builder:
             prompt = int(self.rng.integers(16, 33))  # what it takes to know which place is meant
             self.add("\n", FILLER)
             self.add(before[start : start + prompt], FILLER)
-            self.add(before[start + prompt : start + size], COPY)
+            self.add(before[start + prompt : start + size], self.copy)
 
     def pairs(self) -> None:
         """A JSON object of random pairs, a few of which are asked for."""
