@@ -1,0 +1,77 @@
+"""What a run shows while it goes: a bar with the time left in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .cells import Cell
+
+
+class RunProgress:
+    """Counts work in prompt tokens; a decoded token, for which all weights are read, is worth several."""
+
+    _STEP = 8
+
+    def __init__(self, console: Console, work: list[tuple[Cell, int, int]]) -> None:
+        """`work`: each cell, how many of its samples are missing, and how many tokens a sample decodes."""
+        self.console = console
+        self.cost = {cell.id: cell.task.context + self._STEP * new for cell, _, new in work}
+        self.samples = sum(missing for _, missing, _ in work)
+        self.total = sum(missing * self.cost[cell.id] for cell, missing, _ in work)
+        self.done = self.measured = 0
+        self.started = time.monotonic()
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        if console.is_terminal:
+            columns = [
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]} samples"),
+                TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(elapsed_when_finished=True),
+            ]  # fmt: skip
+            self.bar = Progress(*columns, console=console, transient=True, speed_estimate_period=60)
+            self.task = self.bar.add_task("", total=self.total, count=self._count())
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def begin(self, cell: Cell) -> None:
+        if self.bar:
+            self.bar.update(self.task, description=cell.label)
+
+    def advance(self, cell: Cell, samples: int, measured: bool = True) -> None:
+        """`samples` more are done, or not `measured`, given up because their cell failed."""
+        self.done += samples * self.cost[cell.id]
+        self.measured += samples if measured else 0
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, count=self._count())
+
+    def finish(self, cell: Cell) -> None:
+        """A cell is through; outside a terminal that is worth a line."""
+        if self.bar is None:
+            elapsed = time.monotonic() - self.started
+            left = elapsed * (self.total - self.done) / self.done if self.done else 0.0
+            self.console.print(
+                f"{self._count()} samples, {_time(elapsed)}, {_time(left)} left: {cell.label}", soft_wrap=True
+            )
+
+    def fail(self, cell: Cell, reason: str) -> None:
+        self.console.print(
+            f"failed: {cell.label}: {reason}", style="red", soft_wrap=True, markup=False, highlight=False
+        )
+
+    def _count(self) -> str:
+        return f"{self.measured}/{self.samples}"
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -1,0 +1,81 @@
+"""The JSON schema of a configuration, made from the fields of policies and tasks: editors check with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import pydantic
+
+from .. import plugins
+from ..plugins import Registered
+from .choices import COMPRESSION, accepts_list, can_compress
+from .config import Settings
+
+_FRACTION = {
+    "description": "the fraction of dense attention's bytes to read, from which the other parameters follow",
+    "anyOf": [
+        {"type": "string", "pattern": "^ *[0-9]+ */ *[0-9]+ *$"},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    ],
+}
+
+
+def schema(policies: Iterable[Registered], tasks: Iterable[Registered]) -> dict[str, Any]:
+    """The schema with these policies and tasks."""
+    whole = Settings.model_json_schema()
+    whole["properties"]["tasks"] |= {
+        "items": {"$ref": "#/$defs/task"},
+        "description": "each meets every policy",
+    }
+    whole["properties"]["policies"] |= {"items": {"$ref": "#/$defs/policy"}}
+    whole["$defs"] = {"task": _entry(tasks), "policy": _entry(policies)}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **whole,
+        "title": "A kvsieve comparison",
+    }
+
+
+def _entry(registered: Iterable[Registered]) -> dict[str, Any]:
+    """A name, or one name with its parameters."""
+    known = sorted(registered)
+    optional = [task.name for task in known if not _required(task.cls)]
+    properties = {one.name: _parameters(one.cls) for one in known}
+    named = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {"anyOf": [{"enum": optional}, named | {"minProperties": 1, "maxProperties": 1}]}
+
+
+def _parameters(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    nested = plugins.policy_fields(cls)
+    properties: dict[str, Any] = {COMPRESSION: _sweep(_FRACTION)} if can_compress(cls) else {}
+    for field in dataclasses.fields(cls):
+        if field.name in nested:
+            properties[field.name] = _sweep({"$ref": "#/$defs/policy"})
+            continue
+        kind = pydantic.TypeAdapter(hints[field.name]).json_schema()
+        properties[field.name] = kind if accepts_list(hints[field.name]) else _sweep(kind)
+        if field.default is not dataclasses.MISSING:
+            properties[field.name] |= {"default": field.default}
+    described = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
+    return {
+        "type": ["object", "null"],
+        "description": described,
+        "properties": properties,
+        "required": _required(cls),
+        "additionalProperties": False,
+    }
+
+
+def _required(cls: Any) -> list[str]:
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
+
+
+def _sweep(kind: dict[str, Any]) -> dict[str, Any]:
+    """One value, or a list of them."""
+    return {"anyOf": [kind, {"type": "array", "items": kind, "minItems": 1}]}

@@ -1,0 +1,72 @@
+"""What a task is: prompts of an exact length with a known answer, and a number for how good an answer is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One prompt and what a perfect model says next."""
+
+    prompt: list[int]  # token ids, exactly the task's context
+    reference: str
+    characters: int = 0  # decode until this many characters are there
+    forced: Sequence[int] = ()  # token ids to be scored one by one, instead of decoding freely
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    text: str = ""  # what was decoded
+    log_probabilities: Sequence[float] = ()  # natural log, of the sample's forced tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Base of all tasks: a frozen dataclass whose fields are its parameters and its YAML keys.
+
+    Sample i is a function of the tokenizer, the seed and i alone: asking for more does not change the first.
+    """
+
+    name: ClassVar[str] = ""
+    metric: ClassVar[str] = ""
+    higher_is_better: ClassVar[bool] = True
+
+    context: int = 1024  # tokens in the prompt
+    samples: int = 32
+
+    def __post_init__(self) -> None:
+        for field in ("context", "samples"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+
+    def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
+        """The sample `index`, whose prompt is exactly `context` tokens long with this tokenizer.
+
+        Raises:
+            UserError: the context is too short for the task, or the text for the context.
+        """
+        raise NotImplementedError
+
+    def score(self, sample: Sample, answer: Answer) -> float:
+        """How good the answer is, in the task's metric."""
+        raise NotImplementedError
+
+    def source(self) -> str:
+        """A digest of the text that prompts are made of: results from another text are never mixed in."""
+        return ""
+
+    def random(self, seed: int, index: int) -> np.random.Generator:
+        """The random numbers of one sample."""
+        return np.random.default_rng([seed, index, *self.name.encode()])
+
+
+def spread(index: int) -> float:
+    """A number in [0, 1) per index; however many, they lie evenly (multiples of the golden ratio)."""
+    return (0.5 + index * 0.6180339887498949) % 1.0

@@ -1,0 +1,51 @@
+"""Key-value retrieval: a JSON object of random pairs, and one key asked for (after Liu et al., 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ...errors import UserError
+from . import text
+from .base import Answer, Sample, Task, spread
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyValue(Task):
+    """Share of the values, eight hexadecimal digits each, that are found again."""
+
+    name = "key_value"
+    metric = "exact match"
+
+    def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
+        rng = self.random(seed, index)
+        before = text.beginning(tokenizer)
+        separator, end = text.encode(tokenizer, ",\n "), text.encode(tokenizer, "}\n")
+        key, value = _word(rng), _word(rng)
+        question = text.encode(tokenizer, f'\n{{"{key}": "')
+        asked = text.encode(tokenizer, f'"{key}": "{value}"')
+        before += text.encode(tokenizer, "{")
+        room = self.context - len(before) - len(asked) - len(end) - len(question)
+        pairs: list[list[int]] = []
+        while True:
+            pair = text.encode(tokenizer, f'"{_word(rng)}": "{_word(rng)}"')
+            if len(pair) + len(separator) > room:
+                break
+            pairs.append(pair)
+            room -= len(pair) + len(separator)
+        if not pairs:
+            raise UserError(
+                f"key_value needs a context for at least two pairs; {self.context} tokens are too few"
+            )
+        pairs.insert(int(spread(index) * (len(pairs) + 1)), asked)
+        lines = pairs[0] + [token for pair in pairs[1:] for token in separator + pair]
+        # What is left of the context are line breaks before the question.
+        blank = text.encode(tokenizer, "\n")[-1:] * room
+        return Sample(before + lines + end + blank + question, reference=value, characters=8)
+
+    def score(self, sample: Sample, answer: Answer) -> float:
+        return float(answer.text[:8] == sample.reference)
+
+
+def _word(rng: Any) -> str:
+    return f"{rng.integers(0, 2**32):08x}"

@@ -1,0 +1,42 @@
+"""Perplexity: how well a text is predicted, token by token on the decode path, so that the policy acts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from . import text
+from .base import Answer, Sample, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity(Task):
+    """Bits per byte of what follows a passage: the first token from the prefill, others fed one by one."""
+
+    name = "perplexity"
+    metric = "bits per byte"
+    higher_is_better = False
+
+    tokens: int = 128  # that are predicted after the context
+    text: str | None = None  # a text file to predict; none: held-out Python sources
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < 2:
+            raise ValueError(
+                f"tokens must be at least 2 (the first comes from the prefill), not {self.tokens}"
+            )
+
+    def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
+        before = text.beginning(tokenizer)
+        room = self.context - len(before)
+        ids = text.passage(tokenizer, self.text, room + self.tokens, self.random(seed, index))
+        reference = text.continuation(tokenizer, ids[:room], ids[room:])
+        return Sample(before + ids[:room], reference, forced=ids[room:])
+
+    def score(self, sample: Sample, answer: Answer) -> float:
+        return -sum(answer.log_probabilities) / math.log(2) / len(sample.reference.encode())
+
+    def source(self) -> str:
+        return text.digest(self.text)

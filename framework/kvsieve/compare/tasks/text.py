@@ -1,0 +1,81 @@
+"""The text that prompts are made of, and its tokens."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ... import corpus
+from ...errors import UserError
+
+
+def read(path: str | None) -> str:
+    """The text of a file, or that part of the standard library which the reference model has never seen.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path is None:
+        try:
+            return corpus.held_out_text()
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from None
+    return _read_file(Path(path).expanduser())
+
+
+@functools.cache
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text: {path} cannot be read as UTF-8 text: {error}") from None
+
+
+def digest(path: str | None) -> str:
+    return corpus.digest(read(path))
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Text of token ids, nothing cleaned up and special tokens shown: what was said is what is compared."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What a prompt begins with: the token for the beginning of a text, where the tokenizer has one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def passage(tokenizer: Any, path: str | None, size: int, rng: np.random.Generator) -> list[int]:
+    """`size` token ids of the text from a random place on; past its end it goes on from its beginning.
+
+    Raises:
+        UserError: the whole text has fewer tokens.
+    """
+    text = read(path)
+    start = int(rng.random() * len(text))
+    text = text[start:] + "\n" + text[:start]
+    characters = 2 * size
+    while True:
+        ids = encode(tokenizer, text[:characters])
+        if len(ids) > size or (len(ids) == size and characters >= len(text)):
+            return ids[:size]
+        if characters >= len(text):
+            name = path or "the standard library's held-out text"
+            raise UserError(f"{name} is too short: {len(ids)} tokens, and a prompt needs {size} of it")
+        characters *= 2
+
+
+def continuation(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """The text of `ids` as it reads after the prompt: decoded alone it may lose a leading space."""
+    context = prompt[-8:]
+    return decode(tokenizer, context + ids)[len(decode(tokenizer, context)) :]
