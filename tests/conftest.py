@@ -1,4 +1,7 @@
-"""One torch thread: the suite runs on two cores beside other things, and OpenMP's threads wait for each other."""
+"""One torch thread: the suite runs on two cores beside other things, and OpenMP's threads wait for each other.
+
+Without a GPU, Triton interprets its kernels. It asks once, when they are defined, so this stands before any import of them.
+"""
 
 import os
 
@@ -7,3 +10,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,7 +1,7 @@
 """What policies are made of. Each op takes the layer's cache `kv`, counts what it reads, and runs an implementation.
 
 The implementations know nothing of caches or meters: tensors in, tensors out. Which one runs is explicit:
-`kvsieve.ops.use("reference")`, default by device, and an implementation never falls back to another.
+`kvsieve.ops.use("reference")`, by default "triton" on a GPU and "cpu" on a CPU, and never another than was chosen.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
+import os
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, cast
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ..cache import LayerCache
     from ..policy import Selection
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "cpu", "triton")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("kvsieve_ops", default=None)
 
 
@@ -43,8 +44,18 @@ def use(implementation: str) -> Iterator[None]:
 
 
 def implementation(device: torch.device) -> ModuleType:
-    """The module that runs the ops on this device."""
-    name = _chosen.get() or "reference"
+    """The module that runs the ops on this device.
+
+    Raises:
+        UserError: the implementation that was chosen cannot run there.
+    """
+    on_gpu = device.type == "cuda"
+    name = _chosen.get() or ("triton" if on_gpu else "cpu")
+    if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(
+            f"the triton ops need a GPU, but the model is on {str(device)!r}: choose 'reference', or set "
+            "TRITON_INTERPRET=1 before Python starts, and Triton interprets its kernels (for tests: it is slow)"
+        )
     return reference if name == "reference" else importlib.import_module(f".{name}", __name__)
 
 

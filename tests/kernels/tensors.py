@@ -1,0 +1,46 @@
+"""Tensors that kernels are tried on: what must not be read, or was not written, is NaN."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]
+
+
+def on_gpu(*values: object) -> object:
+    """A parameter of a test that runs on a GPU only."""
+    return pytest.param(*values, marks=needs_gpu)
+
+
+@contextlib.contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """torch fills new memory with NaN, so that what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def slots_of(shape: tuple[int, ...], lengths: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """`[B, K, T, D]` with NaN from each row's length on: a view of larger storage, as a cache gives."""
+    rows, heads, total, size = shape
+    storage = normal(rows, heads, total + 13, size, dtype=dtype, seed=seed)
+    dead = torch.arange(total + 13, device=DEVICE) >= lengths[..., None]
+    return storage.masked_fill_(dead[..., None], NAN)[:, :, :total]
+
+
+def clean(tensor: torch.Tensor) -> torch.Tensor:
+    """What the reference is given: it may read dead slots, which must then be finite; in float32."""
+    return tensor.float().nan_to_num(0)

@@ -1,0 +1,39 @@
+"""Every kernel compiles for real GPUs, fits their shared memory and spills nothing. Needs none of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KIB = 1024
+SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}  # a block's limit
+ROOT = Path(__file__).parents[2]
+
+
+def check(*arguments: str) -> None:
+    """In a process of its own: this one interprets kernels, which is decided when they are defined."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, [ROOT, ROOT / "framework"]), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.ahead_of_time", *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert kernels
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED[kernel["target"]], kernel
+        assert kernel["spills"] == 0, kernel
+
+
+@pytest.mark.parametrize("target", SHARED)
+def test_kernels_compile(target: str) -> None:
+    check("--targets", target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_kernels_compile_for_every_head_size(target: str, dtype: str) -> None:
+    check("--targets", target, "--dtypes", dtype, "--head-sizes", "64", "80", "96", "128", "256", "--groups", "1", "4", "16")

@@ -1,0 +1,71 @@
+"""Triton's prefill equals the reference: chunks after other slots, ragged and empty rows, sinks, soft-capping, mass."""
+
+import pytest
+import torch
+
+from kvsieve.ops import reference
+from kvsieve.ops.triton import prefill
+
+from .tensors import DEVICE, TOLERANCE, clean, normal, on_gpu, slots_of, unwritten_is_nan
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+SHAPES = [  # group, head size, type, soft-cap, sinks
+    (1, 64, F32, None, False),
+    (2, 80, F16, 3.0, True),
+    (3, 64, F32, 3.0, False),
+    (4, 64, F16, None, False),
+    (8, 80, F32, None, True),
+    (16, 64, F16, 3.0, False),
+    *[on_gpu(4, d, dtype, 30.0, True) for d in (64, 80, 96, 128, 256) for dtype in (F32, F16, BF16)],
+    *[on_gpu(g, 128, BF16, None, False) for g in (1, 3, 7, 16)],
+]
+MANY = 21 if DEVICE == "cpu" else 1000
+
+
+def tokens_first(rows: int, heads: int, group: int, new: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[B, K, G, Q, D]` whose memory is `[B, Q, K, G, D]`, as a model makes it."""
+    return normal(rows, new, heads, group, size, dtype=dtype).permute(0, 2, 3, 1, 4)
+
+
+def close(mine: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(mine.float(), right, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("want_mass", [False, True])
+@pytest.mark.parametrize(("group", "size", "dtype", "softcap", "with_sinks"), SHAPES)
+def test_a_chunk_after_other_slots(
+    group: int, size: int, dtype: torch.dtype, softcap: float | None, with_sinks: bool, want_mass: bool
+) -> None:
+    starts = torch.tensor([[2 * MANY, 0], [3, 2 * MANY]], device=DEVICE)
+    counts = torch.tensor([MANY, MANY // 2], device=DEVICE)
+    query = tokens_first(2, 2, group, MANY, size, dtype)
+    live = starts + counts[:, None]
+    keys, values = (slots_of((2, 2, 3 * MANY, size), live, dtype, seed) for seed in (1, 2))
+    sinks = normal(2, group, dtype=dtype) if with_sinks else None
+    how = {"fresh": False, "scale": size**-0.5, "softcap": softcap, "sinks": sinks, "want_mass": want_mass}
+    with unwritten_is_nan():
+        output, mass = prefill(query, keys, values, starts, counts, **how)
+    tensors = (clean(query), clean(keys), clean(values))
+    right, right_mass = reference.prefill(*tensors, starts, counts, **how)
+    assert output.dtype == dtype
+    close(output, right, dtype)
+    if want_mass:
+        torch.testing.assert_close(mass, right_mass, atol=1e-4, rtol=1e-3)
+    else:
+        assert mass is None
+
+
+@pytest.mark.parametrize("want_mass", [False, True])
+@pytest.mark.parametrize("dtype", [F32, F16, on_gpu(BF16)])
+def test_a_whole_prompt(dtype: torch.dtype, want_mass: bool) -> None:
+    starts, counts = torch.zeros(3, 2, dtype=torch.int64, device=DEVICE), torch.tensor([MANY, 5, 0], device=DEVICE)
+    query = tokens_first(3, 2, 4, MANY, 64, dtype)
+    keys, values = normal(3, 2, MANY, 64, dtype=dtype, seed=1), normal(3, 2, MANY, 64, dtype=dtype, seed=2)
+    how = {"fresh": True, "scale": 0.125, "want_mass": want_mass}
+    output, mass = prefill(query, keys, values, starts, counts, **how)
+    right, right_mass = reference.prefill(query.float(), keys.float(), values.float(), starts, counts, **how)
+    close(output, right, dtype)
+    assert not output[2].any()
+    if want_mass:
+        torch.testing.assert_close(mass, right_mass, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(mass.sum(-1), counts[:, None].expand(3, 2).float())
