@@ -1,0 +1,162 @@
+"""Every family, at 24 tokens: with nothing left out, exactly what transformers computes with its own cache and attention.
+
+Stock is an untouched copy of the model. A row of a batch is compared with that row alone wherever stock itself cannot serve
+the batch (padding on the right).
+"""
+
+import copy
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kvsieve
+from kvsieve import make_policy, transfer
+from kvsieve.loop import Decoder
+from kvsieve.windows import WindowLayer
+
+from .zoo import FAMILIES, VOCABULARY, WINDOW
+
+NEW = 24
+LENGTHS = 13, 7, 10  # of the prompts; the windows are shorter than the longest
+EXACT = {"dense": make_policy("dense"), "sparq": make_policy("sparq", r=4, k=64, local=4)}
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def case(request):
+    family = request.param
+    stock = family.build()
+    random = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, VOCABULARY, (n,), generator=random).tolist() for n in LENGTHS]
+    return SimpleNamespace(
+        family=family,
+        rows=rows,
+        stock=stock,
+        model=kvsieve.prepare(copy.deepcopy(stock)),
+        alone=functools.cache(lambda b: greedy(stock, torch.tensor([rows[b]]))),
+        together=functools.cache(lambda: greedy(stock, *padded(rows, "left"))),
+    )
+
+
+def padded(rows, side):
+    width = max(map(len, rows))
+    pads = [[0] * (width - len(row)) for row in rows]
+    order = (lambda pad, row: pad + row) if side == "left" else (lambda pad, row: row + pad)
+    mask = [order(pad, [1] * len(row)) for pad, row in zip(pads, rows, strict=True)]
+    ids = [order(pad, row) for pad, row in zip(pads, rows, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def greedy(model, ids, mask=None, cache=None):
+    """New tokens `[B, N]` and their logits `[B, N, V]` by `generate`."""
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert torch.equal(out.sequences[:, : ids.shape[1]], ids)
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+
+
+def loop(model, rows, policy):
+    """The same by the decode loop."""
+    decoder = Decoder(model, rows, policy, NEW)
+    logits = [decoder.prefill()]
+    for _ in range(NEW - 1):
+        logits.append(decoder.step(logits[-1].argmax(-1)))
+    return torch.stack(logits, 1).argmax(-1), torch.stack(logits, 1)
+
+
+def forwards(model, ids, mask, policy):
+    """The same by calling the model, with prompts padded on the right: a row's next token follows its last real one."""
+    cache, sizes, steps = kvsieve.KVCache(model, policy), mask.sum(1), []
+    with torch.no_grad():
+        out = model(
+            ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache
+        )
+        logits = out.logits[torch.arange(len(ids)), sizes - 1]
+        for step in range(NEW):
+            steps.append(logits)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            tokens, positions = logits.argmax(-1)[:, None], (sizes + step)[:, None]
+            logits = model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[
+                :, -1
+            ]
+    return torch.stack(steps, 1).argmax(-1), torch.stack(steps, 1)
+
+
+def assert_same(got, stock):
+    assert torch.equal(got[0], stock[0])
+    assert (got[1] - stock[1]).abs().max() < 1e-4
+
+
+def each_alone(case):
+    found = [case.alone(b) for b in range(len(case.rows))]
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+
+def test_the_policy_acts_on_the_layers_that_see_everything(case):
+    layers = kvsieve.KVCache(case.model).layers
+    assert (
+        tuple(i for i, layer in enumerate(layers) if isinstance(layer, kvsieve.LayerCache))
+        == case.family.policy_layers
+    )
+
+
+def test_without_a_kvcache_nothing_changes(case):
+    assert_same(greedy(case.model, *padded(case.rows, "left")), case.together())
+
+
+@pytest.mark.parametrize("policy", EXACT.values(), ids=EXACT)
+class TestExactly:
+    def test_one_row(self, case, policy):
+        assert_same(loop(case.model, case.rows[:1], policy), case.alone(0))
+        cache = kvsieve.KVCache(case.model, policy)
+        assert_same(greedy(case.model, torch.tensor(case.rows[:1]), cache=cache), case.alone(0))
+
+    def test_padded_on_the_left(self, case, policy):
+        assert_same(loop(case.model, case.rows, policy), case.together())
+        cache = kvsieve.KVCache(case.model, policy)
+        assert_same(greedy(case.model, *padded(case.rows, "left"), cache), case.together())
+
+    def test_padded_on_the_right(self, case, policy):
+        ids, mask = padded(case.rows, "right")
+        assert_same(greedy(case.model, ids, mask, kvsieve.KVCache(case.model, policy)), each_alone(case))
+        if (
+            len(case.family.policy_layers) == case.family.layers
+        ):  # else stock's own layers count the padding in
+            assert_same(forwards(case.model, ids, mask, policy), each_alone(case))
+
+
+def test_leaving_tokens_out_changes_the_logits(case):
+    policy = make_policy("sparq", r=2, k=4, local=1)
+    logits = loop(case.model, case.rows, policy)[1]
+    stock = case.together()[1]
+    assert (logits[:, 0] - stock[:, 0]).abs().max() < 1e-4  # the first token comes from the dense prefill
+    assert (logits[:, 1] - stock[:, 1]).abs().max() > 1e-3  # and the second from the policy
+
+
+def test_windowed_layers_are_metered(case):
+    cache = kvsieve.KVCache(case.model)
+    windows = [layer for layer in cache.layers if isinstance(layer, WindowLayer)]
+    borrowers = (
+        case.family.layers
+        - len(cache.layers)
+        + sum(type(layer).__name__ == "DummyLayer" for layer in cache.layers)
+    )
+    with transfer.measure() as meter:
+        list(kvsieve.decode(case.model, case.rows, max_new_tokens=NEW, eos_token_id=(), cache=cache))
+    policy_layer = cache.policy_layers[0]
+    number = (
+        2 * policy_layer.lengths.shape[1] * policy_layer.head_size * 4
+    )  # bytes of a token: keys and values
+    full, windowed = 0, 0
+    for length in LENGTHS:
+        for step in range(1, NEW):  # the first new token comes from the prefill
+            seen = length + step
+            full += seen * number
+            # llama4's chunks: the tokens since the last multiple of the chunk, counted from the row's first
+            chunk = (seen - 1) % WINDOW + 1 if case.family.config == "Llama4TextConfig" else min(WINDOW, seen)
+            windowed += chunk * number
+    readers = len(cache.policy_layers) + borrowers // 2, len(windows) + borrowers // 2
+    assert meter.read == meter.dense_read == readers[0] * full + readers[1] * windowed
+    assert meter.written == (len(cache.policy_layers) + len(windows)) * len(LENGTHS) * (NEW - 1) * number
+    assert meter.steps == len(LENGTHS) * (NEW - 1)
