@@ -31,7 +31,7 @@ def describe(
         "python": platform.python_version(),
         **versions,
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
@@ -40,11 +40,11 @@ def describe(
         "parameters": sum(p.numel() for p in model.parameters()),
         "revision": protocol["revision"],
         "weights": protocol["weights"],
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
@@ -53,7 +53,7 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Of the folder that the run was started in; `+` behind it: with changes that are not committed."""
     try:
         commit = subprocess.run(
