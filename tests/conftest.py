@@ -1,6 +1,6 @@
-"""One torch thread: the suite runs on two cores beside other things, and OpenMP's threads wait for each other.
+"""One torch thread: the suite runs on two cores beside other things; OpenMP's threads wait for each other.
 
-Without a GPU, Triton interprets its kernels. It asks once, when they are defined, so this stands before any import of them.
+Without a GPU, Triton interprets its kernels; it asks once, when they are defined: this must come before.
 """
 
 import os

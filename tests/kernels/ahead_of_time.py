@@ -1,9 +1,10 @@
-"""Compiles every kernel for real GPUs, on a machine without one, and prints what each needs, a JSON line a kernel.
+"""Compiles every kernel for real GPUs, on a machine without one; prints what each needs, a JSON line a kernel.
 
-    python -m tests.kernels.ahead_of_time [--targets sm_90 gfx942] [--head-sizes 128] [--dtypes bfloat16] [--groups 4]
+    python -m tests.kernels.ahead_of_time [--targets sm_90 gfx942] [--head-sizes 128] [--groups 4] [--dtypes ...]
 
-The ops themselves are called, with small CPU tensors and a driver that stands for the target, so that what is compiled is
-what would be launched: types, strides, block sizes, warps. Nothing is launched. Runs without TRITON_INTERPRET.
+The ops themselves are called, with small CPU tensors and a driver that stands for the target, so that what is
+compiled is what would be launched: types, strides, block sizes, warps. Nothing is launched. Runs without
+TRITON_INTERPRET.
 """
 
 import argparse
@@ -45,14 +46,19 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
     blocked = zeros(B, K, T // 16, size, 16).transpose(3, 4)
     lengths, counts = zeros(B, K, dtype=torch.int64), zeros(B, dtype=torch.int64)
     chosen = {"slots": zeros(B, K, S, dtype=torch.int64), "counts": lengths}
-    tail = {"tail_weight": zeros(B, K, group, dtype=torch.float32), "tail_value": zeros(B, K, size, dtype=torch.float32)}
+    tail = {
+        "tail_weight": zeros(B, K, group, dtype=torch.float32),
+        "tail_value": zeros(B, K, size, dtype=torch.float32),
+    }
     gemma: dict[str, Any] = {"scale": 0.1, "softcap": 50.0, "sinks": zeros(K, group)}
     kv = (keys, values, lengths)
     return {
         "attend all": lambda: ops.attend(query, *kv, scale=0.1),
         "attend all, mass": lambda: ops.attend(query, *kv, want_mass=True, **gemma),
         "attend chosen, tail": lambda: ops.attend(query, *kv, scale=0.1, **chosen, **tail),
-        "attend chosen, blocked": lambda: ops.attend(query, blocked, values, lengths, **gemma, **chosen, **tail),
+        "attend chosen, blocked": lambda: ops.attend(
+            query, blocked, values, lengths, **gemma, **chosen, **tail
+        ),
         "prefill, mass": lambda: ops.prefill(prompt, *kv, counts, fresh=False, scale=0.1, want_mass=True),
         "prefill, softcap": lambda: ops.prefill(prompt, *kv, counts, fresh=False, **gemma),
     }
@@ -63,7 +69,9 @@ def compiled(target: GPUTarget, call: Callable[[], Any]) -> Iterator[Any]:
     kernels = []
     index = list(TARGETS.values()).index(target)
     driver = SimpleNamespace(
-        get_current_target=lambda: target, get_current_device=lambda: index, get_current_stream=lambda device: 0
+        get_current_target=lambda: target,
+        get_current_device=lambda: index,
+        get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(driver)
     run = JITFunction.run
@@ -81,7 +89,7 @@ def compiled(target: GPUTarget, call: Callable[[], Any]) -> Iterator[Any]:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers, spilled bytes (NVIDIA: stack and local memory) or registers (AMD), and shared memory in bytes."""
+    """Registers, what spilled (bytes of stack and local memory; AMD: registers), bytes of shared memory."""
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
@@ -107,7 +115,13 @@ def main() -> None:
         for name, call in calls(getattr(torch, dtype), size, group).items():
             for kernel in compiled(TARGETS[target], call):
                 shape = {"dtype": dtype, "head_size": size, "group": group}
-                found = {"target": target, "call": name, "kernel": kernel.metadata.name, **resources(kernel), **shape}
+                found = {
+                    "target": target,
+                    "call": name,
+                    "kernel": kernel.metadata.name,
+                    **resources(kernel),
+                    **shape,
+                }
                 print(json.dumps(found), flush=True)
 
 

@@ -33,7 +33,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
-def slots_of(shape: tuple[int, ...], lengths: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+def slots_of(
+    shape: tuple[int, ...], lengths: torch.Tensor, dtype: torch.dtype, seed: int = 0
+) -> torch.Tensor:
     """`[B, K, T, D]` with NaN from each row's length on: a view of larger storage, as a cache gives."""
     rows, heads, total, size = shape
     storage = normal(rows, heads, total + 13, size, dtype=dtype, seed=seed)

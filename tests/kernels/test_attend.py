@@ -1,4 +1,4 @@
-"""Triton's attend equals the reference: every group size, ragged and empty rows, sinks, soft-capping, tail, mass."""
+"""Triton's attend equals the reference: every group size, ragged and empty rows, sinks, tail, mass."""
 
 import pytest
 import torch
@@ -35,7 +35,9 @@ def blocks(keys: torch.Tensor, size: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("group", "size", "dtype", "softcap", "with_sinks"), SHAPES)
-def test_all_slots(group: int, size: int, dtype: torch.dtype, softcap: float | None, with_sinks: bool) -> None:
+def test_all_slots(
+    group: int, size: int, dtype: torch.dtype, softcap: float | None, with_sinks: bool
+) -> None:
     total = 300 if DEVICE == "cpu" else 9000
     lengths = torch.tensor([[total, 1], [0, total // 2 - 13]], device=DEVICE)
     query = normal(2, 2, group, size, dtype=dtype)
@@ -90,8 +92,8 @@ def test_all_slots_in_blocks() -> None:
     close(output, right, F32)
 
 
-def test_slots_beyond_the_length_are_chosen_by_nobody_when_storage_is_token_first() -> None:
-    """`[B, T, K, D]` storage, as some caches keep it: only strides differ."""
+def test_storage_with_tokens_before_heads() -> None:
+    """`[B, T, K, D]`, as some caches keep it: only strides differ."""
     lengths = torch.tensor([[40, 3]], device=DEVICE)
     query = normal(1, 2, 2, 64)
     keys, values = (slots_of((1, 2, 40, 64), lengths, F32, seed) for seed in (1, 2))

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 def check(*arguments: str) -> None:
     """In a process of its own: this one interprets kernels, which is decided when they are defined."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([*map(str, [ROOT, ROOT / "framework"]), environment.get("PYTHONPATH", "")])
+    paths = [str(ROOT), str(ROOT / "framework"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.ahead_of_time", *arguments]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -36,4 +37,5 @@ def test_kernels_compile(target: str) -> None:
 @pytest.mark.parametrize("target", SHARED)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_kernels_compile_for_every_head_size(target: str, dtype: str) -> None:
-    check("--targets", target, "--dtypes", dtype, "--head-sizes", "64", "80", "96", "128", "256", "--groups", "1", "4", "16")
+    sizes = ["--head-sizes", "64", "80", "96", "128", "256", "--groups", "1", "4", "16"]
+    check("--targets", target, "--dtypes", dtype, *sizes)

@@ -15,7 +15,6 @@ import triton.language as tl
 from . import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-_MERGED_AT_ONCE = 64
 _MASS_BLOCK = 512
 
 
@@ -84,7 +83,7 @@ def attend(
     )
     if splits > 1:
         _merge_pieces[(pairs, group)](
-            *(pieces, piece_lse, lengths, output, lse, splits), *ending, MERGED=_MERGED_AT_ONCE
+            *(pieces, piece_lse, lengths, output, lse, splits), *ending, MERGED=launch.merge(size)
         )
     if not want_mass:
         return output, None

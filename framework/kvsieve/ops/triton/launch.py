@@ -24,21 +24,26 @@ class Launch(NamedTuple):
 
 
 def decode(head_size: int, dtype: torch.dtype) -> Launch:
-    """For one query token: 32 KiB of keys and values a stage; 16 rows, the least that tensor cores take."""
-    bytes_per_slot = 2 * triton.next_power_of_2(head_size) * dtype.itemsize
-    slots = min(128, max(16, 2**15 // bytes_per_slot))
+    """For one query token: 16 or 32 KiB of keys and values a stage; 16 rows, tensor cores' least."""
+    wide = head_size > 64
     if dtype == torch.float32:  # no tensor cores: the products live in registers
-        return Launch(min(slots, 32), 16, 4, 1 if backend() == "hip" else 2)
-    return Launch(slots, 16, 4, 1 if backend() == "hip" else 3)
+        return Launch(16 if wide else 32, 16, 4, 2)
+    slots = min(128, 2**13 // triton.next_power_of_2(head_size))
+    return Launch(slots, 16, 4, 2 if backend() == "hip" else 3)
 
 
 def prompt(head_size: int, dtype: torch.dtype) -> Launch:
     """For many query tokens."""
     if dtype == torch.float32:
-        return Launch(32, 32, 4 if head_size <= 128 else 8, 1)
+        return Launch(32, 32 if head_size <= 128 else 16, 4 if head_size <= 128 else 8, 1)
     if backend() == "hip":  # 64 KiB of shared memory
         return Launch(32, 64, 4, 1)
-    return Launch(64, 128, 4 if head_size <= 64 else 8, 2)
+    return Launch(64, 128 if head_size <= 128 else 64, 8, 2)
+
+
+def merge(head_size: int) -> int:
+    """How many pieces of a row are merged at once: 32 KiB of them, held in registers."""
+    return min(64, 2**13 // triton.next_power_of_2(head_size))
 
 
 def splits(pairs: int, slots: int, device: torch.device) -> int:
