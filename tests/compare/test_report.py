@@ -328,7 +328,7 @@ def browse(tmp_path):
         path = tmp_path / "page.html"
         path.write_text(page, encoding="utf-8")
         command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'browser'}", path.as_uri()]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         assert "CONSOLE" not in shown.stderr, shown.stderr
         return shown.stdout
 

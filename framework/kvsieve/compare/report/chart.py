@@ -233,6 +233,6 @@ def _range(group: Group, results: Results) -> list[float]:
     ]
     low, high = min(values, default=0.0), max(values, default=1.0)
     if group.higher_is_better:
-        low, high = min(low, 0.0), 1.0 if 0.5 < high <= 1.0 else high
+        low, high = min(low, 0.0), 1.0 if 0.5 < high <= 1.0 else high or 1.0
     room = 0.06 * (high - low or abs(high) or 1.0)
     return [low - room, high + room]

@@ -118,7 +118,7 @@ def _where(groups: Sequence[Group], total: int) -> str:
     if total == 1:
         return f"on {groups[0].task} at {groups[0].context} tokens"
     if len(groups) < total:
-        return f"in the {len(groups)} of {total} task settings that dense attention can do"
+        return f"in the {len(groups)} of {total} task settings where dense attention scored"
     return f"in all {total} task settings"
 
 
