@@ -112,14 +112,18 @@ class Slots:
 )
 def test_slots_and_what_belongs_to_them_stay_together(data, rows, budget, layout):
     slots = Slots(rows, budget, layout)
-    slots.prompt(data.draw(st.lists(st.integers(1, 20), min_size=rows, max_size=rows)), data.draw(st.booleans()))
+    slots.prompt(
+        data.draw(st.lists(st.integers(1, 20), min_size=rows, max_size=rows)), data.draw(st.booleans())
+    )
     slots.check()
     for _ in range(data.draw(st.integers(1, 8))):
         action = data.draw(st.sampled_from(["step", "step", "prompt", "reorder"]))
         if action == "step":
             slots.step(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
         elif action == "prompt":  # a conversation goes on: some rows may have nothing to add
-            sizes = data.draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows).filter(lambda s: max(s) > 1))
+            sizes = data.draw(
+                st.lists(st.integers(0, 5), min_size=rows, max_size=rows).filter(lambda s: max(s) > 1)
+            )
             slots.prompt(sizes, data.draw(st.booleans()))
         else:
             slots.reorder(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
@@ -177,7 +181,11 @@ def test_a_cache_needs_a_prepared_model():
     from transformers import LlamaForCausalLM
 
     with pytest.raises(UserError, match=r"kvsieve\.prepare"):
-        KVCache(LlamaForCausalLM(tiny_llama().config.__class__(**{**tiny_llama().config.to_dict(), "dtype": None})))
+        KVCache(
+            LlamaForCausalLM(
+                tiny_llama().config.__class__(**{**tiny_llama().config.to_dict(), "dtype": None})
+            )
+        )
 
 
 def test_reset_makes_it_fresh():
@@ -185,7 +193,9 @@ def test_reset_makes_it_fresh():
     cache = KVCache(model, make_policy("h2o", budget=6, recent=2))
     first = list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))
     cache.reset()
-    assert torch.equal(torch.stack(first), torch.stack(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))))
+    assert torch.equal(
+        torch.stack(first), torch.stack(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)))
+    )
 
 
 def test_plain_forward_through_the_cache_equals_no_cache():
@@ -194,6 +204,9 @@ def test_plain_forward_through_the_cache_equals_no_cache():
     with torch.no_grad():
         wanted = model(ids, use_cache=False).logits
         cache = KVCache(model)
-        parts = [model(ids[:, part], past_key_values=cache).logits for part in (slice(0, 12), slice(12, 29), slice(29, 30))]
+        parts = [
+            model(ids[:, part], past_key_values=cache).logits
+            for part in (slice(0, 12), slice(12, 29), slice(29, 30))
+        ]
     torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-5, rtol=1e-5)
     assert cache.get_seq_length() == 30

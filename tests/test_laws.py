@@ -14,7 +14,10 @@ CASES = {
         ({"r": 4, "k": 8, "local": 8, "mean_value": False}, {"r": 1, "k": 46, "mean_value": False}),
         ({"r": 4, "k": 8, "local": 2, "mean_value_limit": 0.3}, {"r": 16, "k": 64}),
         ({"r": 4, "k": 8, "local": 2, "layout": "double"}, {"r": 4, "k": 64, "layout": "double"}),
-        ({"r": 4, "k": 8, "local": 2, "layout": "blocked"}, {"r": 4, "k": 64, "layout": "blocked", "block": 32}),
+        (
+            {"r": 4, "k": 8, "local": 2, "layout": "blocked"},
+            {"r": 4, "k": 64, "layout": "blocked", "block": 32},
+        ),
     ],
     "h2o": [
         ({"budget": 12, "recent": 4}, {"budget": 64, "recent": 4}),

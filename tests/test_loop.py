@@ -30,7 +30,9 @@ def test_dense_equals_transformers():
     model, prompts = tiny_llama(), random_prompts(20, 13, 1)
     got = run(prompts)
     for row, prompt in zip(got, prompts, strict=True):
-        wanted = model.generate(torch.tensor([prompt]), past_key_values=DynamicCache(), max_new_tokens=12, do_sample=False)
+        wanted = model.generate(
+            torch.tensor([prompt]), past_key_values=DynamicCache(), max_new_tokens=12, do_sample=False
+        )
         assert row.tolist() == wanted[0, len(prompt) :].tolist()
 
 
@@ -135,8 +137,14 @@ def test_a_tensor_of_prompts_and_text_for_a_model_without_tokenizer():
         ({"prefill_chunk": 0}, "prefill_chunk must be at least 1 token, not 0"),
         ({"temperature": -1.0}, "sampling: .*temperature"),
         ({"top_p": 1.5}, "sampling: .*top_p"),
-        ({"policy": make_policy("sparq", r=32)}, "sparq.r is 32, but this model's heads have only 8 channels"),
-        ({"policy": make_policy("dense_layers", layers=[5], inner="h2o")}, "layer 5 is not one of the model's 2"),
+        (
+            {"policy": make_policy("sparq", r=32)},
+            "sparq.r is 32, but this model's heads have only 8 channels",
+        ),
+        (
+            {"policy": make_policy("dense_layers", layers=[5], inner="h2o")},
+            "layer 5 is not one of the model's 2",
+        ),
     ],
     ids=str,
 )

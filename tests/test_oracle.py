@@ -21,7 +21,11 @@ H2O_STEPS = 6
 
 def steps(case):
     with np.load(DATA / "steps.npz") as file:
-        return {name.split("/")[1]: torch.from_numpy(file[name]) for name in file.files if name.startswith(case + "/")}
+        return {
+            name.split("/")[1]: torch.from_numpy(file[name])
+            for name in file.files
+            if name.startswith(case + "/")
+        }
 
 
 def right_padded(tensor, left_padding, new):

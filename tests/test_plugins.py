@@ -27,7 +27,9 @@ def install(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     yield put
     monkeypatch.undo()
-    for module in [name for name, found in sys.modules.items() if str(tmp_path) in str(getattr(found, "__file__", ""))]:
+    for module in [
+        name for name, found in sys.modules.items() if str(tmp_path) in str(getattr(found, "__file__", ""))
+    ]:
         del sys.modules[module]
     plugins.reload()
 
@@ -70,7 +72,10 @@ def test_an_outside_policy_is_found_with_its_origin(install):
         ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
         ("1 / 0", "ZeroDivisionError"),
         (POLICY.replace("(register)", "(registrar)", 1), "PluginValidationError"),
-        (POLICY.replace('name = "first_tokens"', 'name = "sparq"'), "'sparq' is already registered by kvsieve"),
+        (
+            POLICY.replace('name = "first_tokens"', 'name = "sparq"'),
+            "'sparq' is already registered by kvsieve",
+        ),
         (POLICY.replace('    name = "first_tokens"\n', ""), "First needs a class attribute name"),
         (POLICY.replace("@dataclass(frozen=True)", "@dataclass"), "frozen"),
         (POLICY.replace("register(First)", "register(dict)"), "not a subclass of kvsieve.Policy"),
@@ -97,18 +102,34 @@ def test_a_misspelt_hook_is_reported(install):
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("sparc", {}, "unknown policy 'sparc'; did you mean 'sparq'. Legal: .*dense, dense_layers, h2o, local_window, sparq"),
-        ("sparq", {"rank": 3}, "unknown parameter of sparq 'rank'; .*Legal: .*group_score, k, .*local, mean_value, .*r"),
+        (
+            "sparc",
+            {},
+            "unknown policy 'sparc'; did you mean 'sparq'. Legal: .*dense, dense_layers, h2o, local_window, sparq",
+        ),
+        (
+            "sparq",
+            {"rank": 3},
+            "unknown parameter of sparq 'rank'; .*Legal: .*group_score, k, .*local, mean_value, .*r",
+        ),
         ("sparq", {"k": "many"}, "sparq.k: .*integer.*'many'"),
         ("sparq", {"k": 0}, "sparq.k must be at least 1, not 0"),
         ("sparq", {"k": 8, "local": 9}, "sparq.local must be from 0 to k = 8, not 9"),
         ("sparq", {"group_score": "mean"}, "sparq.group_score: .*'softmax' or 'logits'.*'mean'"),
         ("h2o", {"budget": 4, "recent": 5}, "h2o.recent must be from 1 to budget = 4, not 5"),
-        ("local_window", {"budget": 4, "sinks": 4}, "local_window.sinks must be from 0 to budget - 1 = 3, not 4"),
+        (
+            "local_window",
+            {"budget": 4, "sinks": 4},
+            "local_window.sinks must be from 0 to budget - 1 = 3, not 4",
+        ),
         ("local_window", {"budget": 0}, "local_window.budget must be at least 1 token, not 0"),
         ("dense_layers", {"layers": [0]}, "dense_layers.inner must be given"),
         ("dense_layers", {"layers": [0], "inner": {"spark": {}}}, "unknown policy 'spark'"),
-        ("dense_layers", {"layers": [0], "inner": {"h2o": {"budgett": 1}}}, "unknown parameter of h2o 'budgett'"),
+        (
+            "dense_layers",
+            {"layers": [0], "inner": {"h2o": {"budgett": 1}}},
+            "unknown parameter of h2o 'budgett'",
+        ),
     ],
 )
 def test_mistakes_are_answered_with_what_is_legal(name, parameters, message):
@@ -117,5 +138,7 @@ def test_mistakes_are_answered_with_what_is_legal(name, parameters, message):
 
 
 def test_importing_the_package_and_its_command_does_not_import_torch():
-    code = "import sys, kvsieve, kvsieve.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, kvsieve, kvsieve.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -37,7 +37,10 @@ T = P + 1
         # S in the paper's 2 S of mass is what is left after eviction: the slots that are still there to be read
         (make_policy("h2o", budget=12, recent=3), 2 * 12 * D + 2 * D + 2 * 12),
         (make_policy("local_window", budget=12, sinks=3), 2 * 12 * D + 2 * D),
-        (make_policy("sparq", r=4, k=60), 2 * T * D + 4 * D),  # nothing to leave out: dense, and the mean value kept up
+        (
+            make_policy("sparq", r=4, k=60),
+            2 * T * D + 4 * D,
+        ),  # nothing to leave out: dense, and the mean value kept up
     ],
     ids=lambda value: value.name if isinstance(value, kvsieve.Policy) else None,
 )
@@ -61,7 +64,9 @@ def test_touching_the_keys_directly_costs_a_whole_read():
 
         def select(self, query, kv):
             assert kv.keys.shape == (B, K, T, D)
-            return kvsieve.Selection(torch.zeros(B, K, 1, dtype=torch.int64), torch.ones(B, K, dtype=torch.int64))
+            return kvsieve.Selection(
+                torch.zeros(B, K, 1, dtype=torch.int64), torch.ones(B, K, dtype=torch.int64)
+            )
 
     meter = one_step(Peeking())
     assert meter.by_kind == {"keys": (T + 1) * D * 4 * B * K, "values": D * 4 * B * K}
@@ -71,8 +76,12 @@ def test_a_decode_counts_all_layers_and_rows_but_not_the_prefill():
     model, prompts = tiny_llama(), random_prompts(9, 5)
     with transfer.measure() as meter:
         list(kvsieve.decode(model, prompts, make_policy("dense"), max_new_tokens=4))
-    seen = sum(length + step for length in (9, 5) for step in (1, 2, 3))  # three steps after the prefill's token
-    assert meter.read == meter.dense_read == seen * 2 * 8 * 4 * 2 * 2  # keys and values, D, float32, heads, layers
+    seen = sum(
+        length + step for length in (9, 5) for step in (1, 2, 3)
+    )  # three steps after the prefill's token
+    assert (
+        meter.read == meter.dense_read == seen * 2 * 8 * 4 * 2 * 2
+    )  # keys and values, D, float32, heads, layers
     assert meter.steps == 2 * 3
 
 

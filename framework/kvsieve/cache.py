@@ -25,7 +25,6 @@ from .errors import UserError
 from .policy import Policy, Shape
 from .windows import WindowLayer
 
-
 Phase = Literal["auto", "chunk", "last_chunk"]
 ATTENTION = "kvsieve"  # our name among transformers' attention implementations
 
@@ -62,12 +61,15 @@ class LayerCache(CacheLayerMixin):
         self.is_initialized = False
         self.fed = 0  # token columns so far, padding included: what transformers calls the sequence length
         self.used = 0  # no live slot at or above it; known without asking the device
+        self.fixed = False  # shapes are constant from now on: `used` stands at the capacity
         self.counts_steps = True  # in a model one layer counts them for all
         self.phase: Phase = "auto"
         self.prompt_end: int | None = None  # token columns of the prompt, where that is known
         self.lends = False  # other layers attend to these slots too (gemma3n): evict when all have
         self.decoding = False  # the forward now running is a decode step
-        self.appended: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # starts, counts, order: for borrowers
+        self.appended: tuple[
+            torch.Tensor, torch.Tensor, torch.Tensor | None
+        ]  # starts, counts, order: for borrowers
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
         self.meter: transfer.Meter | None = None
@@ -162,7 +164,9 @@ class LayerCache(CacheLayerMixin):
     def write(self, name: str, new: NewTokens, column: torch.Tensor) -> None:
         """Set a column for the new tokens only: `column [B, K, Q, ...]`. Metered as a write of theirs."""
         store = self._stores[name]
-        self.count_written("columns", new.counts[:, None].expand_as(self.lengths) * store[0, 0, 0].numel(), store)
+        self.count_written(
+            "columns", new.counts[:, None].expand_as(self.lengths) * store[0, 0, 0].numel(), store
+        )
         ops.implementation(store.device).append(store, column.to(store.dtype), new.slots, self.active)
 
     # ---------------------------------------------------------------- the meter
@@ -233,10 +237,13 @@ class LayerCache(CacheLayerMixin):
         if self.budget is not None and self.used >= self.budget:
             slots = self._slot_to_overwrite(self.budget)
         else:
-            self._make_capacity(self.used + 1)
-            slots = self.lengths
-        self.used = max(self.used, min(self.used + 1, self.budget or self.capacity))
-        self._write(keys, values, (self.seen - 1)[:, None, None].expand(*slots.shape, 1), slots[..., None], active)
+            slots = self.lengths.clone()
+            if not self.fixed:
+                self._make_capacity(self.used + 1)
+                self.used += 1
+        self._write(
+            keys, values, (self.seen - 1)[:, None, None].expand(*slots.shape, 1), slots[..., None], active
+        )
         grown = (slots == self.lengths).long()
         self.lengths += grown if active is None else grown * active[:, None]
         ones = torch.ones_like(self.lengths)
@@ -245,6 +252,15 @@ class LayerCache(CacheLayerMixin):
         if active is not None:
             keys, values = (t.masked_fill(~active[:, None, None, None], 0) for t in (keys, values))
         return NewTokens(keys, values, counts, slots[..., None])
+
+    def fix_shapes(self, tokens: int) -> None:
+        """Make room for `tokens` a row, or for the budget, once; decode steps then have constant shapes.
+
+        The price: ops that do not go by the lengths cost what the capacity costs.
+        """
+        final = tokens if self.budget is None else min(tokens, self.budget)
+        self._make_capacity(final)
+        self.used, self.fixed = self.capacity, True
 
     def _slot_to_overwrite(self, budget: int) -> torch.Tensor:
         """`[B, K]`: the first free slot where there is one, else the slot with the lowest priority."""
@@ -256,7 +272,9 @@ class LayerCache(CacheLayerMixin):
         if self.budget is None or self.used <= self.budget:
             return
         priority = self.policy.priority(self).masked_fill(~self.live(), -torch.inf)
-        slots = priority.topk(self.budget, dim=2).indices.sort(dim=2).values  # sorted: the order of tokens is kept
+        slots = (
+            priority.topk(self.budget, dim=2).indices.sort(dim=2).values
+        )  # sorted: the order of tokens is kept
         run = ops.implementation(slots.device)
         for name, store in self._stores.items():
             kept = layouts.resized(name, store, self.budget)
@@ -366,7 +384,8 @@ class LayerCache(CacheLayerMixin):
                 f"the cache holds {self.batch_size} rows, but {len(key_states)} came: a new batch needs a new cache; to "
                 "continue each row several times, call cache.batch_repeat_interleave(times) first"
             )
-        self.fed += key_states.shape[2]
+        if not self.fixed:  # else whoever fixed the shapes counts, outside of the step
+            self.fed += key_states.shape[2]
         if self.prompt_end is not None:
             part: Phase = "chunk" if self.fed < self.prompt_end else "last_chunk"
             self.phase = "auto" if self.fed > self.prompt_end else part
@@ -394,7 +413,7 @@ class LayerCache(CacheLayerMixin):
 
     def reset(self) -> None:
         self.fed = self.used = 0
-        self.is_initialized = False
+        self.is_initialized = self.fixed = False
         self.active, self.incoming, self.prompt_end, self.phase = None, None, None, "auto"
         self._stores, self._summaries = {}, {}
 
@@ -407,7 +426,9 @@ class LayerCache(CacheLayerMixin):
             return
         indices = indices.to(self.device)
         self._stores = {name: store.index_select(0, indices) for name, store in self._stores.items()}
-        self._summaries = {name: summary.index_select(0, indices) for name, summary in self._summaries.items()}
+        self._summaries = {
+            name: summary.index_select(0, indices) for name, summary in self._summaries.items()
+        }
         self.lengths, self.seen = self.lengths.index_select(0, indices), self.seen.index_select(0, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -435,9 +456,13 @@ class KVCache(Cache):
         UserError: the model was not prepared, or has no layer that a policy can act on.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Policy | None = None, capacity: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, policy: Policy | None = None, capacity: int | None = None
+    ) -> None:
         if model.config._attn_implementation != ATTENTION:
-            raise UserError(f"{type(model).__name__} is not ready for a KVCache: call kvsieve.prepare(model) first")
+            raise UserError(
+                f"{type(model).__name__} is not ready for a KVCache: call kvsieve.prepare(model) first"
+            )
         policy = policy or Policy()
         config = model.config.get_text_config(decoder=True)
         layers = list(DynamicCache(config=config).layers)
@@ -472,6 +497,16 @@ class KVCache(Cache):
         """
         for layer in self._told:
             layer.prompt_end = columns
+
+    def fix_shapes(self, tokens: int) -> None:
+        """Make room for `tokens` a row in every layer, once: decode steps then have constant shapes."""
+        for layer in self.policy_layers:
+            layer.fix_shapes(tokens)
+
+    def count_fed(self) -> None:
+        """One more token was fed to every row while shapes were fixed."""
+        for layer in self.policy_layers:
+            layer.fed += 1
 
     def set_active(self, active: torch.Tensor | None) -> None:
         """Rows `[B]` bool that still decode: the others neither append nor count as traffic. None: all."""

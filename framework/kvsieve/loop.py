@@ -8,23 +8,17 @@ comes from it, and the policy acts from the second on, as in the SparQ paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, PreTrainedModel
 
+from . import graph
 from .cache import KVCache, LayerCache
 from .errors import UserError
 from .policy import Policy
-
-Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
+from .prompts import Prompts, check_lengths, end_tokens, pad_token, token_lists
+from .sampling import Sampler
 
 
 def decode(
@@ -41,6 +35,7 @@ def decode(
     eos_token_id: int | Sequence[int] | None = None,
     prefill_chunk: int | None = None,
     cache: KVCache | None = None,
+    eager: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Decode `prompts` together, yielding the next token ids `[B]` of all rows at every step.
 
@@ -57,6 +52,8 @@ def decode(
         eos_token_id: what ends a row. None: what the model says; an empty sequence: nothing.
         prefill_chunk: read the prompt in pieces of this many tokens (less memory, same result).
         cache: a fresh `KVCache` for this model, to look into afterwards; None makes one.
+        eager: on a GPU, run every step from Python instead of capturing it as one CUDA graph (`graph.why_not` says what
+            cannot be captured; neither can a step with `logits_processor`).
 
     Raises:
         UserError: before anything is computed, for a prompt that is empty or too long, or parameters out of range;
@@ -66,32 +63,64 @@ def decode(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     check_lengths(model, rows, max_new_tokens)
-    ends = _ends(model, eos_token_id)
-    sampler = _Sampler(temperature, top_k, top_p, seed, logits_processor, len(rows), model.device)
+    ends = end_tokens(model, eos_token_id)
+    sampler = Sampler(temperature, top_k, top_p, seed, logits_processor, rows, model.device)
     decoder = Decoder(model, rows, policy, max_new_tokens, prefill_chunk, cache)
-    return _decode(decoder, sampler, ends, max_new_tokens, _pad_token(model, ends))
+    return _decode(_Generation(decoder, sampler, ends, pad_token(model, ends), eager), max_new_tokens)
 
 
-def _decode(
-    decoder: Decoder, sampler: _Sampler, ends: list[int], max_new_tokens: int, pad: int
-) -> Iterator[torch.Tensor]:
-    logits = decoder.prefill()
-    ended = torch.zeros(len(decoder.rows), dtype=torch.bool, device=logits.device)
-    stops = torch.tensor(ends, device=logits.device)
+def _decode(generation: _Generation, max_new_tokens: int) -> Iterator[torch.Tensor]:
+    generation.begin()
     for step in range(max_new_tokens):
-        tokens = sampler(decoder.ids, logits).masked_fill(ended, pad)
-        ended = ended | torch.isin(tokens, stops)
-        # One look at the device a step: is there a NaN, and has every row ended?
-        broken, all_ended = torch.stack([(logits.isnan().any(1) & ~ended).any(), ended.all()]).tolist()
+        broken, all_ended = generation.status.tolist()  # the one look at the device in a step
         if broken:
+            model = generation.decoder.model
             raise UserError(
-                f"the model's logits are NaN at new token {step + 1}: its weights or its dtype "
-                f"({decoder.model.dtype}) are at fault, or a custom policy is; try dtype float32 and policy dense"
+                f"the model's logits are NaN at new token {step + 1}: its weights or its dtype ({model.dtype}) are at "
+                "fault, or a custom policy is; try dtype float32 and policy dense"
             )
-        yield tokens
+        yield generation.tokens.clone()
         if all_ended or step + 1 == max_new_tokens:
             return
-        logits = decoder.step(tokens, ~ended if ends else None)
+        generation.advance()
+
+
+class _Generation:
+    """The state of a decode, in tensors that stay where they are, and the step that moves it on."""
+
+    def __init__(self, decoder: Decoder, sampler: Sampler, ends: list[int], pad: int, eager: bool) -> None:
+        self.decoder, self.sampler, self.pad = decoder, sampler, pad
+        rows, device = len(decoder.rows), decoder.model.device
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.status = torch.zeros(2, dtype=torch.bool, device=device)  # a NaN was seen; every row has ended
+        self.ends = torch.tensor(ends, device=device)
+        self.captured = not eager and sampler.ids is None and graph.why_not(decoder.cache, device) is None
+        self.advance: Callable[[], None] = self.step
+
+    def begin(self) -> None:
+        """Prefill, and choose the first token."""
+        logits = self.decoder.prefill()
+        if self.captured:
+            self.decoder.cache.fix_shapes(self.decoder.room)
+            replay = graph.StepGraph(self.step, self.sampler.streams)
+
+            def advance() -> None:
+                replay()
+                self.decoder.cache.count_fed()
+
+            self.advance = advance
+        self.choose(logits)
+
+    def step(self) -> None:
+        """Feed the tokens, choose the next ones. Works in place and never looks at the device."""
+        self.choose(self.decoder.step(self.tokens, ~self.ended if len(self.ends) else None))
+
+    def choose(self, logits: torch.Tensor) -> None:
+        broken = (logits.isnan().any(1) & ~self.ended).any()
+        self.tokens.copy_(self.sampler(logits).masked_fill(self.ended, self.pad))
+        self.ended |= (self.tokens[:, None] == self.ends).any(1)
+        self.status.copy_(torch.stack([broken, self.ended.all()]))
 
 
 def score(
@@ -149,7 +178,8 @@ class Decoder:
             raise UserError("the cache already holds tokens; decode needs a fresh one")
         if cache is not None and policy is not None and cache.policy != policy:
             raise UserError(f"the cache was made for the policy {cache.policy}, not for {policy}")
-        self.cache.check_room(longest + max_new_tokens)
+        self.room = longest + max_new_tokens
+        self.cache.check_room(self.room)
         # Left-padded: the last column is every row's last token. The cache drops the padding.
         ids = [[0] * (longest - len(row)) + row for row in rows]
         self.ids = torch.tensor(ids, device=model.device)
@@ -158,7 +188,9 @@ class Decoder:
         self.ragged = any(len(row) < longest for row in rows)
         self.positions = sizes  # of the next token, per row
         # A layer that transformers manages needs the padding at every step; ours know it from the prompt on.
-        self.tells_padding = self.ragged and not all(isinstance(layer, LayerCache) for layer in self.cache.layers)
+        self.tells_padding = self.ragged and not all(
+            isinstance(layer, LayerCache) for layer in self.cache.layers
+        )
 
     @torch.no_grad()
     def prefill(self) -> torch.Tensor:
@@ -184,7 +216,6 @@ class Decoder:
     def step(self, tokens: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
         """Feed `tokens [B]`, return the logits `[B, V]` of the next; inactive rows `[B]` False only keep their place."""
         self.cache.set_active(active)
-        self.ids = torch.cat([self.ids, tokens[:, None]], 1)
         mask = None
         if self.tells_padding:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], 1)
@@ -196,93 +227,5 @@ class Decoder:
             past_key_values=self.cache,
             use_cache=True,
         ).logits
-        self.positions = self.positions + (1 if active is None else active)
+        self.positions += 1 if active is None else active.long()
         return logits[:, -1]
-
-
-class _Sampler:
-    """The next token of each row: the most likely, or drawn from a stream of the row's own."""
-
-    def __init__(
-        self,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        seed: int,
-        processors: LogitsProcessorList | None,
-        rows: int,
-        device: torch.device,
-    ) -> None:
-        self.processors = LogitsProcessorList(processors or [])
-        self.draws = any(option is not None for option in (temperature, top_k, top_p))
-        try:
-            if temperature is not None and temperature != 1:
-                self.processors.append(TemperatureLogitsWarper(float(temperature)))
-            if top_k is not None:
-                self.processors.append(TopKLogitsWarper(top_k))
-            if top_p is not None:
-                self.processors.append(TopPLogitsWarper(float(top_p)))
-        except ValueError as error:
-            raise UserError(f"sampling: {error}") from error
-        self.streams = [torch.Generator(device).manual_seed(seed + row) for row in range(rows if self.draws else 0)]
-
-    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        logits = self.processors(ids, logits.float())
-        if not self.draws:
-            return logits.argmax(-1)
-        chances = torch.softmax(logits, -1).nan_to_num(1.0)  # a NaN is reported by the loop, not by multinomial
-        return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(chances, self.streams, strict=True)])
-
-
-def token_lists(model: PreTrainedModel, prompts: Prompts, what: str = "prompt") -> list[list[int]]:
-    """Prompts in any accepted form as one list of token ids per row.
-
-    Raises:
-        UserError: none, or an empty one; text for a model without a tokenizer; an id outside the vocabulary.
-    """
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    given: list[Any] = prompts.tolist() if isinstance(prompts, torch.Tensor) else list(prompts)
-    tokenizer = getattr(model, "tokenizer", None)
-    rows = []
-    for b, prompt in enumerate(given):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise UserError(f"{what} {b} is text, but the model has no tokenizer: give token ids, or set model.tokenizer")
-            prompt = tokenizer(prompt)["input_ids"]
-        rows.append([int(token) for token in prompt])
-        if not rows[-1]:
-            raise UserError(f"{what} {b} is empty: a model needs at least one token to start from")
-        size = model.get_input_embeddings().num_embeddings
-        if not 0 <= min(rows[-1]) <= max(rows[-1]) < size:
-            raise UserError(f"{what} {b} has a token id outside the vocabulary (0 to {size - 1})")
-    if not rows:
-        raise UserError(f"no {what} was given")
-    return rows
-
-
-def check_lengths(model: PreTrainedModel, rows: list[list[int]], new_tokens: int) -> None:
-    """Raise UserError if a prompt and its new tokens need more positions than the model has."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(map(len, rows))
-    if limit is not None and longest + new_tokens > limit:
-        raise UserError(
-            f"a prompt of {longest} tokens and {new_tokens} new ones need {longest + new_tokens} positions; "
-            f"{type(model).__name__} has {limit} (max_position_embeddings)"
-        )
-
-
-def _ends(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    if eos_token_id is None:
-        generation = getattr(model, "generation_config", None)
-        eos_token_id = getattr(generation, "eos_token_id", None)
-        if eos_token_id is None:
-            eos_token_id = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-
-
-def _pad_token(model: PreTrainedModel, ends: list[int]) -> int:
-    pad = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
-    return pad if pad is not None else (ends[0] if ends else 0)

@@ -67,6 +67,9 @@ class Policy:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    capturable: ClassVar[bool] = (
+        True  # a step has constant shapes and never looks at the device: see graph.py
+    )
 
     # ---------------------------------------------------------------- declarations
     # Properties, so that they may depend on the parameters; a plain class attribute of the same name will do.
@@ -104,7 +107,9 @@ class Policy:
         Asked when the prompt is complete (the best `budget` stay) and at every decode step whose storage is full (the
         lowest is overwritten by the new token, which `kv.seen` already counts). Dead slots may hold anything.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a budget, so it must say who stays: priority(kv)")
+        raise NotImplementedError(
+            f"{type(self).__name__} has a budget, so it must say who stays: priority(kv)"
+        )
 
     # ---------------------------------------------------------------- notices
     def on_append(self, kv: LayerCache, new: NewTokens) -> None:
@@ -141,4 +146,6 @@ class Policy:
                 return value.spec()
             return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
-        return {self.name: {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}}
+        return {
+            self.name: {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        }

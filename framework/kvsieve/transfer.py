@@ -8,12 +8,11 @@ once each way per step, however often a policy touches it. Prefill is not counte
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
 
 import torch
 
-_current: contextvars.ContextVar[Meter | None] = contextvars.ContextVar("kvsieve_meter", default=None)
+_current: Meter | None = None
 
 
 class Meter:
@@ -23,13 +22,14 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, int | torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, amount: int | torch.Tensor) -> None:
-        total = self._sums.get(name, 0)
-        if isinstance(total, torch.Tensor) and isinstance(amount, torch.Tensor):
-            amount = amount.to(total.device)  # the layers may be on several devices
-        self._sums[name] = total + amount
+        """Add bytes (or steps) to the sum under this name."""
+        amount = torch.as_tensor(amount)
+        total = self._sums.setdefault(name, torch.zeros_like(amount))
+        # In place: a captured step adds to the same tensor at every replay. The layers may be on several devices.
+        total.add_(amount.to(total.device))
 
     def _total(self, prefix: str) -> int:
         return sum(int(amount) for name, amount in self._sums.items() if name.startswith(prefix))
@@ -68,14 +68,15 @@ def measure() -> Iterator[Meter]:
     ...     tokens = list(kvsieve.decode(model, prompts, policy, max_new_tokens=16))
     >>> meter.read / meter.dense_read
     """
+    global _current  # noqa: PLW0603  (a context variable would break a traced graph)
     meter = Meter()
-    token = _current.set(meter)
+    before, _current = _current, meter
     try:
         yield meter
     finally:
-        _current.reset(token)
+        _current = before
 
 
 def current() -> Meter | None:
     """The innermost meter that is measuring."""
-    return _current.get()
+    return _current

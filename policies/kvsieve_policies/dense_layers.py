@@ -18,7 +18,9 @@ class DenseLayers(Policy):
     def for_layer(self, layer: int, layers: int) -> Policy:
         for index in self.layers:
             if not -layers <= index < layers:
-                raise UserError(f"dense_layers: layer {index} is not one of the model's {layers} (0 to {layers - 1})")
+                raise UserError(
+                    f"dense_layers: layer {index} is not one of the model's {layers} (0 to {layers - 1})"
+                )
         if layer in self.layers or layer - layers in self.layers:
             return Policy()
         return self.inner.for_layer(layer, layers)

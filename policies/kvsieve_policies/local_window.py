@@ -28,7 +28,9 @@ class LocalWindow(Policy):
         if self.budget < 1:
             raise UserError(f"local_window.budget must be at least 1 token, not {self.budget}")
         if not 0 <= self.sinks < self.budget:
-            raise UserError(f"local_window.sinks must be from 0 to budget - 1 = {self.budget - 1}, not {self.sinks}")
+            raise UserError(
+                f"local_window.sinks must be from 0 to budget - 1 = {self.budget - 1}, not {self.sinks}"
+            )
 
     def priority(self, kv: LayerCache) -> torch.Tensor:
         return kv.positions.float().masked_fill(kv.oldest(self.sinks), torch.inf)

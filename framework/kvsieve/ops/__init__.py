@@ -7,7 +7,6 @@ The implementations know nothing of caches or meters: tensors in, tensors out. W
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib
 import os
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from ..policy import Selection
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
-_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("kvsieve_ops", default=None)
+_chosen: str | None = None
 
 
 @contextlib.contextmanager
@@ -36,11 +35,12 @@ def use(implementation: str) -> Iterator[None]:
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(unknown("implementation of the ops", implementation, IMPLEMENTATIONS))
-    token = _chosen.set(implementation)
+    global _chosen  # noqa: PLW0603  (a context variable would break a traced graph)
+    before, _chosen = _chosen, implementation
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before
 
 
 def implementation(device: torch.device) -> ModuleType:
@@ -50,7 +50,7 @@ def implementation(device: torch.device) -> ModuleType:
         UserError: the implementation that was chosen cannot run there.
     """
     on_gpu = device.type == "cuda"
-    name = _chosen.get() or ("triton" if on_gpu else "cpu")
+    name = _chosen or ("triton" if on_gpu else "cpu")
     if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(
             f"the triton ops need a GPU, but the model is on {str(device)!r}: choose 'reference', or set "

@@ -9,7 +9,10 @@ import numpy as np
 
 from .tokenizer import BOS, PAD
 
-FILLER, ANSWER = 0.1, 4.0  # loss weights of plain text and of retrieved values; repeated text has its own schedule
+FILLER, ANSWER = (
+    0.1,
+    4.0,
+)  # loss weights of plain text and of retrieved values; repeated text has its own schedule
 _SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "il", "on")]
 
 
@@ -17,11 +20,15 @@ def batch(
     text: np.ndarray, seed: int, step: int, rows: int, length: int, copy: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids `[rows, length]` and the loss weight `[rows, length]` of each as a target; `copy`: of repeated text."""
-    sequences = [_sequence(text, np.random.default_rng([seed, step, row]), length, copy) for row in range(rows)]
+    sequences = [
+        _sequence(text, np.random.default_rng([seed, step, row]), length, copy) for row in range(rows)
+    ]
     return np.stack([ids for ids, _ in sequences]), np.stack([weights for _, weights in sequences])
 
 
-def _sequence(text: np.ndarray, rng: np.random.Generator, length: int, copy: float) -> tuple[np.ndarray, np.ndarray]:
+def _sequence(
+    text: np.ndarray, rng: np.random.Generator, length: int, copy: float
+) -> tuple[np.ndarray, np.ndarray]:
     kind = rng.choice(4, p=[0.36, 0.42, 0.12, 0.10])
     builder = _Builder(text, rng, length, copy)
     (builder.needles, builder.repetitions, builder.pairs, builder.plain)[kind]()
@@ -105,7 +112,9 @@ class _Builder:
         count = max(2, (self.length - 40 - 24 * questions) // 26)
         hexadecimal = [f"{n:08x}" for n in self.rng.integers(0, 2**32, size=2 * count)]
         keys, values = hexadecimal[:count], hexadecimal[count:]
-        self.add("{" + ",\n ".join(f'"{k}": "{v}"' for k, v in zip(keys, values, strict=True)) + "}\n", FILLER)
+        self.add(
+            "{" + ",\n ".join(f'"{k}": "{v}"' for k, v in zip(keys, values, strict=True)) + "}\n", FILLER
+        )
         for i in self.rng.integers(0, count, size=questions):
             self.add(f'\n{{"{keys[i]}": "', FILLER)
             self.add(values[i], ANSWER / 2)

@@ -24,10 +24,9 @@ from .data import batch
 from .tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
 
 TOKENS_PER_STEP = 8192
-# (up to this share of the run, sequence length)
-CURRICULUM = ((0.15, 256), (0.32, 512), (0.55, 1024), (1.0, 2048))
-# Repeated text weighs more once the model has found out how to repeat: then exactness is what is left to learn.
-COPY_WEIGHTS = ((0.55, 0.6), (1.0, 2.0))
+# (before this step, sequence length, weight of repeated text). Repeated text weighs more once the model has found out how
+# to repeat: then exactness is what is left to learn.
+CURRICULUM = ((769, 256, 0.6), (1641, 512, 0.6), (2820, 1024, 0.6), (math.inf, 2048, 2.0))
 
 
 def configuration() -> LlamaConfig:
@@ -48,14 +47,12 @@ def configuration() -> LlamaConfig:
     )
 
 
-def sequence_length(share: float, rng: np.random.Generator) -> int:
-    """The curriculum's length at this share of the run; one step in four revisits a shorter one."""
-    reached = [length for _, length in CURRICULUM[: 1 + next(i for i, (end, _) in enumerate(CURRICULUM) if share < end)]]
-    return int(rng.choice(reached)) if rng.random() < 0.25 else reached[-1]
-
-
-def copy_weight(share: float) -> float:
-    return next(weight for end, weight in COPY_WEIGHTS if share < end)
+def stage(step: int, rng: np.random.Generator) -> tuple[int, float]:
+    """Sequence length and weight of repeated text at this step; one step in four revisits a shorter length."""
+    reached = 1 + next(i for i, (end, _, _) in enumerate(CURRICULUM) if step < end)
+    lengths = [length for _, length, _ in CURRICULUM[:reached]]
+    length = int(rng.choice(lengths)) if rng.random() < 0.25 else lengths[-1]
+    return length, CURRICULUM[reached - 1][2]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -66,7 +63,9 @@ def train(out: Path, tokens: int, seed: int, peak: float) -> LlamaForCausalLM:
     """Train for `tokens` tokens and return the model; continues from the checkpoint in `out` if there is one."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a tenth of the time, changes nothing here
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # costs a tenth of the time, changes nothing here
+    )
     model = LlamaForCausalLM(configuration())
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -83,16 +82,17 @@ def train(out: Path, tokens: int, seed: int, peak: float) -> LlamaForCausalLM:
         for step in range(first, steps):
             started = time.perf_counter()
             rng = np.random.default_rng([seed, step])
-            length = sequence_length(step / steps, rng)
-            rows = TOKENS_PER_STEP // length
-            ids, weights = batch(text, seed, step, rows, length, copy_weight(step / steps))
+            length, copy = stage(step, rng)
+            ids, weights = batch(text, seed, step, TOKENS_PER_STEP // length, length, copy)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak)
             losses = _update(model, optimizer, torch.from_numpy(ids), torch.from_numpy(weights).float())
             seconds = time.perf_counter() - started
             record = {"step": step, "length": length, **losses, "seconds": round(seconds, 3)}
             log.write(json.dumps(record) + "\n")
-            progress.update(bar, advance=1, description=f"step {step} length {length} retrieved {losses['retrieved']:.3f}")
+            progress.update(
+                bar, advance=1, description=f"step {step} length {length} retrieved {losses['retrieved']:.3f}"
+            )
             if (step + 1) % 100 == 0 or step + 1 == steps:
                 log.flush()
                 _save(out, model, optimizer, step + 1)
@@ -129,10 +129,14 @@ def _update(
 
 def _save(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Replaces the checkpoint in one move, so that an interruption leaves the old or the new one whole."""
-    state = {f"model/{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    state = {
+        f"model/{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }
     for i, moments in optimizer.state_dict()["state"].items():
         state |= {f"optimizer/{i}/{name}": tensor for name, tensor in moments.items()}
-    save_file({k: v.contiguous().clone() for k, v in state.items()}, out / "checkpoint.tmp", {"step": str(step)})
+    save_file(
+        {k: v.contiguous().clone() for k, v in state.items()}, out / "checkpoint.tmp", {"step": str(step)}
+    )
     os.replace(out / "checkpoint.tmp", out / "checkpoint.safetensors")
 
 
@@ -163,9 +167,13 @@ def export(model: LlamaForCausalLM, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and the finished model")
-    parser.add_argument("--tokens", type=float, default=42e6)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints, log and the finished model"
+    )
+    parser.add_argument("--tokens", type=float, default=34e6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,0 +1,164 @@
+"""A decode step can become one CUDA graph: it never looks at the device, and traces into one graph over growing steps."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kvsieve
+from kvsieve import KVCache, Policy, graph, make_policy
+from kvsieve.loop import Decoder, _Generation
+from kvsieve.sampling import Sampler
+from tests.models import random_prompts, tiny_llama
+
+POLICIES = {
+    "dense": make_policy("dense"),
+    "sparq": make_policy("sparq", r=3, k=8, local=2),
+    "sparq_logits": make_policy("sparq", r=3, k=8, local=2, group_score="logits", mean_value=False),
+    "sparq_double": make_policy("sparq", r=3, k=8, local=2, layout="double"),
+    "sparq_blocked": make_policy("sparq", r=3, k=8, local=2, layout="blocked"),
+    "h2o": make_policy("h2o", budget=10, recent=3),
+    "local_window": make_policy("local_window", budget=10, sinks=2),
+    "dense_layers": make_policy("dense_layers", layers=[0], inner={"h2o": {"budget": 10, "recent": 3}}),
+}
+STEPS = 20
+
+# What makes the host wait for the device, or gives a shape that depends on data.
+WAITS = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "unique",
+    "_unique2",
+    "multinomial",
+}
+
+
+class FindsWaits(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indexes_by_mask = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype is torch.bool
+            for arg in args
+            if isinstance(arg, list | tuple)
+            for i in arg
+        )
+        if name in WAITS or indexes_by_mask:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def generation(policy, temperature=None, ends=()):
+    model, prompts = tiny_llama(), random_prompts(24, 17)
+    sampler = Sampler(temperature, None, None, 0, None, prompts, model.device)
+    made = _Generation(Decoder(model, prompts, policy, STEPS), sampler, list(ends), pad=0, eager=True)
+    made.begin()
+    made.decoder.cache.fix_shapes(made.decoder.room)
+    return made
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_a_step_never_looks_at_the_device(policy, temperature):
+    made = generation(policy, temperature, ends=[60])
+    with kvsieve.transfer.measure(), FindsWaits() as trace, torch.no_grad():
+        made.step()
+    assert trace.found == []
+
+
+def test_the_trace_finds_what_it_looks_for():
+    x = torch.arange(3)
+    with FindsWaits() as trace:
+        x.sum().item()
+        x[x > 1]
+    assert trace.found == ["_local_scalar_dense", "index"]
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_steps_of_constant_shape_give_the_same_tokens(policy):
+    made = generation(policy)
+    got = [made.tokens.clone()]
+    shapes = set()
+    for _ in range(STEPS - 1):
+        made.advance()
+        made.decoder.cache.count_fed()
+        got.append(made.tokens.clone())
+        shapes.add(tuple(layer.live_values.shape for layer in made.decoder.cache.policy_layers))
+    wanted = list(kvsieve.decode(tiny_llama(), random_prompts(24, 17), policy, max_new_tokens=STEPS))
+    assert torch.equal(torch.stack(got), torch.stack(wanted))
+    assert len(shapes) == 1
+    assert made.decoder.cache.get_seq_length() == 24 + STEPS - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_one_compiled_graph_serves_all_steps(policy):
+    one_compiled_graph_serves_all_steps(policy)
+
+
+def test_one_compiled_graph_serves_all_steps_of_sparq():
+    one_compiled_graph_serves_all_steps(POLICIES["sparq"])
+
+
+def one_compiled_graph_serves_all_steps(policy):
+    torch._dynamo.reset()
+    made = generation(policy)
+    compiled = []
+
+    def count(module, inputs):
+        compiled.append(module)
+        return module.forward
+
+    with torch.no_grad():
+        step = torch.compile(made.step, fullgraph=True, backend=count)
+        got = [made.tokens.clone()]
+        for _ in range(STEPS - 1):
+            step()
+            got.append(made.tokens.clone())
+    wanted = list(kvsieve.decode(tiny_llama(), random_prompts(24, 17), policy, max_new_tokens=STEPS))
+    assert torch.equal(torch.stack(got), torch.stack(wanted))
+    assert len(compiled) == 1
+
+
+def test_what_cannot_be_captured_says_why():
+    @dataclass(frozen=True)
+    class Peeking(Policy):
+        name: ClassVar[str] = "peeking"
+        capturable: ClassVar[bool] = False
+
+    gpu = torch.device("cuda")
+    assert graph.why_not(KVCache(tiny_llama()), gpu) is None
+    assert "needs a GPU" in graph.why_not(KVCache(tiny_llama()), torch.device("cpu"))
+    assert "policy peeking declares" in graph.why_not(KVCache(tiny_llama(), Peeking()), gpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_captured_tokens_equal_eager_ones(policy, temperature):
+    model = tiny_llama(seed=7).cuda()
+    ran = [
+        torch.stack(
+            list(
+                kvsieve.decode(
+                    model,
+                    random_prompts(24, 17),
+                    policy,
+                    max_new_tokens=STEPS,
+                    temperature=temperature,
+                    eager=eager,
+                )
+            )
+        )
+        for eager in (True, False)
+    ]
+    assert torch.equal(*ran)
