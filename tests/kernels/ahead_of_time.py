@@ -1,6 +1,6 @@
-"""Compiles every kernel for real GPUs, on a machine without one; prints what each needs, a JSON line a kernel.
+"""Compiles every kernel for real GPUs, on a machine without one and prints what each needs, one per line.
 
-    python -m tests.kernels.ahead_of_time [--targets sm_90 gfx942] [--head-sizes 128] [--groups 4] [--dtypes ...]
+    python -m tests.kernels.ahead_of_time [--targets sm_90 gfx942] [--head-sizes 64 128] [--groups 4] ...
 
 The ops themselves are called, with small CPU tensors and a driver that stands for the target, so that what is
 compiled is what would be launched: types, strides, block sizes, warps. Nothing is launched. Runs without

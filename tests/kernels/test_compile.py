@@ -22,20 +22,18 @@ def check(*arguments: str) -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert kernels
-    for kernel in kernels:
-        assert kernel["shared"] <= SHARED[kernel["target"]], kernel
-        assert kernel["spills"] == 0, kernel
+    assert {kernel["target"] for kernel in kernels} == set(SHARED)
+    too_much = [
+        kernel for kernel in kernels if kernel["shared"] > SHARED[kernel["target"]] or kernel["spills"]
+    ]
+    assert not too_much
 
 
-@pytest.mark.parametrize("target", SHARED)
-def test_kernels_compile(target: str) -> None:
-    check("--targets", target)
+def test_kernels_compile() -> None:
+    check()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", SHARED)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_kernels_compile_for_every_head_size(target: str, dtype: str) -> None:
-    sizes = ["--head-sizes", "64", "80", "96", "128", "256", "--groups", "1", "4", "16"]
-    check("--targets", target, "--dtypes", dtype, *sizes)
+def test_kernels_compile_for_every_head_size(dtype: str) -> None:
+    check("--dtypes", dtype, "--head-sizes", "64", "80", "96", "128", "256", "--groups", "1", "4", "16")
