@@ -137,7 +137,7 @@ def test_what_cannot_be_captured_says_why():
 
     gpu = torch.device("cuda")
     assert graph.why_not(KVCache(tiny_llama()), gpu) is None
-    assert "needs a GPU" in graph.why_not(KVCache(tiny_llama()), torch.device("cpu"))
+    assert "graphs need a GPU" in graph.why_not(KVCache(tiny_llama()), torch.device("cpu"))
     assert "policy peeking declares" in graph.why_not(KVCache(tiny_llama(), Peeking()), gpu)
 
 

@@ -194,6 +194,8 @@ class LayerCache(CacheLayerMixin):
         self.meter.add(name, numbers.sum() * (self.dtype.itemsize if like is None else like.element_size()))
 
     def _first_touch(self, way: str, name: str) -> bool:
+        if self.meter is None:
+            return False
         key = f"{way}/{name}"
         first = key not in self._touched
         self._touched.add(key)
@@ -261,6 +263,7 @@ class LayerCache(CacheLayerMixin):
         final = tokens if self.budget is None else min(tokens, self.budget)
         self._make_capacity(final)
         self.used, self.fixed = self.capacity, True
+        self.prompt_end, self.phase = None, "auto"  # the prompt is in: `fed` stands still, and cannot tell
 
     def _slot_to_overwrite(self, budget: int) -> torch.Tensor:
         """`[B, K]`: the first free slot where there is one, else the slot with the lowest priority."""

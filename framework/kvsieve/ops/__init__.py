@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 _chosen: str | None = None
+_loaded: dict[str, ModuleType] = {"reference": reference}
 
 
 @contextlib.contextmanager
@@ -56,7 +57,9 @@ def implementation(device: torch.device) -> ModuleType:
             f"the triton ops need a GPU, but the model is on {str(device)!r}: choose 'reference', or set "
             "TRITON_INTERPRET=1 before Python starts, and Triton interprets its kernels (for tests: it is slow)"
         )
-    return reference if name == "reference" else importlib.import_module(f".{name}", __name__)
+    if name not in _loaded:  # kept by name: an import inside a traced step would break the trace
+        _loaded[name] = importlib.import_module(f".{name}", __name__)
+    return _loaded[name]
 
 
 def attend(
