@@ -14,6 +14,7 @@ import typer
 import typer.core
 from rich.console import Console
 
+from .bench.cli import app as bench
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path, typer.Argument(help="a comparison, such as configs/quickstart.yaml")]
 Overrides = Annotated[
@@ -66,6 +68,7 @@ def compare(
     checked = configuration.load(config, overrides)
     from .compare.run import compare as run  # takes seconds: only once the config is known to be right
 
+    _no_loading_bars()
     folder = out or Path("results") / checked.name
     try:
         outcome = run(checked, folder)
@@ -163,6 +166,7 @@ def generate(  # noqa: PLR0917
     choice = choice_from_options(policy, compression, parameters or [])
     from . import models
 
+    _no_loading_bars()
     loaded = models.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
@@ -250,6 +254,13 @@ def _type_name(kind: Any) -> str:
 def main() -> None:
     """The entry point."""
     app()
+
+
+def _no_loading_bars() -> None:
+    """transformers' bars for reading weights; those of a download stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _say(message: str) -> None:

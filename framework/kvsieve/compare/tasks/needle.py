@@ -12,17 +12,16 @@ from .base import Answer, Sample, Task, spread
 # Real names; none of them can be put together from the syllables that the reference model was trained on.
 _NAMES = [
     "Accra", "Adelaide", "Amsterdam", "Ankara", "Antwerp", "Asmara", "Athens", "Auckland", "Baghdad",
-    "Bangkok", "Belgrade", "Bergen", "Bogota", "Boston", "Brisbane", "Brussels", "Budapest", "Calgary",
-    "Canberra", "Cardiff", "Chennai", "Chicago", "Cologne", "Copenhagen", "Cracow", "Dakar", "Damascus",
-    "Delhi", "Dhaka", "Dresden", "Dublin", "Edinburgh", "Florence", "Frankfurt", "Geneva", "Glasgow",
-    "Hamburg", "Hanoi", "Helsinki", "Houston", "Istanbul", "Jakarta", "Karachi", "Kyiv", "Kyoto", "Lagos",
-    "Leipzig", "Lisbon", "London", "Lucknow", "Lyon", "Madrid", "Maputo", "Melbourne", "Montreal", "Moscow",
-    "Mumbai", "Munich", "Nairobi", "Naples", "Nicosia", "Osaka", "Oslo", "Ottawa", "Oxford", "Palermo",
-    "Paris", "Phoenix", "Prague", "Quebec", "Quito", "Reykjavik", "Rotterdam", "Salzburg", "Santiago",
-    "Seattle", "Seoul", "Seville", "Shanghai", "Sofia", "Stockholm", "Stuttgart", "Sydney", "Tallinn",
-    "Tashkent", "Tbilisi", "Tehran", "Thessaloniki", "Tokyo", "Toulouse", "Trieste", "Tripoli", "Tunis",
-    "Turku", "Utrecht", "Valencia", "Vancouver", "Venice", "Vienna", "Warsaw", "Yokohama", "Zagreb",
-    "Zurich",
+    "Bangkok", "Belgrade", "Bergen", "Boston", "Brisbane", "Brussels", "Budapest", "Calgary", "Cardiff",
+    "Chennai", "Chicago", "Cologne", "Copenhagen", "Cracow", "Dakar", "Damascus", "Delhi", "Dhaka",
+    "Dresden", "Dublin", "Edinburgh", "Florence", "Frankfurt", "Glasgow", "Hamburg", "Hanoi", "Helsinki",
+    "Houston", "Istanbul", "Jakarta", "Karachi", "Kyiv", "Kyoto", "Lagos", "Leipzig", "Lisbon", "Lucknow",
+    "Lyon", "Madrid", "Melbourne", "Montreal", "Moscow", "Mumbai", "Munich", "Nairobi", "Naples", "Nicosia",
+    "Osaka", "Oslo", "Ottawa", "Oxford", "Paris", "Phoenix", "Prague", "Quebec", "Quito", "Reykjavik",
+    "Rotterdam", "Salzburg", "Santiago", "Seattle", "Seoul", "Shanghai", "Sofia", "Stockholm", "Stuttgart",
+    "Sydney", "Tallinn", "Tashkent", "Tbilisi", "Tehran", "Thessaloniki", "Tokyo", "Toulouse", "Trieste",
+    "Tripoli", "Tunis", "Turku", "Utrecht", "Valencia", "Vancouver", "Vienna", "Warsaw", "Yokohama",
+    "Zagreb", "Zurich",
 ]  # fmt: skip
 
 

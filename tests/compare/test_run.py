@@ -1,0 +1,280 @@
+"""A comparison from its configuration to its summary, on a tiny model."""
+
+import csv
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+import kvsieve
+from kvsieve import UserError, plugins
+from kvsieve.compare import cells, run, store, summary
+from kvsieve.compare.tasks import Perplexity
+
+SMALL = """\
+    batch_size: 2
+    tasks:
+      - needle: {context: [120, 160], samples: 3}
+      - perplexity: {context: 120, samples: 2, tokens: 8}
+    policies:
+      - dense
+      - sparq: {compression: 1/4}
+      - h2o: {compression: 1/4}
+    """
+
+
+@pytest.fixture
+def compare(load, model, tmp_path):
+    """Runs a configuration on the tiny model; what it printed is in `compare.console`."""
+
+    def compare(text, out="out", **options):
+        compare.console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+        return run.compare(load(text, **options), tmp_path / out, compare.console, model)
+
+    return compare
+
+
+def lines(folder):
+    with (folder / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_writes_all_that_it_promises(compare):
+    outcome = compare(SMALL)
+    assert outcome.failures == {}
+    rows = lines(outcome.folder)
+    promised = (
+        "model,task,context,policy,parameters,compression,score,score_low,score_high,samples,bytes_per_step,"
+        "bytes_ratio,kv_bytes,tokens_per_second"
+    ).split(",")
+    assert set(promised) <= set(rows[0])
+    assert [(r["task"], r["context"], r["policy"]) for r in rows] == [
+        (task, context, policy)
+        for task, context in (("needle", "120"), ("needle", "160"), ("perplexity", "120"))
+        for policy in ("dense", "sparq", "h2o")
+    ]
+    assert [r["compression"] for r in rows[:3]] == ["", "1/4", "1/4"]
+    assert [r["samples"] for r in rows] == ["3"] * 6 + ["2"] * 3
+    assert {r["higher_is_better"] for r in rows[:6]} == {"true"}
+    assert {r["metric"] for r in rows[6:]} == {"bits per byte"}
+    for row in rows:
+        assert float(row["score_low"]) <= float(row["score"]) <= float(row["score_high"])
+        assert float(row["tokens_per_second"]) > 0
+    environment = json.loads((outcome.folder / "environment.json").read_text())
+    assert {"torch", "cpu", "threads", "gpu", "git_commit", "started", "weights"} <= environment.keys()
+    again = yaml.safe_load((outcome.folder / "config.yaml").read_text())
+    assert again["dtype"] == "float32"
+    assert "perplexity: bits per byte (lower is better)" in (outcome.folder / "summary.md").read_text()
+    assert "24/24 samples" in compare.console.export_text()
+
+
+def test_bytes_are_those_of_the_paper_per_step_and_sequence(compare):
+    rows = lines(compare(SMALL).folder)
+    # Dense attention reads keys and values of every token: 2 layers x 1 KV head x 2 x 16 x float32. A step with
+    # context c attends to c + 1 tokens, the next one to c + 2; 7 characters take 6 decode steps.
+    token = 2 * 1 * 2 * 16 * 4
+    assert float(rows[0]["bytes_per_step"]) == pytest.approx(token * (120 + 3.5), rel=1e-4)
+    assert float(rows[6]["bytes_per_step"]) == pytest.approx(token * (120 + 4), rel=1e-4)
+    assert [float(r["bytes_ratio"]) for r in rows[::3]] == [1, 1, 1]
+    assert all(0.2 < float(r["bytes_ratio"]) < 0.3 for r in rows if r["policy"] != "dense")
+    assert float(rows[0]["kv_bytes"]) == token * (120 + 7)
+    assert float(rows[2]["kv_bytes"]) < 0.3 * float(rows[0]["kv_bytes"])
+
+
+def test_nothing_is_measured_twice_and_more_samples_are_added(compare):
+    first = store.read(compare(SMALL).folder / "samples.jsonl")
+    again = compare(SMALL)
+    assert store.read(again.folder / "samples.jsonl") == first
+    assert f"{len(first)} samples are already in" in compare.console.export_text()
+    more = compare(SMALL.replace("samples: 3", "samples: 4"))
+    found = store.read(more.folder / "samples.jsonl")
+    assert found[: len(first)] == first
+    assert len(found) == len(first) + 6
+
+
+def test_another_configuration_in_the_folder_keeps_the_old_samples_and_shows_its_own(compare):
+    first = compare(SMALL)
+    kept = store.read(first.folder / "samples.jsonl")
+    other = compare("""\
+        batch_size: 2
+        tasks: [needle: {context: 160, samples: 3}]
+        policies: [local_window: {compression: 1/4}, dense]
+        """)
+    assert [(r["context"], r["policy"]) for r in lines(other.folder)] == [("160", "local_window"), ("160", "dense")]
+    found = store.read(other.folder / "samples.jsonl")
+    assert found[: len(kept)] == kept
+    assert len(found) == len(kept) + 3
+
+
+def test_ids_depend_on_all_that_results_depend_on_and_on_nothing_else(load, model):
+    def ids(text):
+        return [cell.id for cell in cells.expand(load(text), model)]
+
+    base = "tasks: [needle: {context: 120, samples: 3}]\npolicies: [sparq: {r: 4, k: 16, local: 4}]\n"
+    same = "policies: [sparq: {local: 4, k: 16, r: 4}]\ntasks: [needle: {samples: 9, context: 120}]\n"
+    assert ids(base) == ids(base) == ids(same)
+    others = [
+        base.replace("120", "121"),
+        base.replace("k: 16", "k: 17"),
+        base.replace("needle: {", "needle: {distractors: 1, "),
+        base + "seed: 1\n",
+        base + "batch_size: 2\n",
+    ]
+    assert len({ids(text)[0] for text in [base, *others]}) == 6
+
+
+def test_other_weights_are_another_protocol(model):
+    before = cells.weights_digest(model)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight += 1e-3
+        changed = cells.weights_digest(model)
+        weight -= 1e-3
+    assert changed != before
+
+
+def test_an_edited_policy_gets_new_results(tmp_path, monkeypatch):
+    source = "import dataclasses, kvsieve\n@dataclasses.dataclass(frozen=True)\nclass P(kvsieve.Policy):\n    name = 'p'\n"
+    digests = []
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in (("edited_once", source), ("edited_twice", source + "    def extra(self): pass\n")):
+        (tmp_path / f"{name}.py").write_text(text)
+        digests.append(cells._code(__import__(name).P))
+    assert digests[0] != digests[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(kvsieve.Policy):
+    """Fails at its third decode step of a layer."""
+
+    name: ClassVar[str] = "broken"
+
+    def select(self, query, kv):
+        if int(kv.seen.max()) > 122:
+            raise RuntimeError("the third step")
+        return None
+
+
+def test_a_failing_cell_is_reported_and_the_others_finish(compare, monkeypatch):
+    known = plugins.policies() | {"broken": plugins.Registered("broken", Broken, "x", "x", "1")}
+    monkeypatch.setattr(plugins, "policies", lambda: known)
+    outcome = compare("""\
+        tasks: [needle: {context: 120, samples: 2}]
+        policies: [broken, dense]
+        """)
+    assert list(outcome.failures.values()) == ["RuntimeError: the third step"]
+    assert [r["policy"] for r in lines(outcome.folder)] == ["dense"]
+    assert "failed: needle 120, broken: RuntimeError: the third step" in compare.console.export_text()
+    assert "## Failed\n\n- needle 120, broken: RuntimeError" in (outcome.folder / "summary.md").read_text()
+    assert "in select" in (outcome.folder / "errors.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "policy", "message"),
+    [
+        ("needle: {context: 600}", "dense", "3:9: tasks.0.needle: context 600 needs 607 positions with its answer, and the "
+         "model has 512: the longest context here is 505"),
+        ("needle: {context: 40}", "dense", "3:9: tasks.0.needle: needle needs a context of at least"),
+        ("needle: {context: 120}", "sparq: {r: 17}", "4:12: policies.0.sparq: .*17.*16"),
+        ("needle: {context: 120}", "sparq: {compression: 1/8, k: 0}", "4:12: policies.0.sparq: .*k must be at least 1"),
+    ],
+)  # fmt: skip
+def test_what_the_model_cannot_do_is_refused_before_any_work(compare, tmp_path, task, policy, message):
+    with pytest.raises(UserError, match=message):
+        compare(f"\ntasks: [{task}]\npolicies: [{policy}]\n")
+    assert not (tmp_path / "out" / "samples.jsonl").exists()
+
+
+def test_perplexity_on_the_decode_path_is_that_of_a_plain_forward(compare, model):
+    outcome = compare("""\
+        tasks: [perplexity: {context: 100, samples: 2, tokens: 12}]
+        policies: [dense, dense_layers: {layers: [0, 1], inner: h2o}]
+        """)
+    task = Perplexity(100, tokens=12)
+    expected = []
+    for i in range(2):
+        sample = task.sample(model.tokenizer, 0, i)
+        ids = torch.tensor([[*sample.prompt, *sample.forced]])
+        with torch.no_grad():
+            chances = torch.log_softmax(model(ids).logits[0, 99:-1], -1)
+        bits = -chances.gather(1, ids[0, 100:, None]).sum().item() / math.log(2)
+        expected.append(bits / len(sample.reference.encode()))
+    for row in lines(outcome.folder):
+        assert float(row["score"]) == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+def test_hooks_of_plugins_are_called_and_may_fail(compare, monkeypatch):
+    calls = []
+
+    class Relay:
+        def run_started(self, folder, cells):
+            calls.append(len(cells))
+
+        def run_finished(self, folder, summary):
+            raise RuntimeError("nobody at home")
+
+    monkeypatch.setattr(plugins, "hook", Relay)
+    compare("tasks: [needle: {context: 120, samples: 1}]\npolicies: [dense]\n")
+    assert calls == [1]
+    assert "a plugin failed in run_finished: RuntimeError: nobody" in compare.console.export_text()
+
+
+def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
+    text = """\
+        tasks: [needle: {context: 120, samples: 150}]
+        policies: [dense, local_window: {compression: 1/4}]
+        """
+    samples = tmp_path / "out" / "samples.jsonl"
+    command = [sys.executable, "-m", "kvsieve.cli", "compare", str(write(text)), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and (not samples.exists() or samples.read_bytes().count(b"\n") < 5):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    survived = store.read(samples)
+    assert 5 <= len(survived) < 300
+    with samples.open("a") as file:
+        file.write('{"cell": "torn')
+    outcome = compare(text)  # in this process: cells have the same ids in both
+    found = store.read(samples)
+    assert found[: len(survived)] == survived
+    counts = Counter((r["cell"], r["sample"]) for r in found)
+    assert len(counts) == 300
+    assert set(counts.values()) == {1}
+    assert [r["samples"] for r in lines(outcome.folder)] == ["150", "150"]
+
+
+def test_an_interruption_keeps_what_was_measured(compare, tmp_path, monkeypatch):
+    measured = run.measure
+
+    def interrupted(model, cell, indexes, samples):
+        if cell.policy.name == "sparq":
+            raise KeyboardInterrupt
+        return measured(model, cell, indexes, samples)
+
+    monkeypatch.setattr(run, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(SMALL)
+    assert len(store.read(tmp_path / "out" / "samples.jsonl")) == 3
+    monkeypatch.undo()
+    assert compare(SMALL).failures == {}
+
+
+def test_intervals():
+    assert summary.interval(np.ones(8)) == (1, 1)
+    assert summary.interval(np.array([0.5])) == (0.5, 0.5)
+    low, high = summary.interval(np.array([0.0, 1.0] * 50))
+    assert 0.38 < low < 0.43
+    assert 0.57 < high < 0.62
