@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-PROGRAMS_PER_SM = 4  # of the split kernel: what shared memory lets run at once, so that one wave does it all
+PROGRAMS_PER_SM = 3  # of the split kernel: what an H100's shared memory lets run at once: all in one wave
 SLOTS_PER_SPLIT = 128  # at least: below this, merging costs more than it spreads
 
 
