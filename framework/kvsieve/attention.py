@@ -44,7 +44,9 @@ def attention_forward(
     rows, heads, new, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
     if unknown := [name for name in _NOT_SERVED if kwargs.get(name) is not None]:
-        raise UserError(f"{type(module).__name__} asks attention for {_NOT_SERVED[unknown[0]]}, which kvsieve does not serve")
+        raise UserError(
+            f"{type(module).__name__} asks attention for {_NOT_SERVED[unknown[0]]}, which kvsieve does not serve"
+        )
     layer = cast(LayerCache | WindowLayer | None, getattr(key, "kvsieve_layer", None))
     if not isinstance(layer, LayerCache):
         if layer is not None:
@@ -158,13 +160,13 @@ def _plain(
 ) -> torch.Tensor:
     """What transformers' own attention does: no policy, nothing stored."""
     heads, new, total = query.shape[1], query.shape[2], key.shape[2]
+    if mask is None or mask.dim() == 2:  # the new tokens are the last ones; if they are all, is_causal will do
+        padding = None if mask is None else mask[:, None, None, :total].bool()
+        in_order = None
+        if causal and new > 1 and (total > new or padding is not None):
+            in_order = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
+        mask = padding if in_order is None else in_order if padding is None else padding & in_order
     causal = causal and new > 1 and mask is None
-    if causal:
-        key, value, total = key[:, :, :new], value[:, :, :new], min(total, new)
-    if mask is not None and mask.dim() == 2:
-        offset = total - new
-        order = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(offset)
-        mask = order & mask[:, None, None, :total].bool()
     if mask is not None:
         mask = mask[..., :total]
     if softcap is None and sinks is None:
@@ -204,6 +206,8 @@ def attention_mask_for(
     plain = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
     if plain and kv_length == q_offset + q_length:
         return attention_mask
+    if not isinstance(q_offset, int) or kv_offset + kv_length > q_offset + q_length:
+        kwargs["allow_is_causal_skip"] = False  # slots behind the last token (StaticCache): None would not tell
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
     return cast(
         torch.Tensor | None,

@@ -19,7 +19,7 @@ from .cache import ATTENTION
 from .errors import UserError
 
 REFERENCE = "reference"
-_REFERENCE_FOLDER = Path(__file__).parent / "reference_model" / "model"
+REFERENCE_FOLDER = Path(__file__).parent / "reference_model" / "model"
 _SECONDS_TO_REACH_THE_HUB = 10
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -54,7 +54,7 @@ def load(
     if device_map is not None:
         _check_device_map(device)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path = str(_REFERENCE_FOLDER) if id_or_path == REFERENCE else str(Path(id_or_path).expanduser())
+    path = str(REFERENCE_FOLDER) if id_or_path == REFERENCE else str(Path(id_or_path).expanduser())
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if Path(path).is_dir():
         _check_folder(id_or_path, Path(path))
@@ -154,6 +154,10 @@ def _check_folder(name: str, folder: Path) -> None:
     """Refuse a local folder that could not be loaded, saying what it lacks."""
     if not (folder / "config.json").exists():
         raise UserError(f"model {name!r}: the folder has no config.json")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"model {name!r}: its config.json is not JSON: {error}") from error
     if not any(folder.glob("*.safetensors")):
         found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         pickles = (
@@ -226,5 +230,4 @@ def _why_not_loaded(name: str, error: Exception) -> str:
         )
     if not Path(name).is_dir():
         return f"model {name!r} could not be had from the Hugging Face hub: {str(error).splitlines()[0]}"
-    kind = json.loads((Path(name) / "config.json").read_text()).get("model_type")
-    return f"model {name!r} (model_type {kind!r}) could not be loaded: {error}"
+    return f"model {name!r} could not be loaded: {error}"
