@@ -16,14 +16,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..corpus import digest, training_text
+from . import card
 from .data import batch
 from .tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
 
 TOKENS_PER_STEP = 8192
+SAVE_EVERY = 100  # steps
 # (before this step, sequence length, weight of repeated text). Repeated text weighs more once the model has found out how
 # to repeat: then exactness is what is left to learn.
 CURRICULUM = ((769, 256, 0.6), (1641, 512, 0.6), (2820, 1024, 0.6), (math.inf, 2048, 2.0))
@@ -93,7 +96,7 @@ def train(out: Path, tokens: int, seed: int, peak: float) -> LlamaForCausalLM:
             progress.update(
                 bar, advance=1, description=f"step {step} length {length} retrieved {losses['retrieved']:.3f}"
             )
-            if (step + 1) % 100 == 0 or step + 1 == steps:
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
                 log.flush()
                 _save(out, model, optimizer, step + 1)
     log.close()
@@ -154,16 +157,15 @@ def _restore(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
             _, i, kind = name.split("/")
             moments.setdefault(int(i), {})[kind] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])
 
 
-def export(model: LlamaForCausalLM, out: Path) -> None:
-    """Write the model in bfloat16 (6.3 MB) with its tokenizer, as `from_pretrained` reads it."""
-    model.to(torch.bfloat16).save_pretrained(out)
-    byte_tokenizer().save_pretrained(out)
+def export(model: LlamaForCausalLM, folder: Path, tokens: int, seed: int) -> None:
+    """Write the model in bfloat16 with its tokenizer, as `from_pretrained` reads it, and how it was trained."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps({"tokens": tokens, "seed": seed}) + "\n")
 
 
 def main() -> None:
@@ -171,7 +173,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for checkpoints, log and the finished model"
+        "--out", type=Path, required=True, help="folder for checkpoints, log, and the finished model with its card"
     )
     parser.add_argument("--tokens", type=float, default=34e6)
     parser.add_argument("--seed", type=int, default=0)
@@ -180,7 +182,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = train(options.out, int(options.tokens), options.seed, options.learning_rate)
-    export(model, options.out)
+    export(model, options.out / "model", int(options.tokens), options.seed)
+    print(card.write(options.out / "model", options.out / "scores"))
 
 
 if __name__ == "__main__":
