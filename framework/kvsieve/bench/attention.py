@@ -1,0 +1,203 @@
+"""`kvsieve bench attention`: one layer's decode step under every policy, against the best dense installed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import ops, plugins
+from ..errors import UserError
+from . import dense, room
+from .layer import PolicyStep, Tokens
+from .options import Contender, contenders, default_policies
+from .shapes import Heads
+from .timing import (
+    Bandwidth,
+    Measure,
+    Stopwatch,
+    captured,
+    describe_failure,
+    interleave,
+    nothing,
+    ratio,
+    summary,
+)
+
+_HOPELESS = 4.0  # a dense candidate so many times slower than the best of a first look is not timed further
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to measure. Sizes not given come from the device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: Sequence[Heads]
+    batches: Sequence[int]
+    contexts: Sequence[int]
+    policies: Sequence[str]  # as on the command line; none: the defaults
+    layouts: Sequence[str]
+    dense: Sequence[str]  # families of dense attention; none: all that run here
+    seconds: float  # of timing, for each cell
+    graphs: bool  # capture each step as a CUDA graph
+    implementation: str | None  # of the ops; None: the device's
+    skip_too_large: bool  # cells that do not fit are left out and said so, else an error
+
+
+class Cell(NamedTuple):
+    heads: Heads
+    batch: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"B={self.batch} T={self.context} heads {self.heads}"
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure every cell of the plan; one record a cell.
+
+    Raises:
+        UserError: what was asked for does not exist or does not fit, found before anything is allocated.
+    """
+    families = dense.families(plan.device, list(plan.dense))
+    cells = [Cell(h, b, t) for h in plan.heads for b in plan.batches for t in plan.contexts]
+    todo = []
+    for cell in cells:
+        if cell.context < 2:
+            raise UserError(f"--context must be at least 2 tokens (one cached, one new), not {cell.context}")
+        field = _contenders(plan, cell)
+        try:
+            room.check(_need(plan, cell, field, families), plan.device, f"the cell {cell}")
+        except UserError as error:
+            if not plan.skip_too_large:
+                raise
+            say(f"left out: {error}")
+        else:
+            todo.append((cell, field))
+    records = []
+    with ops.use(plan.implementation) if plan.implementation else contextlib.nullcontext():
+        watch = Stopwatch(plan.device)
+        for cell, field in todo:
+            say(f"{cell} ...")
+            records.append(_measure(plan, cell, field, families, watch))
+    return records
+
+
+def _contenders(plan: Plan, cell: Cell) -> list[Contender]:
+    size = cell.heads.size
+    return contenders(plan.policies or default_policies(size), plan.layouts, size, cell.context)
+
+
+def _need(plan: Plan, cell: Cell, field: Sequence[Contender], families: Sequence[str]) -> int:
+    plain = room.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
+    held = [room.cache_bytes(c.policy, cell.batch, cell.context, cell.heads, plan.dtype) for c in field]
+    # A policy with a budget holds the whole context for a moment, when it is filled.
+    filling = 2 * plain
+    others = plain * sum(name in ("flashinfer", "flash-attn") for name in families)
+    return plain + sum(held) + filling + others + 2**31
+
+
+def _measure(
+    plan: Plan, cell: Cell, field: Sequence[Contender], families: Sequence[str], watch: Stopwatch
+) -> dict[str, Any]:
+    tokens = Tokens.random(cell.batch, cell.context, cell.heads, plan.dtype, plan.device)
+    steps = {contender.name: PolicyStep(contender.policy, tokens) for contender in field}
+    graphs = {name: _Capture(plan, step.run, step.prepare) for name, step in steps.items()}
+    measures = {name: watch.measure(graphs[name].run, step.prepare) for name, step in steps.items()}
+    reference = PolicyStep(plugins.make_policy("dense"), tokens)
+    candidates, notes = _dense_candidates(plan, cell, families, tokens, reference, watch)
+    bandwidth = Bandwidth(watch)
+    times = interleave({**measures, **candidates, **bandwidth.measures}, plan.seconds)
+    notes |= {name: summary(times[name]) for name in candidates}
+    best = min(candidates, key=lambda name: notes[name]["median"])
+    speeds = bandwidth.found(times)
+    base = reference.traffic()
+    rows = []
+    for contender in field:
+        step = steps[contender.name]
+        traffic = step.traffic()
+        moved, dense_moved = traffic["read"] + traffic["written"], base["read"] + base["written"]
+        speedup, limit = ratio(times[contender.name], times[best]), dense_moved / moved
+        found = summary(times[contender.name])
+        rows.append(
+            {
+                "policy": contender.label,
+                "parameters": contender.policy.spec(),
+                "layout": contender.layout,
+                "seconds": found,
+                "bytes": traffic,
+                "bytes_held": step.kv.memory(),
+                "bytes_per_second": moved / found["median"],
+                "share_of_copy_bandwidth": moved / found["median"] / speeds["copy"],
+                "best_dense": best,
+                "speedup": speedup,
+                "limit": limit,
+                "share_of_limit": speedup / limit,
+                "graph": graphs[contender.name].note,
+            }
+        )
+    return {
+        "batch": cell.batch,
+        "context": cell.context,
+        "heads": cell.heads._asdict(),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "bandwidth": speeds,
+        "best_dense": {
+            "name": best,
+            "seconds": notes[best],
+            "bytes_per_second": (base["read"] + base["written"]) / notes[best]["median"],
+        },
+        "dense": notes,
+        "rows": rows,
+    }
+
+
+def _dense_candidates(
+    plan: Plan, cell: Cell, families: Sequence[str], tokens: Tokens, reference: PolicyStep, watch: Stopwatch
+) -> tuple[dict[str, Measure], dict[str, Any]]:
+    """The dense attentions worth timing, and for the others why not."""
+    reference.prepare()
+    expected = reference.run()
+    found: dict[str, Measure] = {}
+    notes: dict[str, Any] = {}
+    repeated = cell.heads.group * room.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
+    fits = repeated < room.free_memory(plan.device) // 2
+    for name, build in dense.builders(list(families), tokens, fits):
+        try:
+            attend = build(tokens)
+            if not dense.agrees(attend(), expected):
+                notes[name] = {"not_run": "gives another result"}
+                continue
+            found[name] = watch.measure(_Capture(plan, attend, nothing).run, nothing)
+            found[name]()
+        except Exception as error:  # a backend that does not take these sizes or types says so in its own way
+            notes[name] = describe_failure(error)
+    if dense.OURS in families:
+        ours = _Capture(plan, reference.run, reference.prepare).run
+        found[dense.OURS] = watch.measure(ours, reference.prepare)
+    if not found:
+        raise UserError(f"none of the dense attentions {', '.join(families)} runs here: {notes}")
+    looks = {name: min(measure() for _ in range(3)) for name, measure in found.items()}
+    for name, seconds in looks.items():
+        times_slower = seconds / min(looks.values())
+        if times_slower > _HOPELESS:
+            notes[name] = {"not_run": f"at a first look {times_slower:.1f} times slower than the best"}
+            del found[name]
+    return found, notes
+
+
+class _Capture:
+    """A step as a CUDA graph where that is wanted and can be, and a note that says which."""
+
+    def __init__(self, plan: Plan, run: Callable[[], object], prepare: Callable[[], None]) -> None:
+        self.run, self.note = run, "no GPU" if plan.device.type != "cuda" else "off"
+        if plan.device.type != "cuda" or not plan.graphs:
+            return
+        try:
+            self.run, self.note = captured(run, prepare), "captured"
+        except RuntimeError as error:
+            self.note = f"not capturable: {describe_failure(error)['not_run']}"

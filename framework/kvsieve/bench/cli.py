@@ -1,0 +1,211 @@
+"""`kvsieve bench attention` and `kvsieve bench decode`. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ..errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    help="Measure speed: policies against the best dense attention, beside the limit that bytes set.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Batch = Annotated[str | None, typer.Option(help="rows, such as 1,16")]
+Context = Annotated[str | None, typer.Option(help="tokens attended to, such as 4k,32k (k is 1024)")]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy", help="a name, or with parameters, as in a config: 'sparq: {r: 32, k: 128}'; repeatable"
+    ),
+]
+Layout = Annotated[str, typer.Option(help="of the keys, for policies that can choose")]
+Dtype = Annotated[str | None, typer.Option(help="default: bfloat16 on a GPU, float32 on a CPU")]
+Device = Annotated[str | None, typer.Option(help="default: the first GPU, else cpu")]
+Threads = Annotated[int | None, typer.Option(min=1, help="of torch on the CPU; default: torch's own choice")]
+Seconds = Annotated[float, typer.Option(min=0, help="of timing for each cell; at least 7 rounds in any case")]
+Eager = Annotated[bool, typer.Option("--eager", help="no CUDA graphs")]
+Ops = Annotated[str | None, typer.Option(help="implementation of the ops; default: the device's")]
+Out = Annotated[Path, typer.Option(help="folder for the JSON file and the plot")]
+Plot = Annotated[bool, typer.Option(help="draw speed against context (needs the extra `report`)")]
+
+RESULTS = Path("benchmarks/results")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@app.command()
+def attention(
+    batch: Batch = None,
+    context: Context = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(help="query heads x KV heads x head size, default 32x8x128; repeatable"),
+    ] = None,
+    policy: Policies = None,
+    layout: Layout = "double,blocked,single",
+    dense: Annotated[
+        str | None, typer.Option(help="of sdpa, flex, flashinfer, flash-attn, kvsieve; default: what runs")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    seconds: Seconds = 5.0,
+    eager: Eager = False,
+    ops: Ops = None,
+    out: Out = RESULTS,
+    plot: Plot = True,
+) -> None:
+    """One layer's decode step (append, select, attend) by policy, against the best dense attention."""
+    from .shapes import read_heads
+
+    place = _place(device, dtype, threads, ops)
+    from . import attention as bench
+
+    plan = bench.Plan(
+        device=place.device,
+        dtype=place.dtype,
+        heads=[read_heads(text) for text in heads or ["32x8x128"]],
+        batches=_sizes("--batch", batch, place, cpu="1", gpu="1,16"),
+        contexts=_sizes("--context", context, place, cpu="1k,2k,4k,8k", gpu="4k,8k,16k,32k,64k,128k"),
+        policies=policy or [],
+        layouts=_names(layout),
+        dense=_names(dense),
+        seconds=seconds,
+        graphs=not eager,
+        implementation=ops,
+        skip_too_large=batch is None and context is None,
+    )
+    _run("attention", bench.run, plan, out, plot)
+
+
+@app.command()
+def decode(
+    shape: Annotated[str | None, typer.Option(help="llama-3-8b, llama-2-7b, qwen3-8b or tiny")] = None,
+    layers: Annotated[int | None, typer.Option(help="cut the model to so many layers")] = None,
+    batch: Batch = None,
+    context: Context = None,
+    policy: Policies = None,
+    layout: Layout = "double,blocked,single",
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    steps: Annotated[int, typer.Option(min=1, help="decode steps in one timing")] = 8,
+    seconds: Seconds = 10.0,
+    eager: Eager = False,
+    ops: Ops = None,
+    out: Out = RESULTS,
+    plot: Plot = True,
+) -> None:
+    """Tokens a second of a model with random weights, against dense and transformers' own generate."""
+    place = _place(device, dtype, threads, ops)
+    from . import decode as bench
+
+    plan = bench.Plan(
+        device=place.device,
+        dtype=place.dtype,
+        shape=shape or ("llama-3-8b" if place.on_gpu else "tiny"),
+        layers=layers,
+        batches=_sizes("--batch", batch, place, cpu="1", gpu="1,8"),
+        contexts=_sizes("--context", context, place, cpu="1k,4k,8k", gpu="8k,32k,64k,128k"),
+        policies=policy or [],
+        layouts=_names(layout),
+        steps=steps,
+        seconds=seconds,
+        graphs=not eager,
+        implementation=ops,
+        skip_too_large=batch is None and context is None,
+    )
+    _run("decode", bench.run, plan, out, plot)
+
+
+class _Place(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def _place(device: str | None, dtype: str | None, threads: int | None, ops: str | None) -> _Place:
+    """Where and in what type to measure.
+
+    Raises:
+        UserError: there is no such device or type here, or no such implementation of the ops.
+    """
+    import torch
+
+    from .. import ops as implementations
+
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {device!r} is none; legal here: cpu, cuda, cuda:1, ...") from None
+    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device {device}: torch {torch.__version__} finds none here")
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    if ops is not None and ops not in implementations.IMPLEMENTATIONS:
+        raise UserError(unknown("implementation of the ops", ops, implementations.IMPLEMENTATIONS))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    name = dtype or ("bfloat16" if found.type == "cuda" else "float32")
+    if name not in _DTYPES:
+        raise UserError(unknown("dtype", name, _DTYPES))
+    return _Place(found, getattr(torch, name))
+
+
+def _sizes(option: str, given: str | None, place: _Place, *, cpu: str, gpu: str) -> list[int]:
+    from .shapes import read_sizes
+
+    return read_sizes(option, given or (gpu if place.on_gpu else cpu))
+
+
+def _names(given: str | None) -> list[str]:
+    return [name.strip() for name in (given or "").split(",") if name.strip()]
+
+
+def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
+    """Measure, print the table, write the files, and say where they are."""
+    from rich.console import Console
+
+    from . import results
+    from .table import tables
+
+    results.prepare_folder(out)
+    cells = run(plan, lambda line: typer.echo(line, err=True))
+    if not cells:
+        raise UserError("nothing was measured: no cell fits in memory; take a smaller --batch or --context")
+    console = Console(highlight=False)
+    for table in tables(benchmark, cells):
+        console.print(table)
+    path = results.write(out, benchmark, plan.device, _settings(plan), cells)
+    typer.echo(f"numbers: {path}")
+    if plot:
+        try:
+            from . import plot as drawing
+
+            drawing.write(path.with_suffix(".svg"), benchmark, cells)
+            typer.echo(f"plot: {path.with_suffix('.svg')}")
+        except UserError as error:
+            typer.echo(f"no plot: {error}")
+
+
+def _settings(plan: Any) -> dict[str, Any]:
+    values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [str(item) if not isinstance(item, int | float | str) else item for item in value]
+    return value if isinstance(value, int | float | str | None) else str(value).removeprefix("torch.")

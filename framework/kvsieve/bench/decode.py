@@ -1,0 +1,206 @@
+"""`kvsieve bench decode`: tokens a second of a whole model by policy, and where the rest of the time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import ops, plugins
+from ..errors import UserError
+from . import room
+from .options import Contender, contenders, default_policies
+from .shapes import heads_of, model_config
+from .timing import Measure, describe_failure, interleave, ratio, summary
+from .whole import Models, OurSteps, StockGenerate
+
+REST, TRANSFORMERS = "without attention", "transformers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to measure. Sizes not given come from the device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: str
+    layers: int | None  # of the shape; None: all
+    batches: Sequence[int]
+    contexts: Sequence[int]
+    policies: Sequence[str]  # as on the command line; none: the defaults
+    layouts: Sequence[str]
+    steps: int  # decode steps in one timing
+    seconds: float  # of timing, for each cell
+    graphs: bool  # one CUDA graph a step
+    implementation: str | None  # of the ops; None: the device's
+    skip_too_large: bool  # cells that do not fit are left out and said so, else an error
+
+
+class Cell(NamedTuple):
+    batch: int
+    context: int
+    field: list[Contender]
+    together: bool  # whether all caches fit at once, so that all are timed in the same rounds
+
+    def __str__(self) -> str:
+        return f"B={self.batch} T={self.context}"
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure every cell of the plan; one record a cell.
+
+    Raises:
+        UserError: what was asked for does not exist or does not fit, found before anything is allocated.
+    """
+    config = model_config(plan.shape, plan.layers, max(plan.contexts) + plan.steps + 1)
+    cells = []
+    for batch in plan.batches:
+        for context in plan.contexts:
+            try:
+                cells.append(_planned(plan, config, batch, context))
+            except UserError as error:
+                if not plan.skip_too_large:
+                    raise
+                say(f"left out: {error}")
+    if not cells:
+        return []
+    say(f"making {plan.shape} with random weights ...")
+    models = Models(config, plan.dtype, plan.device)
+    records = []
+    with ops.use(plan.implementation) if plan.implementation else contextlib.nullcontext():
+        for cell in cells:
+            say(f"{cell} ...")
+            records.append(_measure(plan, cell, models))
+    return records
+
+
+def _planned(plan: Plan, config: Any, batch: int, context: int) -> Cell:
+    if context < 2:
+        raise UserError(f"--context must be at least 2 tokens (one cached, one new), not {context}")
+    heads, layers = heads_of(config), config.num_hidden_layers
+    dense = Contender("dense", plugins.make_policy("dense"), "single")
+    field = contenders(plan.policies or default_policies(heads.size), plan.layouts, heads.size, context)
+    field = [dense, *(contender for contender in field if contender != dense)]
+    slots = context + plan.steps + 1
+    held = [
+        sum(
+            room.cache_bytes(c.policy.for_layer(layer, layers), batch, slots, heads, plan.dtype)
+            for layer in range(layers)
+        )
+        for c in field
+    ]
+    plain = room.plain_bytes(batch, slots, heads, plan.dtype)
+    fixed = _weights(config) * plan.dtype.itemsize + 3 * plain + 2**31
+    stock = layers * plain
+    room.check(fixed + max([stock, *held]), plan.device, f"{plan.shape} at B={batch} T={context}")
+    together = fixed + stock + sum(held) <= room.free_memory(plan.device)
+    return Cell(batch, context, field, together)
+
+
+def _weights(config: Any) -> int:
+    """How many numbers the model's weights are, without making them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def _measure(plan: Plan, cell: Cell, models: Models) -> dict[str, Any]:
+    makers: dict[str, Callable[[], OurSteps]] = {
+        c.name: lambda c=c: OurSteps(models, c.policy, cell.batch, cell.context, plan.steps, plan.graphs)  # type: ignore[misc]
+        for c in cell.field
+    }
+    found = _Found()
+    if cell.together:
+        _time(plan, cell, models, makers, found, stock=True)
+    else:
+        for name, make in makers.items():
+            _time(plan, cell, models, {name: make}, found, stock=False)
+        _time(plan, cell, models, {}, found, stock=True)
+    return _record(cell, models, found)
+
+
+@dataclasses.dataclass
+class _Found:
+    """What was measured of each contender, by name."""
+
+    times: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    moved: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    held: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    stock: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _time(
+    plan: Plan,
+    cell: Cell,
+    models: Models,
+    makers: dict[str, Callable[[], OurSteps]],
+    found: _Found,
+    stock: bool,
+) -> None:
+    """Time these contenders in the same rounds, with a model without attention beside them."""
+    made = {name: make() for name, make in makers.items()}
+    measures: dict[str, Measure] = {name: steps.measure() for name, steps in made.items()}
+    rest = OurSteps(models, None, cell.batch, cell.context, plan.steps, plan.graphs)
+    measures[REST] = rest.measure()
+    if stock:
+        try:
+            generate = StockGenerate(models, cell.batch, cell.context, plan.steps).measure()
+            generate()
+            measures[TRANSFORMERS] = generate
+        except Exception as error:  # its compiler fails in many ways; our numbers stand without it
+            found.stock = describe_failure(error)
+    times = interleave(measures, plan.seconds)
+    found.times |= {name: [*found.times.get(name, []), *values] for name, values in times.items()}
+    for name, steps in made.items():
+        found.moved[name] = steps.traffic()
+        found.held[name] = steps.cache.memory() if steps.cache else 0
+        found.notes[name] = steps.note
+    del made, measures
+    gc.collect()
+
+
+def _record(cell: Cell, models: Models, found: _Found) -> dict[str, Any]:
+    weights, dense = models.weight_bytes(), cell.field[0].name
+    rest = statistics.median(found.times[REST])
+    stock = found.times.get(TRANSFORMERS)
+    rows = []
+    for contender in cell.field:
+        times, (moved, _) = found.times[contender.name], found.moved[contender.name]
+        step = statistics.median(times)
+        speedup = ratio(times, found.times[dense], paired=cell.together)
+        limit = (weights + found.moved[dense][0]) / (weights + moved)
+        rows.append(
+            {
+                "policy": contender.label,
+                "parameters": contender.policy.spec(),
+                "layout": contender.layout,
+                "seconds": summary(times),
+                "tokens_per_second": cell.batch / step,
+                "attention_seconds": max(0.0, step - rest),
+                "rest_seconds": min(step, rest),
+                "bytes_moved": moved,
+                "bytes_held": found.held[contender.name],
+                "bytes_per_second": (weights + moved) / step,
+                "speedup": speedup,
+                "speedup_over_transformers": ratio(times, stock, paired=cell.together) if stock else None,
+                "limit": limit,
+                "share_of_limit": speedup / limit,
+                "graph": found.notes[contender.name],
+            }
+        )
+    return {
+        "batch": cell.batch,
+        "context": cell.context,
+        "weight_bytes": weights,
+        "interleaved": cell.together,
+        "without_attention": summary(found.times[REST]),
+        "transformers": summary(stock) if stock else found.stock,
+        "rows": rows,
+    }

@@ -1,0 +1,91 @@
+"""One layer in the middle of decoding: a cache of random tokens, without a prefill, and its next step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import transfer
+from ..attention import decode_step
+from ..cache import LayerCache
+from ..policy import Observe, Policy
+from .shapes import Heads
+
+
+class Tokens(NamedTuple):
+    """T random tokens of B rows, the last of them the one that the step adds, and the query of that step."""
+
+    query: torch.Tensor  # [B, K, G, D]
+    keys: torch.Tensor  # [B, K, T, D]
+    values: torch.Tensor  # [B, K, T, D]
+
+    @classmethod
+    def random(
+        cls, batch: int, context: int, heads: Heads, dtype: torch.dtype, device: torch.device
+    ) -> Tokens:
+        random = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(generator=random)
+
+        query = normal(batch, heads.kv, heads.group, heads.size)
+        keys, values = (normal(batch, heads.kv, context, heads.size) for _ in range(2))
+        return cls(query, keys, values)
+
+
+def fill(kv: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Bring an empty layer to where a prefill of `keys`, `values [B, K, P, D]` leaves it; no attention.
+
+    What a policy would have observed is random.
+    """
+    kv.update(keys, values)
+    kv.incoming = None
+    new, _, _ = kv.append_prompt(keys, values, None)
+    kv.policy.on_append(kv, new)
+    if kv.policy.observes is Observe.MASS:
+        kv.policy.on_attend(kv, torch.rand(kv.positions.shape, device=keys.device))
+    kv.policy.on_prefill(kv)
+    kv.compact_to_budget()
+
+
+class Checkpoint:
+    """Where a layer stood; going back puts its next token where the last one was put."""
+
+    def __init__(self, kv: LayerCache) -> None:
+        self.kv = kv
+        self.numbers = kv.used, kv.fed
+        self.tensors = kv.lengths.clone(), kv.seen.clone()
+
+    def restore(self) -> None:
+        self.kv.used, self.kv.fed = self.numbers
+        self.kv.lengths.copy_(self.tensors[0])
+        self.kv.seen.copy_(self.tensors[1])
+
+
+class PolicyStep:
+    """The step of one layer under a policy: append, select, attend, observe, exactly as in decoding."""
+
+    def __init__(self, policy: Policy, tokens: Tokens) -> None:
+        keys, values = tokens.keys, tokens.values
+        context, size = keys.shape[2:]
+        self.kv = LayerCache(policy, capacity=context)
+        self.kv.scoring = {"scale": size**-0.5, "softcap": None, "sinks": None}
+        fill(self.kv, keys[:, :, : context - 1], values[:, :, : context - 1])
+        self.new = keys[:, :, context - 1 :].contiguous(), values[:, :, context - 1 :].contiguous()
+        self.query = tokens.query
+        self.prepare = Checkpoint(self.kv).restore
+
+    @torch.no_grad()
+    def run(self) -> torch.Tensor:
+        """The attention output `[B, K, G, D]`."""
+        self.kv.update(*self.new)
+        return decode_step(self.kv, self.query)
+
+    def traffic(self) -> dict[str, Any]:
+        """Bytes of one step, counted by the meter."""
+        self.prepare()
+        with transfer.measure() as meter:
+            self.run()
+        counted = {"read": meter.read, "written": meter.written, "dense_read": meter.dense_read}
+        return counted | {"by_kind": meter.by_kind}

@@ -1,0 +1,90 @@
+"""The policies to measure, as the command line names them: as in a comparison's config, times the layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..compare.choices import read_policies
+from ..errors import UserError, unknown
+from ..layouts import KINDS
+from ..policy import Policy
+
+
+class Contender(NamedTuple):
+    """A policy that is measured, ready for one head size and context."""
+
+    label: str
+    policy: Policy
+    layout: str  # of its keys
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} [{self.layout}]"
+
+
+DEFAULT_LAYOUTS = ("double", "blocked", "single")
+
+
+def default_policies(head_size: int) -> list[str]:
+    """Dense, SparQ as the paper times it (1/4 of the channels, 128 tokens), and at 1/8 the two that evict."""
+    sparq = f"sparq: {{r: {max(1, head_size // 4)}, k: 128}}"
+    return ["dense", sparq, "h2o: {compression: 1/8}", "local_window: {compression: 1/8}"]
+
+
+def contenders(
+    policies: Sequence[str], layouts: Sequence[str], head_size: int, context: int
+) -> list[Contender]:
+    """Every policy in every layout that it can take; a policy without a parameter `layout` once.
+
+    Raises:
+        UserError: an unknown policy, parameter or layout, or parameters that do not fit the head size.
+    """
+    for layout in layouts:
+        if layout not in KINDS:
+            raise UserError(unknown("layout", layout, KINDS))
+    found: dict[str, Contender] = {}
+    for text in policies:
+        for entry, policy in _read(text, head_size, context):
+            policy.check(head_size)
+            for version in _versions(policy, layouts, entry):
+                contender = Contender(_label(entry), version, version.key_layout.kind)
+                found.setdefault(contender.name, contender)
+    return list(found.values())
+
+
+def _read(text: str, head_size: int, context: int) -> list[tuple[Any, Policy]]:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError:
+        data = None
+    if not isinstance(data, str | dict):
+        raise UserError(
+            f"--policy is a name, or one with parameters: 'sparq: {{r: 32, k: 128}}', not {text!r}"
+        )
+    mistakes: list[Any] = []
+    choices = read_policies(data, (), mistakes)
+    if mistakes:
+        lines = [f"{'.'.join(map(str, m.loc))}: {m.message}".removeprefix(": ") for m in mistakes]
+        raise UserError(f"--policy {text!r}: " + "; ".join(lines))
+    return [(choice.entry(), choice.build(head_size, context)) for choice in choices]
+
+
+def _versions(policy: Policy, layouts: Sequence[str], entry: Any) -> list[Policy]:
+    fields = {field.name for field in dataclasses.fields(policy)}
+    given = next(iter(entry.values())) if isinstance(entry, dict) else {}
+    if "layout" not in fields or "layout" in given:
+        return [policy]
+    return [dataclasses.replace(policy, layout=layout) for layout in layouts]  # type: ignore[call-arg]
+
+
+def _label(entry: Any) -> str:
+    """`sparq r=32 k=128`; the layout has a column of its own."""
+    if isinstance(entry, str):
+        return entry
+    ((name, values),) = entry.items()
+    shown = [f"{key}={value}" for key, value in values.items() if key != "layout"]
+    return " ".join([name, *shown])

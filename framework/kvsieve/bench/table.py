@@ -1,0 +1,73 @@
+"""The table that a benchmark prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+Column = Callable[[dict[str, Any]], str]
+
+_JUDGED: dict[str, Column] = {
+    "faster": lambda row: f"{row['speedup']:.2f}x",
+    "limit": lambda row: f"{row['limit']:.2f}x",
+    "reached": lambda row: f"{row['share_of_limit']:.0%}",
+}
+_COLUMNS: dict[str, dict[str, Column]] = {
+    "attention": {
+        "time": lambda row: duration(row["seconds"]["median"]),
+        "GB/s": lambda row: f"{row['bytes_per_second'] / 1e9:.3g}",
+        "of copy": lambda row: f"{row['share_of_copy_bandwidth']:.0%}",
+        **_JUDGED,
+    },
+    "decode": {
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.4g}",
+        "attention": lambda row: duration(row["attention_seconds"]),
+        "rest": lambda row: duration(row["rest_seconds"]),
+        **_JUDGED,
+        "than HF": lambda row: _optional(row["speedup_over_transformers"]),
+    },
+}
+
+
+def tables(benchmark: str, cells: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """One for each cell, with a line for each policy and key layout."""
+    columns = _COLUMNS[benchmark]
+    for cell in cells:
+        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1))
+        shown.title, shown.title_justify = Text(_title(cell)), "left"
+        shown.add_column("policy", max_width=25)
+        shown.add_column("keys", no_wrap=True)
+        for heading in columns:
+            shown.add_column(heading, justify="right", no_wrap=True)
+        for row in cell["rows"]:
+            shown.add_row(Text(row["policy"]), row["layout"], *(column(row) for column in columns.values()))
+        yield shown
+
+
+def _title(cell: dict[str, Any]) -> str:
+    """The sizes, and what the rows are compared with."""
+    title = f"B={cell['batch']} T={tokens(cell['context'])}"
+    if "best_dense" in cell:
+        best, heads = cell["best_dense"], "x".join(str(size) for size in cell["heads"].values())
+        speed = f"{duration(best['seconds']['median'])}, {best['bytes_per_second'] / 1e9:.3g} GB/s"
+        return f"{title} heads {heads}; best dense: {best['name']}, {speed}"
+    stock = cell["transformers"]
+    if "median" not in stock:
+        return f"{title}; transformers (HF) did not run: {stock.get('not_run', 'left out')}"
+    return f"{title}; transformers (HF): {cell['batch'] / stock['median']:.4g} tokens/s"
+
+
+def tokens(count: int) -> str:
+    return f"{count // 1024}k" if count % 1024 == 0 else str(count)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+def _optional(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"

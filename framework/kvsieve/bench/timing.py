@@ -1,0 +1,177 @@
+"""Timing that can be trusted: many rounds, everything interleaved, caches cold, medians and quantiles kept.
+
+Everything to be compared is timed once a round, in changing order: a machine that slows down, or another job
+on it, meets all alike, and a ratio is the median over rounds of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Measure = Callable[[], float]  # does the work once; seconds
+
+LEAST_ROUNDS = 7
+MOST_ROUNDS = 200
+
+
+def interleave(measures: Mapping[str, Measure], seconds: float, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of every measure in every round, for about so many seconds, at least LEAST_ROUNDS rounds."""
+    for measure in measures.values():
+        for _ in range(warm_up):
+            measure()
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    order, end = list(measures), time.perf_counter() + seconds
+    for round_ in range(MOST_ROUNDS):
+        if round_ >= LEAST_ROUNDS and time.perf_counter() > end:
+            break
+        for name in order:
+            found[name].append(measures[name]())
+        order = [*reversed(order[1:]), order[0]]
+    return found
+
+
+def summary(times: Sequence[float]) -> dict[str, float | int]:
+    """What is kept of the times of one thing, in seconds."""
+    ordered = sorted(times)
+
+    def quantile(share: float) -> float:
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    return {
+        "median": statistics.median(ordered),
+        "min": ordered[0],
+        "p10": quantile(0.1),
+        "p25": quantile(0.25),
+        "p75": quantile(0.75),
+        "p90": quantile(0.9),
+        "rounds": len(ordered),
+    }
+
+
+def ratio(times: Sequence[float], against: Sequence[float], paired: bool = True) -> float:
+    """How many times faster than `against`: the median over rounds; unless paired, of the medians."""
+    if not paired:
+        return statistics.median(against) / statistics.median(times)
+    return statistics.median(b / a for a, b in zip(times, against, strict=True))
+
+
+class Stopwatch:
+    """Times single calls on a device with its last-level cache flushed: keys and values come from memory.
+
+    As they do in a model, where the weights of all layers pass through the cache between two steps of one.
+    """
+
+    def __init__(self, device: torch.device, flush: bool = True) -> None:
+        self.device = device
+        self.buffer = torch.zeros(last_level_cache(device) // 4 if flush else 0, device=device)
+        self.sum = torch.zeros((), device=device)
+
+    def measure(self, run: Callable[[], object], prepare: Callable[[], None]) -> Measure:
+        """`run`, timed; `prepare`, before it and not timed, puts back what a run changes."""
+
+        def on_cpu() -> float:
+            prepare()
+            self._flush()
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+
+        def on_gpu() -> float:
+            # The flush keeps the GPU busy while the host enqueues: a graph's launch is not timed.
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            prepare()
+            self._flush()
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize(self.device)
+            return float(start.elapsed_time(end)) / 1e3
+
+        return on_gpu if self.device.type == "cuda" else on_cpu
+
+    def _flush(self) -> None:
+        # By reading: written lines would have to be written back during what is timed.
+        if self.buffer.numel():
+            torch.sum(self.buffer, 0, out=self.sum)
+
+
+def wall_clock(run: Callable[[], object], prepare: Callable[[], None], device: torch.device) -> Measure:
+    """`run` as someone waiting for it sees it, launches and Python included."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def measure() -> float:
+        prepare()
+        start = now()
+        run()
+        return now() - start
+
+    return measure
+
+
+def captured(run: Callable[[], object], prepare: Callable[[], None]) -> Callable[[], object]:
+    """The same work as one CUDA graph.
+
+    Raises:
+        RuntimeError: it cannot be captured (it waits for the device, or its shapes depend on data).
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            prepare()
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    prepare()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes; 64 MiB where the system does not say."""
+    if device.type == "cuda":
+        return 2 * int(torch.cuda.get_device_properties(device).L2_cache_size)
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [file.read_text().strip() for file in files]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=2**26)
+
+
+class Bandwidth:
+    """How fast this machine copies and reads, measured beside what is judged by it, in the same rounds."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        size = last_level_cache(watch.device) if watch.device.type == "cpu" else 2**30
+        self.source = torch.ones(size // 4, device=watch.device)
+        self.target = torch.empty_like(self.source)
+        self.sum = torch.zeros((), device=watch.device)
+        self.measures = {
+            "copy": watch.measure(lambda: self.target.copy_(self.source), lambda: None),
+            "read": watch.measure(lambda: torch.sum(self.source, 0, out=self.sum), lambda: None),
+        }
+        self.bytes = {"copy": 2 * size, "read": size}
+
+    def found(self, times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Bytes a second, of each."""
+        return {name: moved / statistics.median(times[name]) for name, moved in self.bytes.items()}
+
+
+def nothing() -> None:
+    """What `prepare` does where a run changes nothing."""
+
+
+def describe_failure(error: Exception) -> dict[str, Any]:
+    """Why something was not timed, on one line."""
+    text = str(error).strip().splitlines()
+    return {"not_run": f"{type(error).__name__}: {text[0] if text else ''}"[:300]}
