@@ -108,6 +108,21 @@ def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
     return query.float().abs().sum(2).topk(r).indices
 
 
+def tempered(query: torch.Tensor, channels: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chosen channels of the query `[B, K, G, r]`, and the factor of its logits `[B, K, G]` float32.
+
+    The dot product over r of D channels is smaller than the whole one; it is divided by `sqrt(coverage)`, coverage
+    being the share of |query| that the channels hold (SparQ, equation 9: with the usual scale this is the paper's
+    temperature).
+    """
+    chosen = query.gather(3, channels[:, :, None].expand(-1, -1, query.shape[2], -1))
+    norm = query.float().abs().sum(3)
+    coverage = chosen.float().abs().sum(3) / norm.clamp(min=torch.finfo(torch.float32).tiny)
+    # A zero query (the embedding of a pad token, say) covers nothing of nothing: 0 / 0. Its logits are all zero.
+    temperature = torch.where(norm > 0, coverage, 1).clamp(min=1e-6).rsqrt()
+    return chosen, scale * temperature
+
+
 def channel_scores(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -119,21 +134,15 @@ def channel_scores(
 ) -> torch.Tensor:
     """Logits from the chosen channels only, `[B, K, G, T]` float32; dead slots get -inf. Of blocks, T is all they hold.
 
-    `channels [B, K, r]`. The dot product over r of D channels is smaller than the whole one; it is divided by
-    `sqrt(coverage)`, coverage being the share of |query| that the channels hold (SparQ, equation 9: with the usual
-    scale this is the paper's temperature).
+    `channels [B, K, r]`, scaled as `tempered` says.
     """
+    chosen, factor = tempered(query, channels, scale)
     index = channels[:, :, None]
-    chosen = query.gather(3, index.expand(-1, -1, query.shape[2], -1))
-    norm = query.float().abs().sum(3)
-    coverage = chosen.float().abs().sum(3) / norm.clamp(min=torch.finfo(torch.float32).tiny)
-    # A zero query (the embedding of a pad token, say) covers nothing of nothing: 0 / 0. Its logits are all zero.
-    temperature = torch.where(norm > 0, coverage, 1).clamp(min=1e-6).rsqrt()
     if keys.dim() == 5:
         part = keys.gather(4, index[:, :, None].expand(-1, -1, *keys.shape[2:4], -1)).flatten(2, 3)
     else:
         part = keys.gather(3, index.expand(-1, -1, keys.shape[2], -1))
-    logits = torch.matmul(chosen, part.transpose(2, 3)).float() * (scale * temperature)[..., None]
+    logits = torch.matmul(chosen, part.transpose(2, 3)).float() * factor[..., None]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     live = _below(lengths, part.shape[2])[:, :, None]
