@@ -44,7 +44,7 @@ def attend(
     rows, heads, group, size = query.shape
     total, pairs = values.shape[2], rows * heads
     many = total if slots is None else slots.shape[2]
-    plan = launch.decode(size, keys.dtype)
+    plan = launch.decode(size, keys.dtype, keys.dim() == 5)
     splits = launch.splits(pairs, many, query.device)
     aligned = triton.cdiv(many, 16) * 16  # one compiled kernel serves a growing cache
     query, lengths = query.contiguous(), lengths.contiguous()

@@ -23,12 +23,15 @@ class Launch(NamedTuple):
     stages: int
 
 
-def decode(head_size: int, dtype: torch.dtype) -> Launch:
-    """For one query token: 16 or 32 KiB of keys and values a stage; 16 rows, tensor cores' least."""
+def decode(head_size: int, dtype: torch.dtype, scattered: bool) -> Launch:
+    """For one query token: 16 or 32 KiB of keys and values a stage; 16 rows, tensor cores' least.
+
+    `scattered`: keys lie in blocks; each number of a key is loaded by an address of its own, held in registers.
+    """
     wide = head_size > 64
     if dtype == torch.float32:  # no tensor cores: the products live in registers
         return Launch(16 if wide else 32, 16, 4, 2)
-    slots = min(128, 2**13 // triton.next_power_of_2(head_size))
+    slots = min(128, (2**12 if scattered else 2**13) // triton.next_power_of_2(head_size))
     return Launch(slots, 16, 4, 2 if backend() == "hip" else 3)
 
 
@@ -44,6 +47,23 @@ def prompt(head_size: int, dtype: torch.dtype) -> Launch:
 def merge(head_size: int) -> int:
     """How many pieces of a row are merged at once: 32 KiB of them, held in registers."""
     return min(64, 2**13 // triton.next_power_of_2(head_size))
+
+
+def score(r: int, dtype: torch.dtype) -> Launch:
+    """For the scores of one query token from r channels: 8 or 16 KiB of keys a stage."""
+    numbers = 2**11 if dtype == torch.float32 else 2**13
+    slots = min(256, max(16, numbers // max(16, triton.next_power_of_2(r))))
+    return Launch(slots, 16, 4, 2 if dtype == torch.float32 or backend() == "hip" else 3)
+
+
+def chunk(slots: int) -> int:
+    """In chunks of how many slots a row is searched: a few dozen of them, whose best one program can search."""
+    return min(8192, max(1024, triton.next_power_of_2(triton.cdiv(slots, 32))))
+
+
+def merge_tile(group: int) -> int:
+    """How many kept slots are looked at at once, with a score per head of each."""
+    return 2048 if group <= 4 else 1024
 
 
 def splits(pairs: int, slots: int, device: torch.device) -> int:
