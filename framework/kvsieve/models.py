@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from . import attention, generation
+from . import attention, generation, parallel
 from .cache import ATTENTION
 from .errors import UserError
 
@@ -33,6 +34,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    tensor_parallel: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model, ready for `KVCache` and `decode`.
 
@@ -47,10 +49,14 @@ def load(
             transformers does; needs the package accelerate.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run model code that comes with the checkpoint. Off unless you ask.
+        tensor_parallel: share every layer's heads among the processes that torchrun started, one per GPU, or on CPUs
+            without one; needs the package accelerate (`kvsieve[parallel]`). Every process must do the same.
 
     Raises:
         UserError: not found, not reachable, not safetensors, or a kind of model that cannot be served.
     """
+    if tensor_parallel:
+        parallel.check_launch(device, device_map)
     if device_map is not None:
         _check_device_map(device)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -63,20 +69,23 @@ def load(
     try:
         config = AutoConfig.from_pretrained(path, **hub)
         check_config(config)
+        if tensor_parallel:
+            parallel.check_split(config)
+        placed = parallel.split_arguments() if tensor_parallel else {"device_map": device_map}
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=_dtype(dtype, target),
-            device_map=device_map,
             use_safetensors=True,
             attn_implementation="eager",
+            **placed,
             **hub,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **hub) if _has_tokenizer(Path(path)) else None
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(_why_not_loaded(id_or_path, error)) from error
-    prepare(model if device_map is not None else model.to(target))
+    prepare(model.to(target) if device_map is None and not tensor_parallel else model)
     model.tokenizer = tokenizer
     return model
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
+from . import parallel
+
 _current: Meter | None = None
 
 
@@ -58,6 +60,18 @@ class Meter:
     def by_kind(self) -> dict[str, int]:
         """Bytes read, by what was read: keys, values, channels, columns, summaries."""
         return {k.removeprefix("read/"): int(v) for k, v in self._sums.items() if k.startswith("read/")}
+
+    def over_ranks(self) -> Meter:
+        """The bytes of all processes that share a model, which each count their own heads; the steps are common to all.
+
+        Every process must call it. Where there is only one, the same numbers.
+        """
+        everywhere = parallel.gather({name: int(amount) for name, amount in self._sums.items()})
+        total = Meter()
+        for name in everywhere[0]:
+            amounts = [sums[name] for sums in everywhere]
+            total.add(name, amounts[0] if name == "steps" else sum(amounts))
+        return total
 
 
 @contextlib.contextmanager

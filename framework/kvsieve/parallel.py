@@ -1,0 +1,98 @@
+"""Tensor parallel: the processes that torchrun started hold a share of every layer's heads each, and decode as one.
+
+transformers splits the weights (its tensor-parallel plans) and adds up what the shares contribute. A policy sees the local
+KV heads and decides for them alone, as it decides per KV head anyway; every process sees the same logits, and so chooses
+the same tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .errors import UserError
+
+Value = TypeVar("Value")
+_KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
+
+
+def is_split(model: PreTrainedModel) -> bool:
+    """Whether this process holds a share of the model only."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def gather(value: Value) -> list[Value]:
+    """What every process brings, in the order of their ranks, in all of them; `[value]` where there is only one.
+
+    All processes must call it, in the same order.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def rank() -> int:
+    """Which of the processes this is; 0 where there is only one, and for the one that writes and prints."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_launch(device: object, device_map: object) -> None:
+    """Refuse tensor parallel where it cannot begin.
+
+    Raises:
+        UserError: not started by torchrun, without accelerate, or with a device that is not this process's own.
+    """
+    if device is not None or device_map is not None:
+        raise UserError(
+            "tensor_parallel gives every process a device of its own: leave out device and device_map"
+        )
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
+        raise UserError(
+            f"tensor_parallel needs several processes, and {', '.join(missing)} is not set: start them with "
+            "torchrun --nproc-per-node <GPUs> <script>, or torchrun --nproc-per-node <GPUs> -m kvsieve compare <config>"
+        )
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError(
+            "tensor_parallel needs the package accelerate: pip install 'kvsieve[parallel]'"
+        )
+
+
+def check_split(config: PreTrainedConfig) -> None:
+    """Refuse, before any weight is read, a model that cannot be split over the processes.
+
+    Raises:
+        UserError: transformers has no plan for it, or its KV heads cannot be shared out evenly.
+    """
+    text = config.get_text_config(decoder=True)
+    plan = getattr(text, "base_model_tp_plan", None)
+    if not plan:
+        raise UserError(
+            f"transformers has no tensor-parallel plan for {config.model_type}: load it on one device, or with device_map"
+        )
+    size = int(os.environ["WORLD_SIZE"])
+    splits = any(
+        name.rpartition(".")[2] in _KEY_PROJECTIONS and style == "colwise" for name, style in plan.items()
+    )
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if splits and heads % size:
+        raise UserError(
+            f"{config.model_type} has {heads} KV heads, which {size} processes cannot share evenly: start as many "
+            f"processes as divide {heads}"
+        )
+
+
+def split_arguments() -> dict[str, Any]:
+    """What `from_pretrained` is told, in the words of the installed transformers."""
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        return {"tp_plan": "auto"}
+    if "tp_plan" not in DistributedConfig.__dataclass_fields__:
+        return {"tp_plan": "auto"}
+    return {"distributed_config": DistributedConfig(tp_size=int(os.environ["WORLD_SIZE"]), tp_plan="auto")}

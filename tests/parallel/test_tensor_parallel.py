@@ -1,0 +1,99 @@
+"""Tensor parallel: two processes on the CPU decode what one does, each with half of the heads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvsieve
+from kvsieve import UserError
+
+from ..families.zoo import FAMILIES
+from . import matrix
+
+MATRIX = [(family, policy) for family in matrix.FAMILIES for policy in matrix.POLICIES]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def torchrun(*command, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*TORCHRUN, *map(str, command)], env=environment, capture_output=True, text=True, check=False, **options
+    )
+
+
+def save(family, folder):
+    next(one for one in FAMILIES if one.name == family).build().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for family in matrix.FAMILIES:
+        save(family, folder / family)
+    save("gemma", folder / "one KV head")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(folder):
+    """What each of two processes found: one start for the whole matrix."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'kvsieve[parallel]'")
+    script = Path(matrix.__file__)
+    done = torchrun(script, folder, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    models = {family: kvsieve.load(str(folder / family), device="cpu") for family in matrix.FAMILIES}
+    return lambda family, policy: matrix.measured(models[family], policy)
+
+
+@pytest.mark.parametrize(("family", "policy"), MATRIX)
+def test_two_processes_decode_what_one_does(split, whole, family, policy):
+    alone = whole(family, policy)
+    for rank in split:
+        found = rank[family][policy]
+        assert found["tokens"] == alone["tokens"]
+        for row, expected in zip(found["scores"], alone["scores"], strict=True):
+            assert row == pytest.approx(expected, abs=1e-4)
+        assert found["kv_heads"] * 2 == alone["kv_heads"]
+        assert found["memory"] * 2 == alone["memory"]
+
+
+@pytest.mark.parametrize(("family", "policy"), MATRIX)
+def test_each_meter_counts_its_own_heads_and_their_sum_is_the_whole(split, whole, family, policy):
+    alone = whole(family, policy)
+    assert alone["here"] == alone["everywhere"]
+    first, second = (rank[family][policy] for rank in split)
+    assert first["everywhere"] == second["everywhere"] == alone["here"]
+    for name in range(3):  # bytes; steps are common
+        assert first["here"][name] + second["here"][name] == alone["here"][name]
+        assert first["here"][name] > 0
+    assert first["here"][3] == second["here"][3] == alone["here"][3]
+
+
+def test_heads_that_cannot_be_shared_are_refused(split):
+    assert "1 KV heads, which 2 processes cannot share evenly" in split[0]["refused"]
+
+
+def test_not_under_torchrun(folder, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="RANK, LOCAL_RANK, WORLD_SIZE is not set: start them with torchrun"):
+        kvsieve.load(str(folder / "mistral"), tensor_parallel=True)
+    with pytest.raises(UserError, match="leave out device and device_map"):
+        kvsieve.load(str(folder / "mistral"), tensor_parallel=True, device="cpu")
+
+
+def test_accelerate_is_missing(folder, monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None)
+    with pytest.raises(UserError, match=r"accelerate: pip install 'kvsieve\[parallel\]'"):
+        kvsieve.load(str(folder / "mistral"), tensor_parallel=True)
