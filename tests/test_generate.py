@@ -30,6 +30,8 @@ PROMPT = torch.tensor(random_prompts(13))
 ROWS = random_prompts(13, 7, 10)
 IDS = torch.tensor([[0] * (13 - len(row)) + row for row in ROWS])
 MASK = torch.tensor([[0] * (13 - len(row)) + [1] * len(row) for row in ROWS])
+RIGHT_IDS = torch.tensor([row + [0] * (13 - len(row)) for row in ROWS])
+RIGHT_MASK = torch.tensor([[1] * len(row) + [0] * (13 - len(row)) for row in ROWS])
 
 
 @pytest.fixture(scope="module")
@@ -261,12 +263,8 @@ class TestConversationsThatCannotGoOn:
 
     def test_padding_in_the_middle_of_windows(self, windowed):
         cache = KVCache(windowed)
-        right, mask = (
-            IDS.gather(1, MASK.argsort(1, descending=True, stable=True)),
-            MASK.sort(1, descending=True).values,
-        )
-        first = generate(windowed, right, cache, attention_mask=mask)
-        mask = torch.cat([mask, torch.ones(3, 12, dtype=torch.int64)], 1)
+        first = generate(windowed, RIGHT_IDS, cache, attention_mask=RIGHT_MASK)
+        mask = torch.cat([RIGHT_MASK, torch.ones(3, 12, dtype=torch.int64)], 1)
         with pytest.raises(UserError, match="padding on the left only"):
             generate(windowed, torch.cat([first, first[:, :2]], 1), cache, attention_mask=mask)
 
@@ -274,15 +272,16 @@ class TestConversationsThatCannotGoOn:
 # ---------------------------------------------------------------- padding on the right
 @each_policy
 def test_padding_on_the_right_gives_each_row_what_it_gets_alone(model, policy):
-    order = MASK.argsort(1, descending=True, stable=True)
-    ids, mask = IDS.gather(1, order), MASK.gather(1, order)
+    ids, mask = RIGHT_IDS, RIGHT_MASK
     out = generate(
         model, ids, KVCache(model, policy), attention_mask=mask, num_beams=2, num_return_sequences=2
     )
     assert torch.equal(out[:, :13], ids.repeat_interleave(2, 0))  # the prompts as they were given
     for b, row in enumerate(ROWS):
         alone = torch.tensor([row])
-        expected = generate(model, alone, KVCache(model, policy), num_beams=2, num_return_sequences=2)
+        cache = KVCache(model, policy)
+        real = torch.ones_like(alone)
+        expected = generate(model, alone, cache, attention_mask=real, num_beams=2, num_return_sequences=2)
         assert torch.equal(out[2 * b : 2 * b + 2, 13:], expected[:, len(row) :])
     # without a mask, pad tokens are taken for padding, as transformers does
     marked = ids.masked_fill(mask == 0, 60)
@@ -294,14 +293,13 @@ def test_padding_on_the_right_gives_each_row_what_it_gets_alone(model, policy):
 
 
 def test_padding_on_the_right_with_positions_is_refused(model):
-    order = MASK.argsort(1, descending=True, stable=True)
     cache = KVCache(model)
     with pytest.raises(UserError, match="padded on the right cannot come with position_ids"):
         generate(
             model,
-            IDS.gather(1, order),
+            RIGHT_IDS,
             cache,
-            attention_mask=MASK.gather(1, order),
+            attention_mask=RIGHT_MASK,
             position_ids=torch.arange(13).expand(3, -1),
         )
     assert cache.get_seq_length() == 0
