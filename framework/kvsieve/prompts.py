@@ -25,13 +25,12 @@ def token_lists(model: PreTrainedModel, prompts: Prompts, what: str = "prompt") 
     tokenizer = getattr(model, "tokenizer", None)
     rows = []
     for b, prompt in enumerate(given):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise UserError(
-                    f"{what} {b} is text, but the model has no tokenizer: give token ids, or set model.tokenizer"
-                )
-            prompt = tokenizer(prompt)["input_ids"]
-        rows.append([int(token) for token in prompt])
+        if isinstance(prompt, str) and tokenizer is None:
+            raise UserError(
+                f"{what} {b} is text, but the model has no tokenizer: give token ids, or set model.tokenizer"
+            )
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        rows.append([int(token) for token in ids])
         if not rows[-1]:
             raise UserError(f"{what} {b} is empty: a model needs at least one token to start from")
         size = model.get_input_embeddings().num_embeddings
