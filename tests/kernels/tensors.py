@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kvsieve.layouts import KeyLayout, first_slots
+from kvsieve.ops import reference
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -41,6 +44,18 @@ def slots_of(
     storage = normal(rows, heads, total + 13, size, dtype=dtype, seed=seed)
     dead = torch.arange(total + 13, device=DEVICE) >= lengths[..., None]
     return storage.masked_fill_(dead[..., None], NAN)[:, :, :total]
+
+
+def laid_out(layout: str, block: int, keys: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Keys `[B, K, T, D]` as a cache of this layout gives them to be read by channels, with NaN in dead slots."""
+    total = keys.shape[2]
+    name, store = list(KeyLayout(layout, block).stores(keys, total + 13).items())[-1]
+    store.fill_(NAN)
+    view = first_slots(name, store, total)
+    slots = torch.arange(total, device=DEVICE)
+    alive = keys.masked_fill((slots >= lengths[..., None])[..., None], NAN)
+    reference.append(view, alive, slots.expand(keys.shape[:3]))
+    return view
 
 
 def clean(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,20 @@ Only on a GPU, or on a CPU under Triton's interpreter (`TRITON_INTERPRET=1`), wh
 
 from .attend import attend
 from .prefill import prefill
+from .scores import channel_scores, top_channels
+from .select import top_by_channels, top_slots
+from .store import append, compact, running_mean
 from .weights import slot_weights
 
-__all__ = ["attend", "prefill", "slot_weights"]
+__all__ = [
+    "append",
+    "attend",
+    "channel_scores",
+    "compact",
+    "prefill",
+    "running_mean",
+    "slot_weights",
+    "top_by_channels",
+    "top_channels",
+    "top_slots",
+]

@@ -1,0 +1,228 @@
+"""Scores from few channels of the keys, split over the sequence; and which channels to take.
+
+One program takes a piece of a row and KV head with the whole query group, so every number of the keys is read once.
+What it reads of the keys is r numbers a slot: runs of slots in channel-major keys, whole sectors of blocks, single
+numbers of token-major ones.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .attend import LOG2_E, capped
+from .store import slot_strides
+
+
+class Pieces(NamedTuple):
+    """Scores as the selection takes them: in base 2, and unwritten where no slot is live."""
+
+    scores: torch.Tensor  # [B * K, G, T'], float16 for keys in 16 bits, T' a multiple of 16
+    lse: torch.Tensor  # [B * K, splits, G] float32, log2 of the sum of 2 ** score over a piece
+
+
+def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
+    """As `reference.top_channels`; of equal channels the first."""
+    rows, heads, group, size = query.shape
+    channels = torch.empty(rows, heads, r, dtype=torch.int64, device=query.device)
+    _top_channels[(rows * heads,)](
+        query.contiguous(),
+        channels,
+        r,
+        G=group,
+        GROUP=triton.next_power_of_2(group),
+        D=size,
+        BLOCK_D=triton.next_power_of_2(size),
+        num_warps=4 if size <= 128 else 8,
+    )
+    return channels
+
+
+def channel_scores(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lengths: torch.Tensor,
+    channels: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """As `reference.channel_scores`. Writes every slot of T, but reads live ones only."""
+    total = keys.shape[2:-1].numel()
+    scores = torch.empty(*query.shape[:3], total, dtype=torch.float32, device=query.device)
+    _score(query, keys, lengths, channels, scores.flatten(0, 1), None, total, scale, softcap)
+    return scores
+
+
+def score_pieces(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lengths: torch.Tensor,
+    channels: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Pieces:
+    """`channel_scores` for the selection: half the bytes for keys in 16 bits, and the sums that a softmax needs."""
+    rows, heads, group, _ = query.shape
+    total = keys.shape[2:-1].numel()
+    splits = launch.splits(rows * heads, total, query.device)
+    precise = keys.dtype == torch.float32
+    scores = torch.empty(
+        *(rows * heads, group, triton.cdiv(total, 16) * 16),
+        dtype=torch.float32 if precise else torch.float16,
+        device=query.device,
+    )
+    lse = torch.empty(rows * heads, splits, group, dtype=torch.float32, device=query.device)
+    _score(query, keys, lengths, channels, scores, lse, total, scale, softcap)
+    return Pieces(scores, lse)
+
+
+def _score(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lengths: torch.Tensor,
+    channels: torch.Tensor,
+    scores: torch.Tensor,
+    lse: torch.Tensor | None,
+    total: int,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    rows, heads, group, size = query.shape
+    r = channels.shape[2]
+    splits = launch.splits(rows * heads, total, query.device)
+    plan = launch.score(r, keys.dtype)
+    _score_piece[(rows * heads, splits)](
+        *(query.contiguous(), keys, lengths.contiguous(), channels.contiguous(), scores, lse),
+        *(scale, softcap),
+        *slot_strides(keys),
+        *(total, scores.shape[-1], splits),
+        KV_HEADS=heads,
+        G=group,
+        D=size,
+        BLOCK_D=triton.next_power_of_2(size),
+        R=r,
+        BLOCK_R=max(16, triton.next_power_of_2(r)),
+        BLOCK=plan.slots,
+        ROWS=max(plan.rows, triton.next_power_of_2(group)),
+        KEY_BLOCK=1 if keys.dim() == 4 else keys.shape[3],
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+    )
+
+
+@triton.jit
+def _top_channels(
+    query,  # [B, K, G, D]
+    channels,  # [B, K, r]
+    r,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A channel's rank is how many are larger: D * D comparisons, no sorting."""
+    pair = tl.program_id(0).to(tl.int64)
+    g, d = tl.arange(0, GROUP), tl.arange(0, BLOCK_D)
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    q = tl.load(query + (pair * G + g)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    size = tl.sum(tl.abs(q), 0)
+    size = tl.where(size == size, size, float("inf"))  # NaN has no rank, and every place must be written
+    size = tl.where(d < D, size, -1.0)
+    other = tl.trans(tl.broadcast_to(size[:, None], [BLOCK_D, BLOCK_D]))
+    before = (other > size[:, None]) | ((other == size[:, None]) & (d[None, :] < d[:, None]))
+    rank = tl.sum(before.to(tl.int32), 1)
+    tl.store(channels + pair * r + rank, d.to(tl.int64), mask=rank < r)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _score_piece(
+    query,  # [B, K, G, D]
+    keys,  # [B, K, T, D] or [B, K, T/n, n, D]
+    lengths,  # [B, K]
+    channels,  # [B, K, r]
+    scores,  # [B, K, G, aligned]
+    lse,  # [B, K, splits, G], or None: natural logits, -inf where not live
+    scale,
+    softcap,
+    key_row,
+    key_head,
+    key_block,
+    key_slot,
+    key_d,
+    total,
+    aligned,
+    splits,
+    KV_HEADS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+):
+    pair, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + pair).to(tl.int32)
+    span = length
+    if lse is None:
+        span = total
+    share = tl.cdiv(tl.cdiv(span, BLOCK), splits) * BLOCK
+    begin = piece * share
+    end = tl.minimum(begin + share, span)
+
+    g, d, c, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
+    real = g < G
+    head = pair * G + g
+    if lse is not None:
+        if begin >= end:
+            tl.store(lse + (pair * splits + piece) * G + g, float("-inf"), mask=real)
+            return
+    whole = tl.load(
+        query + head[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
+    )
+    norm = tl.sum(tl.abs(whole.to(tl.float32)), 1)
+    channel = tl.load(channels + pair * R + c, mask=c < R, other=0)
+    q = tl.load(
+        query + head[:, None] * D + channel[None, :], mask=real[:, None] & (c < R)[None, :], other=0.0
+    )
+    held = tl.sum(tl.abs(q.to(tl.float32)), 1)
+    coverage = tl.where(norm > 0, held / tl.where(norm > 0, norm, 1.0), 1.0)
+    factor = scale / tl.sqrt(tl.maximum(coverage, 1e-6))
+
+    keys += (pair // KV_HEADS) * key_row + (pair % KV_HEADS) * key_head
+    keys_of_channel = keys + channel[:, None] * key_d
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    for first in range(begin, end, BLOCK):
+        index = first + n
+        live = index < length
+        slot = index.to(tl.int64)
+        if KEY_BLOCK == 1:
+            place = slot * key_block
+        else:
+            place = (slot // KEY_BLOCK) * key_block + (slot % KEY_BLOCK) * key_slot
+        k = tl.load(keys_of_channel + place[None, :], mask=(c < R)[:, None] & live[None, :], other=0.0)
+        logit = tl.dot(q, k, input_precision="ieee") * factor[:, None]
+        if softcap is not None:
+            logit = capped(logit, softcap)
+        target = scores + head[:, None] * aligned + index[None, :]
+        if lse is None:
+            logit = tl.where(live[None, :], logit, float("-inf"))
+            tl.store(target, logit, mask=real[:, None] & (index < total)[None, :])
+        else:
+            logit *= LOG2_E
+            if scores.dtype.element_ty == tl.float16:
+                logit = tl.minimum(tl.maximum(logit, -65504.0), 65504.0)
+            stored = logit.to(scores.dtype.element_ty)
+            tl.store(target, stored, mask=real[:, None] & live[None, :])
+            logit = tl.where(live[None, :], stored.to(tl.float32), float("-inf"))  # the sum of what is stored
+            top = tl.maximum(peak, tl.max(logit, 1))
+            weight = weight * tl.exp2(peak - top) + tl.sum(tl.exp2(logit - top[:, None]), 1)
+            peak = top
+    if lse is not None:
+        tl.store(lse + (pair * splits + piece) * G + g, peak + tl.log2(weight), mask=real)
