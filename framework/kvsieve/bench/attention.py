@@ -105,14 +105,15 @@ def _measure(
     plan: Plan, cell: Cell, field: Sequence[Contender], families: Sequence[str], watch: Stopwatch
 ) -> dict[str, Any]:
     tokens = Tokens.random(cell.batch, cell.context, cell.heads, plan.dtype, plan.device)
-    steps = {contender.name: PolicyStep(contender.policy, tokens) for contender in field}
+    graphs_run = plan.graphs and plan.device.type == "cuda"
+    steps = {contender.name: PolicyStep(contender.policy, tokens, fixed=graphs_run) for contender in field}
     graphs = {name: _Capture(plan, step.run, step.prepare) for name, step in steps.items()}
     measures = {name: watch.measure(graphs[name].run, step.prepare) for name, step in steps.items()}
-    reference = PolicyStep(plugins.make_policy("dense"), tokens)
+    reference = PolicyStep(plugins.make_policy("dense"), tokens, fixed=graphs_run)
     candidates, notes = _dense_candidates(plan, cell, families, tokens, reference, watch)
     bandwidth = Bandwidth(watch)
     times = interleave({**measures, **candidates, **bandwidth.measures}, plan.seconds)
-    notes |= {name: summary(times[name]) for name in candidates}
+    notes |= {name: summary(times[name]) | notes[name] for name in candidates}
     best = min(candidates, key=lambda name: notes[name]["median"])
     speeds = bandwidth.found(times)
     base = reference.traffic()
@@ -157,36 +158,45 @@ def _measure(
 
 
 def _dense_candidates(
-    plan: Plan, cell: Cell, families: Sequence[str], tokens: Tokens, reference: PolicyStep, watch: Stopwatch
+    plan: Plan,
+    cell: Cell,
+    families: Sequence[str],
+    tokens: Tokens,
+    reference: PolicyStep,
+    watch: Stopwatch,
 ) -> tuple[dict[str, Measure], dict[str, Any]]:
-    """The dense attentions worth timing, and for the others why not."""
+    """The dense attentions worth timing, and notes: how each ran, or why it did not."""
     reference.prepare()
     expected = reference.run()
     found: dict[str, Measure] = {}
+    looks: dict[str, float] = {}
     notes: dict[str, Any] = {}
+
+    def consider(name: str, run: Callable[[], object], prepare: Callable[[], None]) -> None:
+        step = _Capture(plan, run, prepare)
+        measure = watch.measure(step.run, prepare)
+        looks[name] = min(measure() for _ in range(3))
+        slower = looks[name] / min(looks.values())
+        if slower > _HOPELESS:
+            notes[name] = {"not_run": f"at a first look {slower:.1f} times slower than the best"}
+        else:
+            found[name], notes[name] = measure, {"graph": step.note}
+
+    if dense.OURS in families:
+        consider(dense.OURS, reference.run, reference.prepare)
     repeated = cell.heads.group * room.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
-    fits = repeated < room.free_memory(plan.device) // 2
+    fits = 2 * repeated < room.free_memory(plan.device)
     for name, build in dense.builders(list(families), tokens, fits):
         try:
             attend = build(tokens)
-            if not dense.agrees(attend(), expected):
+            if dense.agrees(attend(), expected):
+                consider(name, attend, nothing)
+            else:
                 notes[name] = {"not_run": "gives another result"}
-                continue
-            found[name] = watch.measure(_Capture(plan, attend, nothing).run, nothing)
-            found[name]()
         except Exception as error:  # a backend that does not take these sizes or types says so in its own way
             notes[name] = describe_failure(error)
-    if dense.OURS in families:
-        ours = _Capture(plan, reference.run, reference.prepare).run
-        found[dense.OURS] = watch.measure(ours, reference.prepare)
     if not found:
         raise UserError(f"none of the dense attentions {', '.join(families)} runs here: {notes}")
-    looks = {name: min(measure() for _ in range(3)) for name, measure in found.items()}
-    for name, seconds in looks.items():
-        times_slower = seconds / min(looks.values())
-        if times_slower > _HOPELESS:
-            notes[name] = {"not_run": f"at a first look {times_slower:.1f} times slower than the best"}
-            del found[name]
     return found, notes
 
 
@@ -194,10 +204,10 @@ class _Capture:
     """A step as a CUDA graph where that is wanted and can be, and a note that says which."""
 
     def __init__(self, plan: Plan, run: Callable[[], object], prepare: Callable[[], None]) -> None:
-        self.run, self.note = run, "no GPU" if plan.device.type != "cuda" else "off"
+        self.run, self.note = run, "no GPU" if plan.device.type != "cuda" else "--eager"
         if plan.device.type != "cuda" or not plan.graphs:
             return
         try:
             self.run, self.note = captured(run, prepare), "captured"
-        except RuntimeError as error:
-            self.note = f"not capturable: {describe_failure(error)['not_run']}"
+        except UserError as error:
+            self.note = str(error)

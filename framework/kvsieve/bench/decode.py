@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from .. import ops, plugins
 from ..errors import UserError
+from ..policy import Policy
 from . import room
 from .options import Contender, contenders, default_policies
 from .shapes import heads_of, model_config
 from .timing import Measure, describe_failure, interleave, ratio, summary
-from .whole import Models, OurSteps, StockGenerate
+from .whole import Models, OurSteps, StepsWithoutAttention, StockGenerate
 
 REST, TRANSFORMERS = "without attention", "transformers"
 
@@ -86,7 +89,7 @@ def _planned(plan: Plan, config: Any, batch: int, context: int) -> Cell:
     dense = Contender("dense", plugins.make_policy("dense"), "single")
     field = contenders(plan.policies or default_policies(heads.size), plan.layouts, heads.size, context)
     field = [dense, *(contender for contender in field if contender != dense)]
-    slots = context + plan.steps + 1
+    slots = context + plan.steps + 5
     held = [
         sum(
             room.cache_bytes(c.policy.for_layer(layer, layers), batch, slots, heads, plan.dtype)
@@ -112,7 +115,9 @@ def _weights(config: Any) -> int:
 
 def _measure(plan: Plan, cell: Cell, models: Models) -> dict[str, Any]:
     makers: dict[str, Callable[[], OurSteps]] = {
-        c.name: lambda c=c: OurSteps(models, c.policy, cell.batch, cell.context, plan.steps, plan.graphs)  # type: ignore[misc]
+        c.name: functools.partial(
+            _our_steps, models.ours, c.policy, cell.batch, cell.context, plan.steps, not plan.graphs
+        )
         for c in cell.field
     }
     found = _Found()
@@ -125,14 +130,29 @@ def _measure(plan: Plan, cell: Cell, models: Models) -> dict[str, Any]:
     return _record(cell, models, found)
 
 
+def _our_steps(
+    model: PreTrainedModel, policy: Policy, batch: int, context: int, steps: int, eager: bool
+) -> OurSteps:
+    """From Python, and that is noted, where a step cannot be captured."""
+    try:
+        return OurSteps(model, policy, batch, context, steps, eager)
+    except UserError as error:
+        if eager:
+            raise
+        found = OurSteps(model, policy, batch, context, steps, eager=True)
+        found.note = str(error)
+        return found
+
+
 @dataclasses.dataclass
 class _Found:
     """What was measured of each contender, by name."""
 
     times: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    moved: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    moved: dict[str, int] = dataclasses.field(default_factory=dict)
     held: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    busy: dict[str, float | None] = dataclasses.field(default_factory=dict)
     stock: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -147,7 +167,7 @@ def _time(
     """Time these contenders in the same rounds, with a model without attention beside them."""
     made = {name: make() for name, make in makers.items()}
     measures: dict[str, Measure] = {name: steps.measure() for name, steps in made.items()}
-    rest = OurSteps(models, None, cell.batch, cell.context, plan.steps, plan.graphs)
+    rest = StepsWithoutAttention(models.ours, cell.batch, plan.steps, not plan.graphs)
     measures[REST] = rest.measure()
     if stock:
         try:
@@ -159,9 +179,9 @@ def _time(
     times = interleave(measures, plan.seconds)
     found.times |= {name: [*found.times.get(name, []), *values] for name, values in times.items()}
     for name, steps in made.items():
-        found.moved[name] = steps.traffic()
-        found.held[name] = steps.cache.memory() if steps.cache else 0
+        found.moved[name], found.held[name] = steps.traffic()
         found.notes[name] = steps.note
+        found.busy[name] = steps.busy_seconds()
     del made, measures
     gc.collect()
 
@@ -172,10 +192,10 @@ def _record(cell: Cell, models: Models, found: _Found) -> dict[str, Any]:
     stock = found.times.get(TRANSFORMERS)
     rows = []
     for contender in cell.field:
-        times, (moved, _) = found.times[contender.name], found.moved[contender.name]
-        step = statistics.median(times)
+        times, moved = found.times[contender.name], found.moved[contender.name]
+        step, busy = statistics.median(times), found.busy[contender.name]
         speedup = ratio(times, found.times[dense], paired=cell.together)
-        limit = (weights + found.moved[dense][0]) / (weights + moved)
+        limit = (weights + found.moved[dense]) / (weights + moved)
         rows.append(
             {
                 "policy": contender.label,
@@ -185,6 +205,7 @@ def _record(cell: Cell, models: Models, found: _Found) -> dict[str, Any]:
                 "tokens_per_second": cell.batch / step,
                 "attention_seconds": max(0.0, step - rest),
                 "rest_seconds": min(step, rest),
+                "overhead_share": None if busy is None else 1 - busy / step,
                 "bytes_moved": moved,
                 "bytes_held": found.held[contender.name],
                 "bytes_per_second": (weights + moved) / step,

@@ -66,7 +66,7 @@ class Checkpoint:
 class PolicyStep:
     """The step of one layer under a policy: append, select, attend, observe, exactly as in decoding."""
 
-    def __init__(self, policy: Policy, tokens: Tokens) -> None:
+    def __init__(self, policy: Policy, tokens: Tokens, fixed: bool = False) -> None:
         keys, values = tokens.keys, tokens.values
         context, size = keys.shape[2:]
         self.kv = LayerCache(policy, capacity=context)
@@ -74,6 +74,8 @@ class PolicyStep:
         fill(self.kv, keys[:, :, : context - 1], values[:, :, : context - 1])
         self.new = keys[:, :, context - 1 :].contiguous(), values[:, :, context - 1 :].contiguous()
         self.query = tokens.query
+        if fixed:  # as the loop does it for a graph
+            self.kv.fix_shapes(context)
         self.prepare = Checkpoint(self.kv).restore
 
     @torch.no_grad()

@@ -26,7 +26,6 @@ _COLUMNS: dict[str, dict[str, Column]] = {
     "decode": {
         "tokens/s": lambda row: f"{row['tokens_per_second']:.4g}",
         "attention": lambda row: duration(row["attention_seconds"]),
-        "rest": lambda row: duration(row["rest_seconds"]),
         **_JUDGED,
         "than HF": lambda row: _optional(row["speedup_over_transformers"]),
     },
@@ -39,7 +38,7 @@ def tables(benchmark: str, cells: Sequence[dict[str, Any]]) -> Iterator[Table]:
     for cell in cells:
         shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1))
         shown.title, shown.title_justify = Text(_title(cell)), "left"
-        shown.add_column("policy", max_width=25)
+        shown.add_column("policy", min_width=13, max_width=25)
         shown.add_column("keys", no_wrap=True)
         for heading in columns:
             shown.add_column(heading, justify="right", no_wrap=True)
@@ -55,10 +54,13 @@ def _title(cell: dict[str, Any]) -> str:
         best, heads = cell["best_dense"], "x".join(str(size) for size in cell["heads"].values())
         speed = f"{duration(best['seconds']['median'])}, {best['bytes_per_second'] / 1e9:.3g} GB/s"
         return f"{title} heads {heads}; best dense: {best['name']}, {speed}"
+    title += (
+        f"; all but attention: {duration(cell['without_attention']['median'])} a step; transformers (HF): "
+    )
     stock = cell["transformers"]
     if "median" not in stock:
-        return f"{title}; transformers (HF) did not run: {stock.get('not_run', 'left out')}"
-    return f"{title}; transformers (HF): {cell['batch'] / stock['median']:.4g} tokens/s"
+        return title + stock["not_run"]
+    return title + f"{cell['batch'] / stock['median']:.4g} tokens/s"
 
 
 def tokens(count: int) -> str:

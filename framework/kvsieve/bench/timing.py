@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..graph import StepGraph
+
 Measure = Callable[[], float]  # does the work once; seconds
 
 LEAST_ROUNDS = 7
@@ -122,20 +124,17 @@ def captured(run: Callable[[], object], prepare: Callable[[], None]) -> Callable
     """The same work as one CUDA graph.
 
     Raises:
-        RuntimeError: it cannot be captured (it waits for the device, or its shapes depend on data).
+        UserError: it cannot be captured (it waits for the device, or its shapes depend on data).
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            prepare()
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    prepare()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def once() -> None:
         run()
-    return graph.replay
+
+    step = StepGraph(once)
+    while step.graph is None:
+        prepare()
+        step()
+    return step
 
 
 def last_level_cache(device: torch.device) -> int:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .. import models, transfer
-from ..attention import attention_mask_for
-from ..cache import KVCache
+from .. import attention, graph, loop, models, transfer
+from ..cache import LayerCache
 from ..policy import Policy
+from ..sampling import Sampler
 from .layer import Checkpoint, fill
 from .shapes import heads_of
-from .timing import Measure, captured, wall_clock
+from .timing import Measure, wall_clock
 
-_COPY = "kvsieve_bench_copy"
+_WARM_UP = 4  # steps, after which a graph is captured
 
 
 class Models:
-    """One set of random weights behind three models, which differ in their attention."""
+    """One set of random weights behind two models: transformers' own, and ours."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -32,11 +30,8 @@ class Models:
             stock = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.stock = stock.eval()
         self.stock.generation_config.eos_token_id = None
-        self.ours = models.prepare(_twin(self.stock))
-        ALL_ATTENTION_FUNCTIONS.register(_COPY, _copy_of_the_query)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_COPY, attention_mask_for)
-        self.without_attention = _twin(self.stock)
-        self.without_attention.set_attn_implementation(_COPY)
+        shared = [*self.stock.parameters(), *self.stock.buffers()]
+        self.ours = models.prepare(copy.deepcopy(self.stock, {id(tensor): tensor for tensor in shared}))
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads: all but the embedding table, unless it is tied."""
@@ -46,97 +41,93 @@ class Models:
         return total if tied else total - table.numel() * table.element_size()
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model on the same weights."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+class _Decoder(loop.Decoder):
+    """The loop's own, with a prefill that computes nothing: it leaves random tokens in the cache."""
 
-
-def _copy_of_the_query(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    return query.transpose(1, 2).contiguous(), None
+    @torch.no_grad()
+    def prefill(self) -> torch.Tensor:
+        batch, tokens = self.ids.shape
+        for layer in self.cache.policy_layers:
+            fill(layer, *_random_pair(self.model, batch, tokens))
+        return torch.zeros(batch, self.model.config.vocab_size, device=self.model.device)
 
 
 class OurSteps:
-    """Greedy decoding of `batch` rows at `context` tokens under a policy, `steps` at a time.
-
-    A step is the model's forward, the choice of the next token, and the advance of its position: all that
-    decoding does. Without a policy it is the same with a copy of the query in place of cache and attention.
-    """
+    """The steps of `kvsieve.decode`, greedy, at `context` tokens under a policy: the loop itself, set back at times."""
 
     def __init__(
-        self, models: Models, policy: Policy | None, batch: int, context: int, steps: int, graphs: bool
+        self, model: PreTrainedModel, policy: Policy, batch: int, context: int, steps: int, eager: bool
     ) -> None:
-        self.model = models.without_attention if policy is None else models.ours
-        self.device = self.model.device
-        self.steps = steps
-        self.cache: KVCache | None = None
-        self.checkpoints: list[Checkpoint] = []
-        if policy is not None:
-            self.cache = filled(self.model, policy, batch, context - 1, steps)
-            self.checkpoints = [Checkpoint(layer) for layer in self.cache.policy_layers]
-        self.context = context
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
-        self.positions = torch.full_like(self.ids, context - 1)
-        self.one: Callable[[], object] = self._step
-        self.note = "no GPU" if self.device.type != "cuda" else "off"
-        if graphs and self.device.type == "cuda":
-            self._capture()
+        self.device, self.steps = model.device, steps
+        rows = [[0] * (context - 1)] * batch
+        self.decoder = _Decoder(model, rows, policy, max(steps, _WARM_UP) + 1)
+        sampler = Sampler(None, None, None, 0, None, rows, self.device)
+        generation = loop._Generation(self.decoder, sampler, [], 0, eager)
+        reason = "--eager" if eager else graph.why_not(self.decoder.cache, self.device)
+        self.note = "captured" if generation.captured else reason
+        self.tokens = loop._decode(generation, 2**62)
+        next(self.tokens)  # the prefill's
+        self.checkpoints = [Checkpoint(layer) for layer in self.decoder.cache.policy_layers]
+        self.positions = self.decoder.positions.clone()
+        for _ in range(_WARM_UP):
+            next(self.tokens)
 
     def measure(self) -> Measure:
         """Seconds a step."""
-        run = wall_clock(self._run, self._prepare, self.device)
+        run = wall_clock(self.run, self.prepare, self.device)
         return lambda: run() / self.steps
 
-    def traffic(self) -> tuple[int, int]:
-        """Bytes that a step reads from and writes to the caches, and what dense attention would."""
-        self._prepare()
-        with transfer.measure() as meter:
-            self._step()
-        # Dense writes a key and a value where every policy writes at least that.
-        return meter.read + meter.written, meter.dense_read
-
-    def _run(self) -> None:
+    def run(self) -> None:
         for _ in range(self.steps):
-            self.one()
+            next(self.tokens)
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         for checkpoint in self.checkpoints:
             checkpoint.restore()
-        self.positions.fill_(self.context - 1)
+        self.decoder.positions.copy_(self.positions)
 
-    @torch.no_grad()
-    def _step(self) -> None:
-        logits = self.model(
-            input_ids=self.ids,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-        ).logits
-        self.ids.copy_(logits[:, -1:].argmax(-1))
-        self.positions.add_(1)
+    def busy_seconds(self) -> float | None:
+        """Of a step: what a GPU spends in kernels; the rest of it is Python, launches and waiting."""
+        if self.device.type != "cuda":
+            return None
+        self.prepare()
+        torch.cuda.synchronize(self.device)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.run()
+            torch.cuda.synchronize(self.device)
+        return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / self.steps
 
-    def _capture(self) -> None:
-        """One graph for every step, captured as if all slots were in use: lengths are on the device."""
-
-        def prepare() -> None:
-            self._prepare()
-            for layer in self.cache.policy_layers if self.cache else []:
-                layer.used = layer.budget if layer.budget is not None else layer.capacity - 1
-
-        try:
-            self.one, self.note = captured(self._step, prepare), "captured"
-        except RuntimeError as error:
-            self.note = f"not capturable: {str(error).splitlines()[0]}"
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that a step reads from and writes to the caches, and those that are held."""
+        self.prepare()
+        with transfer.measure() as meter:
+            self.decoder.step(torch.zeros_like(self.decoder.ids[:, 0]))
+        return meter.read + meter.written, self.decoder.cache.memory()
 
 
-def filled(model: PreTrainedModel, policy: Policy, batch: int, tokens: int, room: int) -> KVCache:
-    """A cache of random `tokens` a row, with room for more."""
-    cache = KVCache(model, policy, capacity=tokens + room)
-    for layer in cache.policy_layers:
-        fill(layer, *_random_pair(model, batch, tokens))
-    return cache
+class StepsWithoutAttention(OurSteps):
+    """The same steps with a copy of the query in place of everything that a layer does with its cache."""
+
+    def __init__(self, model: PreTrainedModel, batch: int, steps: int, eager: bool) -> None:
+        with _no_attention():
+            super().__init__(model, Policy(), batch, 2, steps, eager)
+
+    def run(self) -> None:
+        with _no_attention():
+            super().run()
+
+
+@contextlib.contextmanager
+def _no_attention() -> Iterator[None]:
+    def copied(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        kv.incoming = None
+        return query.clone()
+
+    original, attention.decode_step = attention.decode_step, copied
+    try:
+        yield
+    finally:
+        attention.decode_step = original
 
 
 class StockGenerate:
@@ -154,10 +145,9 @@ class StockGenerate:
 
     def measure(self) -> Measure:
         """Seconds a step: what `steps` more of them take, so that the setting up of a call is left out."""
-        short, long = (
-            wall_clock(lambda n=n: self._generate(n), self._prepare, self.model.device)  # type: ignore[misc]
-            for n in (1, 1 + self.steps)
-        )
+        device = self.model.device
+        short = wall_clock(lambda: self._generate(1), self._prepare, device)
+        long = wall_clock(lambda: self._generate(1 + self.steps), self._prepare, device)
         return lambda: (long() - short()) / self.steps
 
     @torch.no_grad()

@@ -1,0 +1,210 @@
+"""The two commands, from the command line to the files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from kvsieve.bench import attention, decode, room
+from kvsieve.cli import app
+
+ATTENTION = [
+    "bench",
+    "attention",
+    "--heads",
+    "4x2x16",
+    "--context",
+    "64,128",
+    "--seconds",
+    "0",
+    "--threads",
+    "1",
+]
+DECODE = [
+    "bench",
+    "decode",
+    "--shape",
+    "tiny",
+    "--layers",
+    "1",
+    "--context",
+    "64",
+    "--seconds",
+    "0",
+    "--steps",
+    "1",
+]
+POLICIES = [
+    "--policy",
+    "sparq: {r: 4, k: 8, local: 2}",
+    "--policy",
+    "h2o: {compression: 1/8}",
+    "--layout",
+    "double",
+]
+
+
+def run(arguments, out):
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text()), result.output, path
+
+
+@pytest.fixture(scope="module")
+def attention_run(tmp_path_factory):
+    return run([*ATTENTION, *POLICIES, "--policy", "dense"], tmp_path_factory.mktemp("attention"))
+
+
+@pytest.fixture(scope="module")
+def decode_run(tmp_path_factory):
+    return run([*DECODE, *POLICIES, "--no-plot"], tmp_path_factory.mktemp("decode"))
+
+
+def test_attention_measures_every_cell(attention_run):
+    record, output, _ = attention_run
+    assert [(cell["batch"], cell["context"]) for cell in record["cells"]] == [(1, 64), (1, 128)]
+    for cell in record["cells"]:
+        assert [row["policy"] for row in cell["rows"]] == [
+            "sparq r=4 k=8 local=2",
+            "h2o compression=1/8",
+            "dense",
+        ]
+        assert cell["best_dense"]["name"] in output
+        assert cell["bandwidth"].keys() == {"copy", "read"}
+        best = cell["best_dense"]["name"]
+        timed = {name: found["median"] for name, found in cell["dense"].items() if "median" in found}
+        assert timed[best] == min(timed.values())
+        assert all("median" in found or "not_run" in found for found in cell["dense"].values())
+
+
+def test_attention_numbers_hang_together(attention_run):
+    record, _, _ = attention_run
+    for cell in record["cells"]:
+        sparq, h2o, dense = cell["rows"]
+        assert dense["limit"] == 1
+        assert 1 < sparq["limit"] < h2o["limit"] <= 8
+        for row in cell["rows"]:
+            moved = row["bytes"]["read"] + row["bytes"]["written"]
+            assert row["bytes_per_second"] == pytest.approx(moved / row["seconds"]["median"])
+            assert row["share_of_limit"] == pytest.approx(row["speedup"] / row["limit"])
+            assert row["best_dense"] == cell["best_dense"]["name"]
+            assert row["graph"] == "no GPU"
+        plain = 2 * 2 * cell["context"] * 16 * 4
+        assert dense["bytes_held"] == plain
+        assert sparq["bytes_held"] == plain * 3 // 2 + 2 * 16 * 4  # keys twice, and the mean value
+
+
+def test_the_record_names_machine_and_command(attention_run):
+    record, _, path = attention_run
+    assert path.name.startswith("attention-cpu-")
+    machine = record["machine"]
+    assert machine["threads"] == 1
+    assert {"cpu", "cores", "git_commit", "load_average", "kvsieve"} <= machine.keys()
+    assert {"torch", "transformers"} <= machine["versions"].keys()
+    assert record["settings"]["contexts"] == [64, 128]
+    assert record["settings"]["dtype"] == "float32"
+
+
+def test_the_plot_shows_measured_and_theoretical(attention_run):
+    pytest.importorskip("altair")
+    _, output, path = attention_run
+    picture = path.with_suffix(".svg")
+    assert f"plot: {picture}" in output.replace("\n", "")
+    drawn = picture.read_text()
+    assert drawn.startswith("<svg")
+    assert "sparq r=4 k=8 local=2" in drawn
+    assert "stroke-dasharray" in drawn
+
+
+def test_decode_compares_with_dense_and_with_transformers(decode_run):
+    record, _, _ = decode_run
+    (cell,) = record["cells"]
+    dense, sparq, h2o = cell["rows"]
+    assert (dense["policy"], dense["speedup"], dense["limit"]) == ("dense", 1, 1)
+    assert cell["transformers"]["median"] > 0
+    assert cell["interleaved"]
+    for row in cell["rows"]:
+        step = row["seconds"]["median"]
+        assert row["tokens_per_second"] == pytest.approx(1 / step)
+        assert row["attention_seconds"] + row["rest_seconds"] == pytest.approx(step)
+        assert row["speedup_over_transformers"] > 0
+    # One layer of `tiny`: two KV heads of 64 channels.
+    assert dense["bytes_moved"] == 4 * 2 * 2 * 64 * (64 + 1)
+    expected = (cell["weight_bytes"] + dense["bytes_moved"]) / (cell["weight_bytes"] + h2o["bytes_moved"])
+    assert h2o["limit"] == pytest.approx(expected)
+    assert sparq["limit"] > 1
+
+
+def test_decode_counts_the_weights_that_a_step_reads(decode_run):
+    hidden, inner, heads, kv_heads, vocabulary = 512, 1536, 8 * 64, 2 * 64, 1024
+    layer = hidden * (2 * heads + 2 * kv_heads + 3 * inner + 2)
+    assert decode_run[0]["cells"][0]["weight_bytes"] == 4 * (layer + hidden + hidden * vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "attention", "--policy", "sparc"], "did you mean 'sparq'"),
+        (["bench", "attention", "--layout", "tripple"], "unknown layout 'tripple'"),
+        (["bench", "attention", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["bench", "attention", "--device", "gpu"], "--device"),
+        (["bench", "attention", "--dense", "fast"], "unknown dense attention 'fast'"),
+        (["bench", "attention", "--dense", "flashinfer"], "the package flashinfer is not installed"),
+        (["bench", "attention", "--ops", "cuda"], "unknown implementation of the ops 'cuda'"),
+        (["bench", "attention", "--context", "1"], "--context must be at least 2 tokens"),
+        (["bench", "attention", "--batch", "4096", "--context", "1024k"], "GB of memory"),
+        (["bench", "decode", "--shape", "llama-3"], "did you mean 'llama-3-8b'"),
+        (
+            ["bench", "decode", "--shape", "llama-3-8b", "--batch", "1000", "--context", "128k"],
+            "GB of memory",
+        ),
+    ],
+)
+def test_mistakes_are_answered_before_anything_is_measured(arguments, message, tmp_path):
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_what_does_not_fit_is_left_out_of_the_default_sizes(monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "free_memory", lambda device: 0)
+    result = CliRunner().invoke(app, ["bench", "attention", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.output.count("left out: the cell B=1") == 4
+    assert "no cell fits in memory" in result.output
+
+
+def test_caches_that_do_not_fit_together_are_timed_apart(monkeypatch, tmp_path):
+    monkeypatch.setattr(decode, "_weights", lambda config: 0)
+    monkeypatch.setattr(room, "check", lambda need, device, what: None)
+    monkeypatch.setattr(room, "free_memory", lambda device: 0)
+    record, _, _ = run([*DECODE, *POLICIES, "--no-plot"], tmp_path)
+    (cell,) = record["cells"]
+    assert not cell["interleaved"]
+    assert len(cell["rows"]) == 3
+
+
+def test_a_dense_attention_that_fails_is_noted_not_fatal(monkeypatch, tmp_path):
+    def broken(names, tokens, fits):
+        def build(tokens):
+            raise RuntimeError("no kernel for this\nand a long story")
+
+        yield "sdpa broken", build
+
+    monkeypatch.setattr(attention.dense, "builders", broken)
+    record, _, _ = run(
+        [*ATTENTION[:4], "--context", "64", "--seconds", "0", "--policy", "dense", "--no-plot"], tmp_path
+    )
+    (cell,) = record["cells"]
+    assert cell["dense"]["sdpa broken"] == {"not_run": "RuntimeError: no kernel for this"}
+    assert cell["best_dense"]["name"] == "kvsieve"
+
+
+def test_help_imports_no_torch():
+    code = "import sys; from kvsieve.cli import app; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
