@@ -1,4 +1,4 @@
-"""model.generate() with a policy: every feature agrees with the decode loop, with stock, or is refused before any work."""
+"""model.generate() with a policy: a feature agrees with the decode loop and stock, or is refused before any work."""
 
 import copy
 
@@ -235,7 +235,7 @@ class TestConversationsThatCannotGoOn:
 
     def test_another_prompt(self, model, cache):
         with pytest.raises(
-            UserError, match="already holds 16 tokens a row, and only 13 were given.*new cache"
+            UserError, match=r"already holds 16 tokens a row, and only 13 were given.*new cache"
         ):
             generate(model, IDS, cache, attention_mask=MASK)
 
@@ -258,7 +258,7 @@ class TestConversationsThatCannotGoOn:
             generate(model, ids, cache, attention_mask=mask)
 
     def test_another_number_of_rows(self, model, cache):
-        with pytest.raises(UserError, match="holds 3 rows, but 1 came.*batch_repeat_interleave"):
+        with pytest.raises(UserError, match=r"holds 3 rows, but 1 came.*batch_repeat_interleave"):
             model(PROMPT, past_key_values=cache)
 
     def test_padding_in_the_middle_of_windows(self, windowed):
@@ -309,7 +309,7 @@ def test_padding_on_the_right_with_positions_is_refused(model):
 @each_policy
 def test_assisted_decoding_is_refused_before_any_work(model, policy):
     cache = KVCache(model, policy)
-    with pytest.raises(UserError, match="assisted decoding.*takes tokens back out of the cache"):
+    with pytest.raises(UserError, match=r"assisted decoding.*takes tokens back out of the cache"):
         generate(model, PROMPT, cache, prompt_lookup_num_tokens=2)
     with pytest.raises(UserError, match="assisted decoding"):
         generate(model, PROMPT, cache, assistant_model=tiny_llama(kv_heads=4))

@@ -67,13 +67,13 @@ def test_pickled_weights_are_refused_and_not_read(folder, tmp_path):
 
 
 def test_a_folder_without_weights_or_configuration_says_so(folder, tmp_path):
-    with pytest.raises(UserError, match="the folder has no config.json"):
+    with pytest.raises(UserError, match=r"the folder has no config.json"):
         kvsieve.load(str(tmp_path))
     copy_of(folder, tmp_path, "config.json")
-    with pytest.raises(UserError, match="the folder has no weights as safetensors$"):
+    with pytest.raises(UserError, match=r"the folder has no weights as safetensors$"):
         kvsieve.load(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="its config.json is not JSON"):
+    with pytest.raises(UserError, match=r"its config.json is not JSON"):
         kvsieve.load(str(tmp_path))
 
 
@@ -89,7 +89,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(folder, tmp_pa
     auto_map = {"AutoConfig": "configuration.Strange", "AutoModelForCausalLM": "modeling.Strange"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": auto_map}))
     (tmp_path / "configuration.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')")
-    with pytest.raises(UserError, match="code of its own.*trust_remote_code=True"):
+    with pytest.raises(UserError, match=r"code of its own.*trust_remote_code=True"):
         kvsieve.load(str(tmp_path))
     assert not (tmp_path / "it_ran").exists()
 
@@ -99,7 +99,7 @@ def test_a_model_that_is_nowhere_is_refused_at_once_when_offline(monkeypatch, tm
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     start = time.perf_counter()
     with pytest.raises(
-        UserError, match="'someone/a-model' is not 'reference', not a folder here.*HF_HUB_OFFLINE is set"
+        UserError, match=r"'someone/a-model' is not 'reference', not a folder here.*HF_HUB_OFFLINE is set"
     ):
         kvsieve.load("someone/a-model")
     assert time.perf_counter() - start < 5

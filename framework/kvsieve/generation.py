@@ -1,8 +1,9 @@
 """`model.generate` of a prepared model: transformers' own, told beforehand what a KVCache must know.
 
-Greedy search, sampling, beam search, several sequences per prompt, streaming and continuing a conversation need nothing
-from here. Looked after are prefill in chunks (a policy that evicts must not do so before the last one), prompts padded on
-the right (transformers would continue the padding), and what cannot work, refused before any work.
+Greedy search, sampling, beam search, several sequences per prompt, streaming and continuing a conversation
+need nothing from here. Looked after are prefill in chunks (a policy that evicts must not do so before the
+last one), prompts padded on the right (transformers would continue the padding), and what cannot work,
+refused before any work.
 """
 
 import inspect
@@ -19,11 +20,11 @@ from .errors import UserError
 def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """As transformers' `generate`; without a `KVCache` as `past_key_values` it is exactly that.
 
-    Prompts may be padded on either side. The columns returned are as transformers has them: the prompt as given, then the
-    new tokens.
+    Prompts may be padded on either side. The columns returned are as transformers has them: the prompt as
+    given, then the new tokens.
 
     Raises:
-        UserError: a 4-dimensional mask, a cache without room, or a conversation that cannot be continued as asked.
+        UserError: a 4-dimensional mask, a cache without room, a conversation that cannot be continued so.
     """
     stock = type(self).generate  # type: ignore[attr-defined]
     named = inspect.signature(stock).bind(self, *args, **kwargs).arguments
@@ -48,7 +49,7 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     columns, past = mask.shape[-1], cache.get_seq_length()
     if mask.dim() != 2:
         raise UserError(
-            f"a policy cannot follow an attention_mask of {mask.dim()} dimensions; give one of 2: [rows, tokens]"
+            f"a policy cannot follow an attention_mask of {mask.dim()} dimensions; give one of 2, [rows, tokens]"
         )
     if new_tokens := setting("max_new_tokens"):
         cache.check_room(columns + new_tokens - 1)  # the last one is never fed
@@ -57,8 +58,8 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if setting("prefill_chunk_size") is not None:
         if past > 0 and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
             raise UserError(
-                f"transformers {transformers.__version__} cannot continue on a cache in chunks: leave prefill_chunk_size "
-                "out of this call, or upgrade to 5.23"
+                f"transformers {transformers.__version__} cannot continue on a cache in chunks: leave "
+                "prefill_chunk_size out of this call, or upgrade to 5.23"
             )
         if columns - past > 1:
             cache.expect_prompt(columns)
@@ -86,7 +87,7 @@ def _generate_right_padded(
 
 
 def _mask_of_pads(prompt: torch.Tensor, pad: int | None, ends: int | list[int] | None) -> torch.Tensor:
-    """What transformers assumes where no mask was given: pad tokens are padding, unless they can also end a text."""
+    """What transformers assumes without a mask: pad tokens are padding, unless they can also end a text."""
     if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
         return torch.ones_like(prompt)
     return (prompt != pad).long()
@@ -96,8 +97,9 @@ def _check_continuation(cache: KVCache, mask: torch.Tensor, past: int) -> None:
     """Raise UserError for a mask under which the tokens in the cache would be taken for others."""
     if mask.shape[1] <= past:
         raise UserError(
-            f"the cache already holds {past} tokens a row, and only {mask.shape[1]} were given: a conversation goes on with "
-            "all of its tokens, or with the new ones and an attention_mask over all; another prompt needs a new cache"
+            f"the cache already holds {past} tokens a row, and only {mask.shape[1]} were given: a "
+            "conversation goes on with all of its tokens, or with the new ones and an attention_mask over "
+            "all; another prompt needs a new cache"
         )
     if not bool(mask[:, -1].all()):
         raise UserError(
@@ -109,6 +111,7 @@ def _check_continuation(cache: KVCache, mask: torch.Tensor, past: int) -> None:
         (earlier.diff(dim=1) < 0).any()
     ):
         raise UserError(
-            "this model has layers that transformers manages (windows), and they know padding on the left only: a "
-            "conversation with padding between its tokens cannot be continued on its cache; start a new one"
+            "this model has layers that transformers manages (windows), and they know padding on the left "
+            "only: a conversation with padding between its tokens cannot be continued on its cache; start a "
+            "new one"
         )

@@ -1,4 +1,4 @@
-"""Models: load one by name or path, or make one ready that is already there; refuse what cannot work, with the reason."""
+"""Models: load one by name or path, or make ready one that is there; refuse what cannot work, with the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import types
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -38,19 +38,20 @@ def load(
 ) -> PreTrainedModel:
     """Load a causal language model, ready for `KVCache` and `decode`.
 
-    Its tokenizer is `model.tokenizer`; None if a local folder has none. Only safetensors are read. transformers shows the
-    progress of a download.
+    Its tokenizer is `model.tokenizer`; None if a local folder has none. Only safetensors are read.
+    transformers shows the progress of a download.
 
     Args:
-        id_or_path: "reference" (the small trained model in this package), a Hugging Face id, or a local folder.
+        id_or_path: "reference" (the small trained model in this package), a Hugging Face id, or a folder.
         dtype: None is float32 on a CPU and the checkpoint's own type elsewhere.
         device: None is the first GPU if there is one, else the CPU.
-        device_map: instead of `device`: "auto", "balanced" or a dictionary spread the layers over several GPUs, as
-            transformers does; needs the package accelerate.
+        device_map: instead of `device`: "auto", "balanced" or a dictionary spread the layers over several
+            GPUs, as transformers does; needs the package accelerate.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run model code that comes with the checkpoint. Off unless you ask.
-        tensor_parallel: share every layer's heads among the processes that torchrun started, one per GPU, or on CPUs
-            without one; needs the package accelerate (`kvsieve[parallel]`). Every process must do the same.
+        tensor_parallel: share every layer's heads among the processes that torchrun started, one per GPU,
+            or on CPUs without one; needs the package accelerate (`kvsieve[parallel]`). Every process must do
+            the same.
 
     Raises:
         UserError: not found, not reachable, not safetensors, or a kind of model that cannot be served.
@@ -72,7 +73,7 @@ def load(
         if tensor_parallel:
             parallel.check_split(config)
         placed = parallel.split_arguments() if tensor_parallel else {"device_map": device_map}
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=_dtype(dtype, target),
             use_safetensors=True,
@@ -87,19 +88,20 @@ def load(
         raise UserError(_why_not_loaded(id_or_path, error)) from error
     prepare(model.to(target) if device_map is None and not tensor_parallel else model)
     model.tokenizer = tokenizer
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def prepare(model: Model) -> Model:
-    """Make an existing Hugging Face model ready, in place: evaluation mode, attention through kvsieve. Returns it.
+    """Make an existing Hugging Face model ready in place: evaluation mode, attention through kvsieve.
 
-    Without a KVCache the model computes what it did before. `model.generate` is transformers' own, and looks after what a
-    KVCache must know (`kvsieve.generation`).
+    Without a KVCache the model computes what it did before. `model.generate` is transformers' own, and looks
+    after what a KVCache must know (`kvsieve.generation`).
 
     Raises:
         UserError: its attention cannot be reached or cannot be served by a policy.
     """
     check_config(model.config)
+    untyped: Any = model
     name = type(model).__name__
     if not type(model)._can_set_attn_implementation():
         raise UserError(_no_interface(name))
@@ -109,8 +111,9 @@ def prepare(model: Model) -> Model:
     if model.config._attn_implementation != ATTENTION:
         raise UserError(_no_interface(name))
     if hasattr(type(model), "generate"):
-        model.generate = types.MethodType(generation.generate, model)
-    return model.eval()
+        untyped.generate = types.MethodType(generation.generate, model)
+    untyped.eval()
+    return model
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -125,20 +128,20 @@ def check_config(config: PreTrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
         raise UserError(
-            f"{kind} uses multi-head latent attention (MLA): its cache holds compressed latents, not the keys and values "
-            "that policies choose from. To run it dense, load it with transformers and use it as it is, with "
-            "transformers' own cache"
+            f"{kind} uses multi-head latent attention (MLA): its cache holds compressed latents, not the "
+            "keys and values that policies choose from. To run it dense, load it with transformers and use "
+            "it as it is, with transformers' own cache"
         )
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is not None and not model_class._can_set_attn_implementation():
         raise UserError(_no_interface(model_class.__name__))
 
 
 def _no_interface(name: str) -> str:
     return (
-        f"{name} computes its attention inside the model, not through transformers' attention interface, so no policy can "
-        "reach it: use it with transformers' own cache. Models with the interface: llama, mistral, qwen, gemma, phi, "
-        "gpt_neox, olmo and most others (docs/models.md)"
+        f"{name} computes its attention inside the model, not through transformers' attention interface, so "
+        "no policy can reach it: use it with transformers' own cache. Models with the interface: llama, "
+        "mistral, qwen, gemma, phi, gpt_neox, olmo and most others (docs/models.md)"
     )
 
 
@@ -152,10 +155,10 @@ def _check_device_map(device: str | torch.device | None) -> None:
 def _check_devices(model: PreTrainedModel) -> None:
     """Layers that borrow keys find the cache through them, which a move to another device would undo."""
     places = set(getattr(model, "hf_device_map", {}).values())
-    if len(places) > 1 and getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+    if len(places) > 1 and getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", None):
         raise UserError(
-            f"{type(model).__name__} shares keys and values between layers, and its layers are on several devices "
-            f"({', '.join(sorted(map(str, places)))}): load it on one"
+            f"{type(model).__name__} shares keys and values between layers, and its layers are on several "
+            f"devices ({', '.join(sorted(map(str, places)))}): load it on one"
         )
 
 
@@ -170,8 +173,9 @@ def _check_folder(name: str, folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         pickles = (
-            f", only {', '.join(found)}: a pickle can run any code when it is read, so kvsieve does not. Convert it once "
-            "where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+            f", only {', '.join(found)}: a pickle can run any code when it is read, so kvsieve does not. "
+            "Convert it once where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
         raise UserError(f"model {name!r}: the folder has no weights as safetensors{pickles if found else ''}")
 
@@ -234,8 +238,8 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch
 def _why_not_loaded(name: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
-            f"model {name!r} comes with code of its own, which runs on your machine: read it, and if you trust it, ask for "
-            "it with trust_remote_code=True"
+            f"model {name!r} comes with code of its own, which runs on your machine: read it, and if you "
+            "trust it, ask for it with trust_remote_code=True"
         )
     if not Path(name).is_dir():
         return f"model {name!r} could not be had from the Hugging Face hub: {str(error).splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""Layers with a sliding window: transformers keeps them to their window itself; what is added here is the meter."""
+"""Layers with a sliding window: transformers keeps them to it itself; what is added here is the meter."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self.active, self.prompt_end = None, None
 
     def count_read(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Meter one attention over `keys` and `values [B, K, T, D]`; `mask [B, 1, 1, T]` says what a row sees."""
+        """Meter one attention over `keys`, `values [B, K, T, D]`; `mask [B, 1, 1, T]` says what a row sees."""
         if self.meter is None:
             return
         if mask is None:

@@ -1,7 +1,8 @@
-"""Every family, at 24 tokens: with nothing left out, exactly what transformers computes with its own cache and attention.
+"""Every family, at 24 tokens: with nothing left out, exactly what transformers computes with its own cache
+and attention.
 
-Stock is an untouched copy of the model. A row of a batch is compared with that row alone wherever stock itself cannot serve
-the batch (padding on the right).
+Stock is an untouched copy of the model. A row of a batch is compared with that row alone wherever stock
+itself cannot serve the batch (padding on the right).
 """
 
 import copy
@@ -74,7 +75,7 @@ def loop(model, rows, policy, new=NEW):
 
 
 def forwards(model, ids, mask, policy):
-    """The same by calling the model, with prompts padded on the right: a row's next token follows its last real one."""
+    """The same by calling the model, with padding on the right: a row's next token follows its last real one."""
     cache, sizes, steps = kvsieve.KVCache(model, policy), mask.sum(1), []
     with torch.no_grad():
         out = model(

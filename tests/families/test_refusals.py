@@ -1,4 +1,4 @@
-"""What cannot be served is refused before any work, with the reason and what to do; built in memory or loaded from a folder."""
+"""What cannot be served is refused before any work, with the reason and what to do: in memory, or in a folder."""
 
 import pytest
 import torch
@@ -126,14 +126,14 @@ def test_a_mask_of_4_dimensions_is_refused():
     model = kvsieve.prepare(family("llama").build())
     prompt = torch.arange(3, 9)[None]
     mask = torch.zeros(1, 1, 6, 6)
-    with pytest.raises(UserError, match="mask beyond causal order and padding.*2-dimensional"):
+    with pytest.raises(UserError, match=r"mask beyond causal order and padding.*2-dimensional"):
         model(prompt, attention_mask=mask, past_key_values=kvsieve.KVCache(model))
     with pytest.raises(UserError, match="4 dimensions"):
         model.generate(prompt, attention_mask=mask, past_key_values=kvsieve.KVCache(model), max_new_tokens=2)
 
 
 def test_a_model_that_changes_keys_after_caching_is_found_out():
-    """As MLA does, in a family that nobody has named yet: the keys that reach attention are not those that were cached."""
+    """As MLA does, in a family that nobody has named yet: other keys reach attention than were cached."""
     model = kvsieve.prepare(family("llama").build())
     cache = kvsieve.KVCache(model, make_policy("sparq", r=4, k=8, local=4))
     update = cache.update
@@ -177,7 +177,7 @@ def test_attention_that_is_not_causal_stays_so():
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "llama4"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_transformers_own_caches_still_work_in_pieces(name, kind):
-    """A prepared model without a KVCache: a prompt in chunks of several tokens, then single ones, as stock does it."""
+    """A prepared model without a KVCache: a prompt in several pieces, then a single token, as stock does it."""
     stock, model = family(name).build(), kvsieve.prepare(family(name).build())
     tokens = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
