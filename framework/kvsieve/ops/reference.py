@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 _LOWEST = torch.finfo(torch.float32).min
-_PREFILL_BLOCK = 2**24  # attention weights held at once during prefill: 64 MiB
+_PREFILL_BLOCK = 2**22  # attention weights held at once during prefill: 16 MiB
 
 
 def attend(
@@ -90,16 +90,17 @@ def prefill(
     step = max(1, _PREFILL_BLOCK // (rows * heads * group * total))
     for first in range(0, new, step):
         block = slice(first, min(first + step, new))
+        reach = block.stop if fresh else total  # no query of the block sees a slot beyond
         last_seen = starts[..., None] + torch.arange(block.start, block.stop, device=query.device)
-        visible = torch.arange(total, device=query.device) <= last_seen[..., None]
+        visible = torch.arange(reach, device=query.device) <= last_seen[..., None]
         visible &= real[:, None, block, None]
-        logits = _logits(query[:, :, :, block].flatten(2, 3), keys, scale, softcap)
+        logits = _logits(query[:, :, :, block].flatten(2, 3), keys[:, :, :reach], scale, softcap)
         logits = logits.unflatten(2, (group, -1))
         weights = _softmax(logits, visible[:, :, None], sinks)
-        blended = torch.matmul(weights.to(values.dtype).flatten(2, 3), values)
+        blended = torch.matmul(weights.to(values.dtype).flatten(2, 3), values[:, :, :reach])
         output[:, :, :, block] = blended.unflatten(2, (group, -1))
         if mass is not None:
-            mass += weights.mean(2).sum(2)
+            mass[:, :, :reach] += weights.mean(2).sum(2)
     return output, mass
 
 
