@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import sys
 import typing
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .compare.choices import PolicyChoice
+    from .compare.executors import Executor
     from .plugins import Registered
 
 
@@ -45,6 +47,15 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 
+
+
+class Executors(enum.StrEnum):
+    """Where `compare` measures."""
+
+    local = "local"
+    ray = "ray"
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="a comparison, such as configs/quickstart.yaml")]
 Overrides = Annotated[
     list[str] | None,
@@ -61,24 +72,47 @@ def compare(
         Path | None, typer.Option(help="the run's folder; default: results/<name of the config>")
     ] = None,
     overrides: Overrides = None,
+    executor: Annotated[
+        Executors, typer.Option(help="local: here, cell after cell; ray: many at a time, on a cluster")
+    ] = Executors.local,
+    address: Annotated[
+        str | None, typer.Option(help="of a Ray cluster; default: one that runs here, else a new one")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="cells at a time on Ray; default: what it has room for")
+    ] = None,
 ) -> None:
     """Run every task under every policy and print the table; continues where an interrupted run stopped."""
     from .compare import config as configuration
 
     checked = configuration.load(config, overrides)
+    from . import parallel
     from .compare.run import compare as run  # takes seconds: only once the config is known to be right
 
     _no_loading_bars()
     folder = out or Path("results") / checked.name
     try:
-        outcome = run(checked, folder)
+        outcome = run(checked, folder, executor=_executor(executor, address, workers))
     except KeyboardInterrupt:
         _say(f"stopped; what was measured is in {folder}, and the same command continues from there")
         raise typer.Exit(130) from None
+    if checked.settings.tensor_parallel and parallel.rank() > 0:
+        return  # the first process shows it
     _show(outcome.folder, outcome.rows)
     if outcome.failures:
         _say(f"{len(outcome.failures)} cells failed; {outcome.folder / 'errors.txt'} has the tracebacks")
         raise typer.Exit(1)
+
+
+def _executor(name: Executors, address: str | None, workers: int | None) -> Executor | None:
+    """Who measures; None is this process."""
+    if name is Executors.ray:
+        from .compare.on_ray import OnRay
+
+        return OnRay(address, workers)
+    if address is not None or workers is not None:
+        raise UserError("--address and --workers are for --executor ray")
+    return None
 
 
 @app.command()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from . import graph
+from . import graph, parallel
 from .cache import KVCache, LayerCache
 from .errors import UserError
 from .policy import Policy
@@ -95,7 +95,12 @@ class _Generation:
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.status = torch.zeros(2, dtype=torch.bool, device=device)  # a NaN was seen; every row has ended
         self.ends = torch.tensor(ends, device=device)
-        self.captured = not eager and sampler.ids is None and graph.why_not(decoder.cache, device) is None
+        self.captured = (
+            not eager
+            and sampler.ids is None
+            and not parallel.is_split(decoder.model)  # what the processes send each other is not captured
+            and graph.why_not(decoder.cache, device) is None
+        )
         self.advance: Callable[[], None] = self.step
 
     def begin(self) -> None:

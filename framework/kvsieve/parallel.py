@@ -1,8 +1,8 @@
-"""Tensor parallel: the processes that torchrun started hold a share of every layer's heads each, and decode as one.
+"""Tensor parallel: the processes that torchrun started hold a share of every layer's heads, and decode as one.
 
-transformers splits the weights (its tensor-parallel plans) and adds up what the shares contribute. A policy sees the local
-KV heads and decides for them alone, as it decides per KV head anyway; every process sees the same logits, and so chooses
-the same tokens.
+transformers splits the weights (its tensor-parallel plans) and adds up what the shares contribute. A policy sees
+the local KV heads and decides for them alone, as it decides per KV head anyway; every process sees the same
+logits, and so chooses the same tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def is_split(model: PreTrainedModel) -> bool:
 
 
 def gather(value: Value) -> list[Value]:
-    """What every process brings, in the order of their ranks, in all of them; `[value]` where there is only one.
+    """What every process brings, in the order of their ranks; `[value]` where there is only one.
 
     All processes must call it, in the same order.
     """
@@ -55,12 +55,10 @@ def check_launch(device: object, device_map: object) -> None:
     if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
         raise UserError(
             f"tensor_parallel needs several processes, and {', '.join(missing)} is not set: start them with "
-            "torchrun --nproc-per-node <GPUs> <script>, or torchrun --nproc-per-node <GPUs> -m kvsieve compare <config>"
+            "torchrun --nproc-per-node <GPUs> <script>, or torchrun --nproc-per-node <GPUs> -m kvsieve compare ..."
         )
     if importlib.util.find_spec("accelerate") is None:
-        raise UserError(
-            "tensor_parallel needs the package accelerate: pip install 'kvsieve[parallel]'"
-        )
+        raise UserError("tensor_parallel needs the package accelerate: pip install 'kvsieve[parallel]'")
 
 
 def check_split(config: PreTrainedConfig) -> None:
@@ -73,7 +71,8 @@ def check_split(config: PreTrainedConfig) -> None:
     plan = getattr(text, "base_model_tp_plan", None)
     if not plan:
         raise UserError(
-            f"transformers has no tensor-parallel plan for {config.model_type}: load it on one device, or with device_map"
+            f"transformers has no tensor-parallel plan for {config.model_type}: load it on one device, or with "
+            "device_map"
         )
     size = int(os.environ["WORLD_SIZE"])
     splits = any(
@@ -82,8 +81,8 @@ def check_split(config: PreTrainedConfig) -> None:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     if splits and heads % size:
         raise UserError(
-            f"{config.model_type} has {heads} KV heads, which {size} processes cannot share evenly: start as many "
-            f"processes as divide {heads}"
+            f"{config.model_type} has {heads} KV heads, which {size} processes cannot share evenly: start as many"
+            f" processes as divide {heads}"
         )
 
 

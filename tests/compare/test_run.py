@@ -19,7 +19,7 @@ from rich.console import Console
 
 import kvsieve
 from kvsieve import UserError, plugins
-from kvsieve.compare import cells, run, store, summary
+from kvsieve.compare import cells, executors, run, store, summary
 from kvsieve.compare.tasks import Perplexity
 
 SMALL = """\
@@ -265,14 +265,14 @@ def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
 
 
 def test_an_interruption_keeps_what_was_measured(compare, tmp_path, monkeypatch):
-    measured = run.measure
+    measured = executors.measure
 
     def interrupted(model, cell, indexes, samples):
         if cell.policy.name == "sparq":
             raise KeyboardInterrupt
         return measured(model, cell, indexes, samples)
 
-    monkeypatch.setattr(run, "measure", interrupted)
+    monkeypatch.setattr(executors, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(SMALL)
     assert len(store.read(tmp_path / "out" / "samples.jsonl")) == 3

@@ -1,4 +1,4 @@
-"""What the processes and the single one both compute: families x policies. Run by torchrun: `matrix.py <folder>`."""
+"""What two processes and a single one both compute: families x policies. torchrun runs it on a folder of models."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def measured(model: Any, policy_name: str) -> dict[str, Any]:
     policy = kvsieve.make_policy(policy_name, **POLICIES[policy_name])
     cache = kvsieve.KVCache(model, policy)
     with kvsieve.transfer.measure() as meter:
-        steps = kvsieve.decode(
-            model, PROMPTS, policy, max_new_tokens=NEW, eos_token_id=(), cache=cache
-        )
+        steps = kvsieve.decode(model, PROMPTS, policy, max_new_tokens=NEW, eos_token_id=(), cache=cache)
         tokens = torch.stack(list(steps), 1)
     scores = kvsieve.score(model, PROMPTS, [[1, 2, 3, 4], [5, 6, 7]], policy)
     everywhere = meter.over_ranks()

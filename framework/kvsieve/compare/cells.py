@@ -10,9 +10,10 @@ import sys
 from fractions import Fraction
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .. import __version__
+from .. import __version__, parallel
 from ..errors import UserError
 from ..policy import Policy
 from .config import Config
@@ -111,6 +112,7 @@ def new_tokens_at_most(sample: Any) -> int:
 
 def protocol(config: Config, model: PreTrainedModel) -> dict[str, Any]:
     """What the results of all cells depend on."""
+    split = {"processes": len(parallel.gather(0))} if parallel.is_split(model) else {}
     return {
         "kvsieve": __version__,
         "model": config.settings.model,
@@ -120,15 +122,23 @@ def protocol(config: Config, model: PreTrainedModel) -> dict[str, Any]:
         "device": model.device.type,
         "seed": config.settings.seed,
         "batch_size": config.settings.batch_size,  # the speed depends on it
+        **split,
     }
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Twelve hexadecimal digits that tell weights apart; looks at some 64 numbers of each tensor."""
+    """Twelve hexadecimal digits that tell weights apart; looks at some 64 numbers of each tensor.
+
+    Processes that share a model look at their own shares, and agree.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to_local()  # noqa: PLW2901
         some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].double().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
+    if parallel.is_split(model):
+        digest = hashlib.sha256("".join(parallel.gather(digest.hexdigest())).encode())
     return digest.hexdigest()[:12]
 
 

@@ -31,6 +31,9 @@ class Settings(pydantic.BaseModel):
     device: str | None = pydantic.Field(
         None, description="such as cpu or cuda:1; none: the first GPU, else the CPU"
     )
+    tensor_parallel: bool = pydantic.Field(
+        False, description="share the model among the processes that torchrun starts"
+    )
     seed: int = pydantic.Field(0, ge=0, description="of the samples: which text, which numbers")
     batch_size: int = pydantic.Field(1, ge=1, description="prompts decoded together")
     tasks: list[Any] = pydantic.Field(min_length=1)

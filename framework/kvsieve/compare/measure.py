@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from .. import transfer
+from .. import parallel, transfer
 from ..cache import KVCache
 from ..loop import decode, score
 from .cells import Cell, new_tokens_at_most
@@ -31,6 +31,8 @@ def measure(
     with transfer.measure() as meter, _DecodeClock(model) as clock:
         answers = _answers(model, cell, samples, cache)
     rows, kv_bytes = len(samples), cache.memory()
+    if parallel.is_split(model):  # each process counts its own heads
+        meter, kv_bytes = meter.over_ranks(), sum(parallel.gather(kv_bytes))
     shares = {
         "steps": meter.steps / rows,
         "bytes_read": meter.read / rows,

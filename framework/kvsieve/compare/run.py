@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from .. import models, plugins
+from .. import parallel, plugins
 from ..errors import UserError
-from . import environment, summary
-from .cells import Cell, expand, new_tokens_at_most, protocol
+from . import summary
+from .cells import Cell
 from .config import Config
-from .measure import measure
+from .executors import Executor, Failed, Here, Measured, Plan, Work
 from .progress import RunProgress
 from .store import Store
-from .tasks import Sample
 
 
 class Outcome(NamedTuple):
@@ -37,6 +35,7 @@ def compare(
     folder: Path | None = None,
     console: Console | None = None,
     model: PreTrainedModel | None = None,
+    executor: Executor | None = None,
 ) -> Outcome:
     """Measure what the folder does not hold yet and write its summary.
 
@@ -45,6 +44,8 @@ def compare(
         folder: None is `results/<name of the config>`; samples of equal cells in it are kept and used.
         console: where progress is shown; None is standard error.
         model: a prepared model with its tokenizer, instead of the one that the config names.
+        executor: who measures; None is this process. With `tensor_parallel` all processes that torchrun
+            started call this together, and the first of them writes.
 
     Raises:
         UserError: before anything is measured, for what the model cannot do; later, when results cannot be
@@ -54,98 +55,61 @@ def compare(
     console = console or Console(stderr=True)
     folder = folder or Path("results") / config.name
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    settings = config.settings
-    if model is None:
-        model = models.load(
-            settings.model,
-            dtype=settings.dtype,
-            device=settings.device,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    cells = expand(config, model)
-    shared = protocol(config, model)
+    executor = executor or Here(model)
+    plan = executor.plan(config, started)
+    if config.settings.tensor_parallel and parallel.rank() > 0:
+        return _take_part(executor, folder)
+    cells = plan.cells
     with Store(folder / "samples.jsonl") as store:
-        known = {
-            "dtype": shared["dtype"],
-            "device": str(model.device),
-            "revision": shared["revision"] or settings.revision,
-        }
-        _write(folder / "config.yaml", config.resolved(**known))
-        described = environment.describe(model, cells, shared, started)
-        _write(folder / "environment.json", json.dumps(described, indent=2, ensure_ascii=False))
+        _write(folder / "config.yaml", config.resolved(**plan.facts))
+        _write(folder / "environment.json", json.dumps(plan.environment, indent=2, ensure_ascii=False))
         _write_cells(folder, config, cells, {})
         _tell(console, "run_started", folder=folder, cells=cells)
-        failures = _Run(config, model, store, console).all(cells)
+        missing = {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells}
+        work = [(cell, missing[cell.id]) for cell in cells if missing[cell.id]]
+        if config.settings.tensor_parallel:
+            parallel.gather(work)  # the other processes measure the same
+        found = sum(cell.task.samples - len(missing[cell.id]) for cell in cells)
+        if found:
+            console.print(f"{found} samples are already in {folder}", soft_wrap=True)
+        failures = _measure(executor, work, plan, store, console)
         _write_cells(folder, config, cells, failures)
         rows = summary.write(folder)
     _tell(console, "run_finished", folder=folder, summary=rows)
     return Outcome(folder, rows, failures)
 
 
-class _Run:
-    def __init__(self, config: Config, model: PreTrainedModel, store: Store, console: Console) -> None:
-        self.seed, self.batch_size = config.settings.seed, config.settings.batch_size
-        self.model, self.store, self.console = model, store, console
-
-    def all(self, cells: list[Cell]) -> dict[str, str]:
-        """Measure every cell; one that fails is reported, and the others go on. Returns the failures."""
-        failures: dict[str, str] = {}
-        work = []
-        for cell in cells:
-            missing = len(self.store.missing(cell.id, cell.task.samples))
-            if missing:
-                work.append(
-                    (cell, missing, new_tokens_at_most(cell.task.sample(self.model.tokenizer, self.seed, 0)))
-                )
-        found = sum(cell.task.samples for cell in cells) - sum(missing for _, missing, _ in work)
-        if found:
-            self.console.print(f"{found} samples are already in {self.store.path.parent}", soft_wrap=True)
-        with RunProgress(self.console, work) as progress:
-            for cell, _, _ in work:
-                progress.begin(cell)
-                try:
-                    for batch in self._batches(cell):
-                        progress.advance(cell, batch)
-                except _NotWritten as error:
-                    raise UserError(str(error)) from None
-                except Exception as error:
-                    reason = (
-                        str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                    )
-                    failures[cell.id] = reason
-                    progress.fail(cell, reason)
-                    _append(
-                        self.store.path.parent / "errors.txt", f"{cell.label}\n{traceback.format_exc()}\n"
-                    )
-                    left = len(self.store.missing(cell.id, cell.task.samples))
-                    progress.advance(cell, left, measured=False)
-                else:
-                    progress.finish(cell)
-        return failures
-
-    def _batches(self, cell: Cell) -> Iterator[int]:
-        """Measure and store what is missing of a cell, a batch at a time; yields the size of each."""
-        missing = self.store.missing(cell.id, cell.task.samples)
-        if missing and self.model.device.type == "cuda":
-            measure(
-                self.model, cell, *self._samples(cell, missing[:1])
-            )  # kernels are compiled at their first call
-        for first in range(0, len(missing), self.batch_size):
-            indexes = missing[first : first + self.batch_size]
-            records = measure(self.model, cell, *self._samples(cell, indexes))
-            try:
-                self.store.append(records)
-            except UserError as error:
-                raise _NotWritten(str(error)) from None
-            yield len(indexes)
-
-    def _samples(self, cell: Cell, indexes: list[int]) -> tuple[list[int], list[Sample]]:
-        return indexes, [cell.task.sample(self.model.tokenizer, self.seed, index) for index in indexes]
+def _measure(executor: Executor, work: Work, plan: Plan, store: Store, console: Console) -> dict[str, str]:
+    """Store what comes; a cell that fails is reported, and the others go on. Returns the failures."""
+    failures: dict[str, str] = {}
+    left = {cell.id: len(missing) for cell, missing in work}
+    sizes = [(cell, left[cell.id], plan.new_tokens[cell.id]) for cell, _ in work]
+    with RunProgress(console, sizes) as progress, contextlib.closing(executor.measure(work)) as events:
+        if work:
+            progress.begin(work[0][0])
+        for event in events:
+            cell = event.cell
+            progress.begin(cell)
+            if isinstance(event, Measured):
+                store.append(event.records)
+                left[cell.id] -= len(event.records)
+                progress.advance(cell, len(event.records))
+            elif isinstance(event, Failed):
+                failures[cell.id] = event.reason
+                progress.fail(cell, event.reason)
+                _append(store.path.parent / "errors.txt", f"{cell.label}\n{event.details}\n")
+                progress.advance(cell, left[cell.id], measured=False)
+            else:
+                progress.finish(cell)
+    return failures
 
 
-class _NotWritten(Exception):
-    """Results cannot be stored: no matter of one cell."""
+def _take_part(executor: Executor, folder: Path) -> Outcome:
+    """In a process that does not write: measure, with its heads, what the first process gives out."""
+    work: Work = []
+    for _ in executor.measure(parallel.gather(work)[0]):
+        pass
+    return Outcome(folder, [], {})
 
 
 def _write_cells(folder: Path, config: Config, cells: list[Cell], failures: dict[str, str]) -> None:
@@ -155,7 +119,7 @@ def _write_cells(folder: Path, config: Config, cells: list[Cell], failures: dict
             "cell": cell.id,
             "label": cell.label,
             "model": config.settings.model,
-            "task": cell.task.name,
+            "task": cell.task.title,
             "context": cell.task.context,
             "policy": cell.policy_name,
             "parameters": cell.parameters,

@@ -1,0 +1,146 @@
+"""On a Ray cluster: a process per cell, on a GPU of its own where the cluster has any.
+
+The cluster only measures. Batches come back as they are measured and are stored by the process that asked, so
+that a comparison is continued in the same way as one that ran here; a worker that dies takes the batch in
+flight with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from .executors import Failed, Finished, Measured, Plan, Work, failed, load_model, measure_cell, plan
+
+if TYPE_CHECKING:
+    from .cells import Cell
+    from .config import Config, Settings
+
+_ATTEMPTS = 3  # worker deaths in a row, without a batch between them, after which a cell is given up
+
+
+@dataclasses.dataclass
+class _Job:
+    cell: Cell
+    missing: list[int]
+    deaths: int = 0
+
+
+class OnRay:
+    """An executor (`executors.Executor`) whose workers are processes of a Ray cluster.
+
+    kvsieve, the plugins in use and the model must be at hand on every machine of it.
+    """
+
+    def __init__(self, address: str | None = None, workers: int | None = None) -> None:
+        """Connect, or start a cluster on this machine.
+
+        Args:
+            address: None is RAY_ADDRESS, else the cluster that runs on this machine, else a new one.
+            workers: cells at a time, at most; None is as many as the cluster has room for.
+
+        Raises:
+            UserError: Ray is not installed, or nothing answers at the address.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise UserError("the executor ray needs the package ray: pip install 'kvsieve[ray]'") from None
+        self.ray, self.workers = ray, workers
+        if not ray.is_initialized():
+            quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
+            try:
+                ray.init(address=address, log_to_driver=False, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                where = (
+                    "a Ray cluster could not be started here" if address is None else f"address {address!r}"
+                )
+                raise UserError(f"{where}: {error}") from None
+
+    def plan(self, config: Config, started: str) -> Plan:
+        settings = config.settings
+        if settings.tensor_parallel:
+            raise UserError(
+                "tensor_parallel runs under torchrun, not on Ray, which gives every cell one GPU: leave out one"
+            )
+        gpus = settings.device != "cpu" and self.ray.cluster_resources().get("GPU", 0) > 0
+        if gpus and settings.device not in (None, "cuda"):
+            raise UserError(
+                f"device {settings.device!r}: Ray chooses the GPU of each cell: leave it out, or say cpu"
+            )
+        self.settings = settings
+        # A new process for every cell: nothing of one cell, such as its memory, is left to the next.
+        self.options = {"num_cpus": 1, "num_gpus": int(gpus), "max_calls": 1, "max_retries": 0}
+        try:
+            found = self.ray.get(self._remote(_plan).remote(config, started))
+        except self.ray.exceptions.RayError as error:
+            raise UserError(f"a worker of the Ray cluster could not begin: {error}") from None
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
+
+    def measure(self, work: Work) -> Iterator[Measured | Failed | Finished]:
+        waiting = deque(_Job(cell, missing) for cell, missing in work)
+        running: list[tuple[Any, _Job]] = []
+        try:
+            while waiting or running:
+                while waiting and (self.workers is None or len(running) < self.workers):
+                    job = waiting.popleft()
+                    running.append((self._remote(_measure).remote(self.settings, job.cell, job.missing), job))
+                (ready,), _ = self.ray.wait([stream for stream, _ in running], num_returns=1)
+                job = next(job for stream, job in running if stream is ready)
+                event = self._next(ready, job)
+                if isinstance(event, Measured):
+                    done = {record["sample"] for record in event.records}
+                    job.missing, job.deaths = [i for i in job.missing if i not in done], 0
+                else:
+                    running = [(stream, other) for stream, other in running if stream is not ready]
+                if event is None:
+                    waiting.appendleft(job)
+                else:
+                    yield event
+        finally:
+            for stream, _ in running:
+                self.ray.cancel(stream, force=True)
+
+    def _next(self, stream: Any, job: _Job) -> Measured | Failed | Finished | None:
+        """What a cell has to say; None: its worker died, and it is to be begun again."""
+        try:
+            return self.ray.get(next(stream))
+        except StopIteration:
+            return Finished(job.cell)
+        except self.ray.exceptions.RayTaskError as error:
+            return failed(job.cell, error)
+        except self.ray.exceptions.RayError as error:
+            job.deaths += 1
+            if job.deaths < _ATTEMPTS:
+                return None
+            reason = f"its worker died {job.deaths} times in a row: {type(error).__name__}"
+            return Failed(job.cell, reason, str(error))
+
+    def _remote(self, function: Any) -> Any:
+        return self.ray.remote(**self.options)(function)
+
+
+def _plan(config: Config, started: str) -> Plan | str:
+    """On a worker, whose device the results depend on; a message for what the model cannot do."""
+    try:
+        return plan(config, load_model(config.settings), started)
+    except UserError as error:
+        return str(error)
+
+
+def _measure(settings: Settings, cell: Cell, missing: list[int]) -> Iterator[Measured | Failed | Finished]:
+    """On a worker: the cell, batch by batch."""
+    try:
+        model = load_model(settings)
+    except UserError as error:
+        yield failed(cell, error)
+        return
+    yield from measure_cell(model, settings, cell, missing)

@@ -1,0 +1,159 @@
+"""A comparison on Ray with two workers on this machine: the same table as here, whatever dies on the way."""
+
+import csv
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kvsieve import UserError, plugins
+from kvsieve.compare import on_ray, run, store
+
+PLUGIN = '''
+"""Policies that fail."""
+import dataclasses, os, signal
+from pathlib import Path
+from typing import ClassVar
+
+import kvsieve
+
+
+@dataclasses.dataclass(frozen=True)
+class Deadly(kvsieve.Policy):
+    """Dense; counts prompts in a file; while one numbered first to last is decoded, its process is killed."""
+
+    notes: str
+    first: int
+    last: int
+    name: ClassVar[str] = "deadly"
+
+    def on_prefill(self, kv):
+        if kv.counts_steps:
+            with open(self.notes, "a") as file:
+                file.write("prompt\\n")
+
+    def select(self, query, kv):
+        if self.first <= len(Path(self.notes).read_text().split()) <= self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(kvsieve.Policy):
+    """Fails in its first step."""
+
+    name: ClassVar[str] = "broken"
+
+    def select(self, query, kv):
+        raise RuntimeError("no luck")
+
+
+@kvsieve.hookimpl
+def register_policies(register):
+    register(Deadly)
+    register(Broken)
+'''
+TIMES = {"tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A plugin that is installed for all processes, and two CPUs of this machine."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'kvsieve[ray]'")
+    site = tmp_path_factory.mktemp("site")
+    (site / "failing_policies.py").write_text(PLUGIN)
+    information = site / "failing-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[kvsieve]\nfailing = failing_policies\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")
+        plugins.reload()
+        ray.init(
+            address="local",
+            num_cpus=2,
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100_000_000,
+        )
+        yield
+        ray.shutdown()
+    plugins.reload()
+
+
+@pytest.fixture
+def compare(load, tmp_path):
+    """Runs a configuration, on Ray or here; what it printed is in `compare.console`."""
+
+    def compare(text, out, executor=None):
+        compare.console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+        return run.compare(load(text), tmp_path / out, compare.console, executor=executor)
+
+    return compare
+
+
+def table(folder):
+    with (folder / "summary.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(cluster, compare, tmp_path):
+    notes = tmp_path / "notes"
+    text = f"""\
+        device: cpu
+        tasks: [needle: {{context: 120, samples: 3}}]
+        policies: [dense, broken, deadly: {{notes: "{notes}", first: 2, last: 2}}]
+        """
+    began = compare(text.replace("samples: 3", "samples: 1"), "ray")  # here: the cluster goes on from there
+    kept = store.read(began.folder / "samples.jsonl")
+    assert len(kept) == 2
+    outcome = compare(text, "ray", on_ray.OnRay(workers=2))
+    assert list(outcome.failures.values()) == ["RuntimeError: no luck"]
+    assert "in select" in (outcome.folder / "errors.txt").read_text()
+    printed = compare.console.export_text()
+    assert "2 samples are already in" in printed
+    assert "4/7 samples" in printed
+    found = store.read(outcome.folder / "samples.jsonl")
+    assert found[:2] == kept
+    assert set(Counter((r["cell"], r["sample"]) for r in found).values()) == {1}
+    assert len(found) == 6
+    # 1 here, 1 killed, then again that one and the last: only the batch in flight was lost
+    assert len(Path(notes).read_text().split()) == 4
+    here = compare(text, "here")
+    assert table(outcome.folder) == table(here.folder)
+    assert [row["samples"] for row in table(here.folder)] == ["3", "3"]
+
+
+@pytest.mark.slow
+def test_a_cell_whose_worker_always_dies_is_given_up(cluster, compare, tmp_path):
+    outcome = compare(
+        f"""\
+        device: cpu
+        tasks: [needle: {{context: 120, samples: 3}}]
+        policies: [deadly: {{notes: "{tmp_path}/notes", first: 2, last: 99}}, dense]
+        """,
+        "ray",
+        on_ray.OnRay(),
+    )
+    (reason,) = outcome.failures.values()
+    assert reason.startswith("its worker died 3 times in a row: ")
+    assert [(row["policy"], row["samples"]) for row in table(outcome.folder)] == [("deadly", "1"), ("dense", "3")]
+
+
+def test_tensor_parallel_is_no_matter_of_ray(cluster, load):
+    config = load("tensor_parallel: true\ntasks: [needle]\npolicies: [dense]\n")
+    with pytest.raises(UserError, match="tensor_parallel runs under torchrun, not on Ray"):
+        on_ray.OnRay().plan(config, "now")
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'kvsieve\[ray\]'"):
+        on_ray.OnRay()
