@@ -1,4 +1,5 @@
-"""A decode step can become one CUDA graph: it never looks at the device, and traces into one graph over growing steps."""
+"""A decode step can become one CUDA graph: it never looks at the device, and traces into one graph over growing
+steps."""
 
 from dataclasses import dataclass
 from typing import ClassVar

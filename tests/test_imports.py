@@ -11,9 +11,11 @@ PACKAGE = ROOT / "framework" / "kvsieve"
 
 def imported(path: Path) -> set[str]:
     """Absolute names of all modules that a file imports, also inside functions; not those for type checking only."""
-    package = path.relative_to(PACKAGE.parent).with_suffix("").parts if PACKAGE in path.parents else (path.stem,)
+    package = (
+        path.relative_to(PACKAGE.parent).with_suffix("").parts if PACKAGE in path.parents else (path.stem,)
+    )
     if path.name == "__init__.py":
-        package = package[:-1] + ("",)
+        package = (*package[:-1], "")
     names = set()
     tree = ast.parse(path.read_text())
     skipped = {
@@ -51,7 +53,9 @@ def test_policies_use_public_names_only():
         for name in imported(file):
             if touches({name}, "kvsieve"):
                 top = name.split(".")[1] if "." in name else None
-                assert top is None or top in kvsieve.__all__ or top in {"hooks"}, f"{file.name} imports {name}"
+                assert top is None or top in kvsieve.__all__ or top in {"hooks"}, (
+                    f"{file.name} imports {name}"
+                )
 
 
 def test_the_framework_never_imports_the_policies():

@@ -87,7 +87,8 @@ def test_h2o_evicts_what_the_authors_evict(case):
             assert held == wanted[wanted >= padding[b]].tolist()
 
 
-AUTHORS = {  # the authors' k, local_k = 16, 4 (local window: k = 24 with 4 sinks), current token not counted by SparQ and H2O
+# The authors' k and local_k are 16 and 4, the current token not counted (local window: k = 24 with 4 sinks, counted).
+AUTHORS = {
     "dense": make_policy("dense"),
     "sparq_realloc": make_policy("sparq", r=8, k=17, local=5, group_score="logits"),
     "sparq_noreal": make_policy("sparq", r=8, k=17, local=5, group_score="logits", mean_value=False),

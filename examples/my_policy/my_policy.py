@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import kvsieve
 import torch
+
+import kvsieve
 
 
 @dataclass(frozen=True)

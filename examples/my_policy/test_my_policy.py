@@ -1,8 +1,9 @@
 """The laws that hold for every policy, run on this one."""
 
 import pytest
-from kvsieve.testing import LAWS
 from my_policy import KeyNorm
+
+from kvsieve.testing import LAWS
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)

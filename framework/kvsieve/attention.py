@@ -1,7 +1,7 @@
 """One layer, one step: make room -> append -> select -> attend -> observe; and its door into transformers.
 
-transformers calls `attention_forward` in every attention module (AttentionInterface). The layer of a KVCache is found on
-the keys that its `update` returned; without one (no cache, or a layer whose window transformers keeps itself) the
+transformers calls `attention_forward` in every attention module (AttentionInterface). The layer of a KVCache is found
+on the keys that its `update` returned; without one (no cache, or a layer whose window transformers keeps itself) the
 attention is plain.
 """
 
@@ -160,7 +160,9 @@ def _plain(
 ) -> torch.Tensor:
     """What transformers' own attention does: no policy, nothing stored."""
     heads, new, total = query.shape[1], query.shape[2], key.shape[2]
-    if mask is None or mask.dim() == 2:  # the new tokens are the last ones; if they are all, is_causal will do
+    if (
+        mask is None or mask.dim() == 2
+    ):  # the new tokens are the last ones; if they are all, is_causal will do
         padding = None if mask is None else mask[:, None, None, :total].bool()
         in_order = None
         if causal and new > 1 and (total > new or padding is not None):
@@ -200,19 +202,18 @@ def attention_mask_for(
 ) -> torch.Tensor | None:
     """The mask that reaches `attention_forward`: for plain causal attention only the padding `[B, T]`, or None.
 
-    A T x T mask is made only where the model asks for more than causal order (sliding windows), or where a cache that is
-    not ours hands out more slots than tokens.
+    A T x T mask is made only where the model asks for more than causal order (sliding windows), or where a cache that
+    is not ours hands out more slots than tokens.
     """
     plain = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
     if plain and kv_length == q_offset + q_length:
         return attention_mask
     if not isinstance(q_offset, int) or kv_offset + kv_length > q_offset + q_length:
-        kwargs["allow_is_causal_skip"] = False  # slots behind the last token (StaticCache): None would not tell
+        kwargs["allow_is_causal_skip"] = (
+            False  # slots behind the last token (StaticCache): None would not tell
+        )
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
-    return cast(
-        torch.Tensor | None,
-        sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs),
-    )
+    return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
 
 
 def register() -> None:

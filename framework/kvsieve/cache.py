@@ -1,7 +1,7 @@
 """The KV cache: preallocated slots per row and KV head, and everything that a policy remembers about them.
 
-Rows are ragged: a row's tokens stand from slot 0 on, whatever side it was padded on; `lengths [B, K]` says how many slots
-are live. Slots have no order once a policy evicts: `positions` says which token each one holds. Storage is finite
+Rows are ragged: a row's tokens stand from slot 0 on, whatever side it was padded on; `lengths [B, K]` says how many
+slots are live. Slots have no order once a policy evicts: `positions` says which token each one holds. Storage is finite
 everywhere (zero-filled), because 0 x NaN is NaN.
 """
 
@@ -371,21 +371,21 @@ class LayerCache(CacheLayerMixin):
         """
         if self.incoming is not None:
             raise UserError(
-                "a policy cannot act: the attention of the last forward did not take the keys that it cached. Either that "
-                "forward failed half-way, and a new cache is needed, or this model changes keys between cache and "
+                "a policy cannot act: the attention of the last forward did not take the keys that it cached. Either "
+                "that forward failed half-way, and a new cache is needed, or this model changes keys between cache and "
                 "attention, and only transformers' own cache can serve it"
             )
         if not self.is_initialized:
             if key_states.shape != value_states.shape:
                 raise UserError(
-                    f"keys of {key_states.shape[3]} and values of {value_states.shape[3]} numbers a head: policies need the "
-                    "same for both. Use transformers' own cache for this model"
+                    f"keys of {key_states.shape[3]} and values of {value_states.shape[3]} numbers a head: policies need "
+                    "the same for both. Use transformers' own cache for this model"
                 )
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != self.batch_size:
             raise UserError(
-                f"the cache holds {self.batch_size} rows, but {len(key_states)} came: a new batch needs a new cache; to "
-                "continue each row several times, call cache.batch_repeat_interleave(times) first"
+                f"the cache holds {self.batch_size} rows, but {len(key_states)} came: a new batch needs a new cache; "
+                "to continue each row several times, call cache.batch_repeat_interleave(times) first"
             )
         if not self.fixed:  # else whoever fixed the shapes counts, outside of the step
             self.fed += key_states.shape[2]
@@ -401,8 +401,8 @@ class LayerCache(CacheLayerMixin):
         shown = mask.sum(1).to(self.seen)
         if not torch.equal(shown, self.seen):
             raise UserError(
-                f"the attention_mask shows {shown.tolist()} earlier tokens a row, but {self.seen.tolist()} were cached: "
-                "what is once in the cache cannot be masked out; start a new cache"
+                f"the attention_mask shows {shown.tolist()} earlier tokens a row, but {self.seen.tolist()} were "
+                "cached: what is once in the cache cannot be masked out; start a new cache"
             )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -495,8 +495,8 @@ class KVCache(Cache):
     def expect_prompt(self, columns: int) -> None:
         """Say that the prompt is complete when the cache has been fed `columns` tokens a row, padding included.
 
-        Forwards before that are chunks of it: nothing is evicted yet. Without this, one token on a cache that holds some
-        is a decode step, and anything else a whole prompt.
+        Forwards before that are chunks of it: nothing is evicted yet. Without this, one token on a cache that holds
+        some is a decode step, and anything else a whole prompt.
         """
         for layer in self._told:
             layer.prompt_end = columns
@@ -519,8 +519,8 @@ class KVCache(Cache):
     def activate_past_recording(self) -> None:
         """What assisted decoding calls first: refuse, before any work."""
         raise UserError(
-            "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes tokens back out of the cache, and a KVCache "
-            "cannot: what a policy has evicted or summed up is gone. Leave it out, or use transformers' own cache"
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes tokens back out of the cache, and a "
+            "KVCache cannot: what a policy has evicted or summed up is gone. Leave it out, or use transformers' own cache"
         )
 
     def check_room(self, tokens: int) -> None:
@@ -548,8 +548,8 @@ def _nothing_to_do(model: PreTrainedModel, layers: list[Any]) -> str:
         return f"{name} has no attention layer whose keys and values grow with the context: a policy would never act"
     return (
         f"every attention layer of {name} has a sliding window ({max(windows)} tokens), which transformers' own cache "
-        "already keeps to that size: a policy would never act. For contexts within the window, where it changes nothing, "
-        "set model.config.sliding_window = None"
+        "already keeps to that size: a policy would never act. For contexts within the window, where it changes "
+        "nothing, set model.config.sliding_window = None"
     )
 
 

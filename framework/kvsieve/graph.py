@@ -1,7 +1,7 @@
 """One decode step as one CUDA graph: forward, policy, sampling, the advance of positions, replayed without Python.
 
-What a step needs for that: constant shapes (`KVCache.fix_shapes`), lengths and positions in device tensors, every result
-written in place, no look at the device. A policy declares with `capturable` whether its own code keeps to it.
+What a step needs for that: constant shapes (`KVCache.fix_shapes`), lengths and positions in device tensors, every
+result written in place, no look at the device. A policy declares with `capturable` whether its own code keeps to it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Discovery: which policies and tasks there are, from which package, and what could not be loaded.
 
-Packages announce themselves by an entry point in the group `kvsieve`; the built-in policies come in through the same door.
-A plugin that fails is reported and takes nothing else down.
+Packages announce themselves by an entry point in the group `kvsieve`; the built-in policies come in through the same
+door. A plugin that fails is reported and takes nothing else down.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def _entry_points() -> list[importlib.metadata.EntryPoint]:
     """The built-in policies first: they win a quarrel over a name, so that no plugin replaces them unnoticed."""
     builtin = importlib.metadata.EntryPoint(*_BUILTIN, group=GROUP)
     found = dict.fromkeys(importlib.metadata.entry_points(group=GROUP))
-    if not any(point.name == builtin.name for point in found):  # run from a source tree on PYTHONPATH, not installed
+    if not any(
+        point.name == builtin.name for point in found
+    ):  # run from a source tree on PYTHONPATH, not installed
         found[builtin] = None
     return sorted(found, key=lambda point: (point.name != builtin.name, point.name))
 
@@ -118,7 +120,9 @@ def _register(
             _check_policy_class(cls)
         name = getattr(cls, "name", "")
         if not isinstance(name, str) or not name.isidentifier():
-            raise TypeError(f"{cls.__name__} needs a class attribute name: ClassVar[str], an identifier; it is {name!r}")
+            raise TypeError(
+                f"{cls.__name__} needs a class attribute name: ClassVar[str], an identifier; it is {name!r}"
+            )
         if name in found:
             raise ValueError(f"{name!r} is already registered by {found[name].distribution}")
         found[name] = Registered(name, cls, plugin, distribution, version)
@@ -198,7 +202,7 @@ def policy_fields(cls: type) -> list[str]:
 
 
 @functools.cache
-def parameters_model(cls: type) -> type[pydantic.BaseModel]:
+def parameters_model(cls: Any) -> type[pydantic.BaseModel]:
     """The parameters of a policy or task class as a pydantic model: types, defaults, nothing else allowed."""
     hints = typing.get_type_hints(cls)
     nested = policy_fields(cls)

@@ -1,8 +1,8 @@
 """The contract: what a policy may say, and when it is asked.
 
-A policy is a frozen dataclass. Its fields are its hyper-parameters and its YAML keys. The base class is dense attention,
-so a method writes only what differs. A policy object never changes: what it must remember stands in the cache, as a
-column (per slot) or a summary (per row and KV head), and moves with the tokens.
+A policy is a frozen dataclass. Its fields are its hyper-parameters and its YAML keys. The base class is dense
+attention, so a method writes only what differs. A policy object never changes: what it must remember stands in the
+cache, as a column (per slot) or a summary (per row and KV head), and moves with the tokens.
 
 One decode step of one layer, in order:
 

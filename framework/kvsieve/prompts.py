@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ def token_lists(model: PreTrainedModel, prompts: Prompts, what: str = "prompt") 
     if isinstance(prompts, str):
         prompts = [prompts]
     given: list[Any] = prompts.tolist() if isinstance(prompts, torch.Tensor) else list(prompts)
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(model, "tokenizer", None)
     rows = []
     for b, prompt in enumerate(given):
         if isinstance(prompt, str) and tokenizer is None:
@@ -33,7 +33,7 @@ def token_lists(model: PreTrainedModel, prompts: Prompts, what: str = "prompt") 
         rows.append([int(token) for token in ids])
         if not rows[-1]:
             raise UserError(f"{what} {b} is empty: a model needs at least one token to start from")
-        size = model.get_input_embeddings().num_embeddings
+        size = cast(int, model.get_input_embeddings().num_embeddings)
         if not 0 <= min(rows[-1]) <= max(rows[-1]) < size:
             raise UserError(f"{what} {b} has a token id outside the vocabulary (0 to {size - 1})")
     if not rows:

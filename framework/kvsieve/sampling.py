@@ -1,5 +1,7 @@
 """The next token of each row: greedy, or sampled with transformers' logits processors."""
 
+from typing import cast
+
 import torch
 from transformers import (
     LogitsProcessorList,
@@ -45,7 +47,7 @@ class Sampler:
         ]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = self.processors(self.ids, logits.float())
+        logits = self.processors(cast(torch.LongTensor, self.ids), cast(torch.FloatTensor, logits.float()))
         if self.draws:
             # The largest of p / e, e exponentially distributed, is a draw from p; torch.multinomial would synchronise.
             noise = torch.stack(

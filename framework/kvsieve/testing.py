@@ -1,4 +1,5 @@
-"""What an author tests a policy with: `rollout` runs it on tensors, without a model, and the laws hold for every policy.
+"""What an author tests a policy with: `rollout` runs it on tensors, without a model, and the laws hold for every
+policy.
 
     import pytest
     from kvsieve.testing import LAWS
@@ -134,9 +135,13 @@ def the_budget_is_respected(tight: Policy, loose: Policy) -> None:
         for b, k in _heads(lengths):
             count = int(selection.counts[b, k])
             chosen = selection.slots[b, k, :count].tolist()
-            assert count <= selection.slots.shape[2], f"{tight} counts {count} of {selection.slots.shape[2]} slots"
+            assert count <= selection.slots.shape[2], (
+                f"{tight} counts {count} of {selection.slots.shape[2]} slots"
+            )
             assert len(set(chosen)) == count, f"{tight} chose a slot twice: {chosen}"
-            assert all(0 <= slot < lengths[b, k] for slot in chosen), f"{tight} chose a slot that holds no token"
+            assert all(0 <= slot < lengths[b, k] for slot in chosen), (
+                f"{tight} chose a slot that holds no token"
+            )
 
 
 def questions_change_nothing(tight: Policy, loose: Policy) -> None:
@@ -149,7 +154,9 @@ def questions_change_nothing(tight: Policy, loose: Policy) -> None:
 def same_run_same_result(tight: Policy, loose: Policy) -> None:
     """Nothing is remembered outside the cache: a second run gives the same numbers, bit for bit."""
     inputs = Inputs.random()
-    assert torch.equal(rollout(tight, *inputs), rollout(tight, *inputs)), f"{tight} gave two results for one input"
+    assert torch.equal(rollout(tight, *inputs), rollout(tight, *inputs)), (
+        f"{tight} gave two results for one input"
+    )
 
 
 def rows_do_not_meet(tight: Policy, loose: Policy) -> None:
@@ -157,7 +164,9 @@ def rows_do_not_meet(tight: Policy, loose: Policy) -> None:
     inputs = Inputs.random()
     together = rollout(tight, *inputs)
     for b in range(len(inputs.lengths)):
-        _same(together[b : b + 1], rollout(tight, *inputs.row(b)), f"{tight}: row {b} depends on its neighbours")
+        _same(
+            together[b : b + 1], rollout(tight, *inputs.row(b)), f"{tight}: row {b} depends on its neighbours"
+        )
 
 
 def padding_side_does_not_matter(tight: Policy, loose: Policy) -> None:
@@ -193,7 +202,9 @@ def traffic_is_what_was_read(tight: Policy, loose: Policy) -> None:
     )
     assert meter.by_kind.get("values", 0) >= read * size, f"{tight} read {read} values, the meter has fewer"
     direct = sum(spy.direct_reads.values())
-    assert meter.by_kind["values"] + meter.by_kind["keys"] == 2 * read * size + direct, f"{tight}: traffic is off"
+    assert meter.by_kind["values"] + meter.by_kind["keys"] == 2 * read * size + direct, (
+        f"{tight}: traffic is off"
+    )
     assert not spy.leaks, f"{tight}: {spy.leaks[0]}"
 
 

@@ -1,8 +1,8 @@
 """The meter: bytes that decode steps read from and write to the KV cache, counted by the ops.
 
-Counted are keys, values, columns and summaries: what grows with the cache, as in the SparQ paper's formulas. Not counted
-are the weights, the queries, and what a step makes for itself (scores, chosen slots). A column or summary is counted
-once each way per step, however often a policy touches it. Prefill is not counted: there all policies are dense.
+Counted are keys, values, columns and summaries: what grows with the cache, as in the SparQ paper's formulas. Not
+counted are the weights, the queries, and what a step makes for itself (scores, chosen slots). A column or summary is
+counted once each way per step, however often a policy touches it. Prefill is not counted: there all policies are dense.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Keep some layers dense and give the others to another policy: what Quest, Twilight and Double Sparsity do with layers 0 and 1."""
+"""Keep some layers dense and give the others to another policy.
+
+Quest, Twilight and Double Sparsity do so with layers 0 and 1.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -67,8 +67,8 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of `query [B, K, G, D]` over the selection, or over every live slot.
 
-    Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]` float32 that each slot received, averaged over
-    the group. Reads `2 * D` numbers per slot read and KV head.
+    Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]` float32 that each slot received, averaged
+    over the group. Reads `2 * D` numbers per slot read and KV head.
     """
     run = implementation(query.device)
     if selection is None:
@@ -135,8 +135,8 @@ def top_by_channels(
     """`channel_scores`, added up over the group, and the `top_slots` of that, in one op that stores few of them.
 
     `group_score` "softmax" ranks slots by the sum of the heads' weights, "logits" by the sum of their logits. Returns
-    slots `[B, K, k]`, how many of them are live `[B, K]`, and the approximate attention weight `[B, K, G]` float32 of the
-    live slots that were left out. Reads r numbers per live slot and KV head.
+    slots `[B, K, k]`, how many of them are live `[B, K]`, and the approximate attention weight `[B, K, G]` float32 of
+    the live slots that were left out. Reads r numbers per live slot and KV head.
     """
     kv.count_read("channels", kv.lengths * channels.shape[2])
     return implementation(query.device).top_by_channels(
@@ -159,5 +159,6 @@ def _newest_by_position(kv: LayerCache, n: int) -> torch.Tensor | None:
 
 
 def running_mean(mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """The mean `[B, K, D]` after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` of them in all."""
+    """The mean `[B, K, D]` after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` of them in
+    all."""
     return implementation(new.device).running_mean(mean, new, counts, seen)

@@ -73,10 +73,10 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense causal attention of Q new tokens: token i of a row sees the slots up to `starts + i`, its own included.
 
-    `query [B, K, G, Q, D]`; `keys`, `values [B, K, T, D]`, the new tokens in them; `starts [B, K]`: slots in use before;
-    `counts [B]`: how many of the Q are real, the rest follow them. `fresh`: all starts are zero and T = Q. Returns the
-    output `[B, K, G, Q, D]`, zero where not real, and, if wanted, the mass `[B, K, T]` summed over the real queries.
-    Works in blocks of queries: no T x T matrix.
+    `query [B, K, G, Q, D]`; `keys`, `values [B, K, T, D]`, the new tokens in them; `starts [B, K]`: slots in use
+    before; `counts [B]`: how many of the Q are real, the rest follow them. `fresh`: all starts are zero and T = Q.
+    Returns the output `[B, K, G, Q, D]`, zero where not real, and, if wanted, the mass `[B, K, T]` summed over the real
+    queries. Works in blocks of queries: no T x T matrix.
     """
     (rows, heads, group, new, size), total = query.shape, keys.shape[2]
     real = torch.arange(new, device=query.device) < counts[:, None]
@@ -203,7 +203,8 @@ def top_by_channels(
 def append(
     storage: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
 ) -> None:
-    """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`; inactive rows `[B]` stay as they are.
+    """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`; inactive rows `[B]` stay as they
+    are.
 
     Storage may be of any strides, and in blocks: `[B, K, C/n, n, D]`.
     """
@@ -214,13 +215,15 @@ def append(
 
 
 def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
-    """Write `slots [B, K, S]` of `storage [B, K, C, ...]` to the first S slots of `out`, another storage, in that order."""
+    """Write `slots [B, K, S]` of `storage [B, K, C, ...]` to the first S slots of `out`, another storage, in that
+    order."""
     target = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
     out[_places(out, target)] = storage[_places(storage, slots)]
 
 
 def running_mean(mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """The mean `[B, K, D]` float32 after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` in all."""
+    """The mean `[B, K, D]` float32 after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` in
+    all."""
     total = seen.clamp(min=1).view(-1, 1, 1)
     return mean + (new.sum(2, dtype=torch.float32) - counts.view(-1, 1, 1) * mean) / total
 

@@ -16,15 +16,16 @@ library_name: transformers
 ---
 # kvsieve's reference model
 
-A small Llama (4 layers, width 256, 4 query and 2 KV heads of 64 channels, byte-level tokens, {size:.1f} MB in bfloat16) that finds
-and repeats things in its context. It exists to compare attention policies offline; it is no use as a language model.
+A small Llama (4 layers, width 256, 4 query and 2 KV heads of 64 channels, byte-level tokens, {size:.1f} MB in bfloat16)
+that finds and repeats things in its context. It exists to compare attention policies offline; it is no use as a
+language model.
 
 Trained by `python -m kvsieve.reference_model.train` on {tokens:,} tokens of the Python standard library's sources with
-retrieval and repetition written into them (seed {seed}). One file in eight is held out, and so are the names that `needle` asks for.
-Longest trained sequence: 2048 tokens; positions reach to 4096.
+retrieval and repetition written into them (seed {seed}). One file in eight is held out, and so are the names that
+`needle` asks for. Longest trained sequence: 2048 tokens; positions reach to 4096.
 
-Measured by `python -m kvsieve.reference_model.card` (`card.yaml` beside it says what). Policies other than dense read an
-eighth of dense attention's bytes. Brackets: 95 % bootstrap interval.
+Measured by `python -m kvsieve.reference_model.card` (`card.yaml` beside it says what). Policies other than dense read
+an eighth of dense attention's bytes. Brackets: 95 % bootstrap interval.
 
 {table}
 """
@@ -62,7 +63,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a folder that `train` has exported")
-    parser.add_argument("--results", type=Path, default=Path("results/reference_model"), help="where samples are kept")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/reference_model"), help="where samples are kept"
+    )
     options = parser.parse_args()
     print(write(options.folder, options.results))
 

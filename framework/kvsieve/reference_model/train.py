@@ -27,8 +27,8 @@ from .tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
 
 TOKENS_PER_STEP = 8192
 SAVE_EVERY = 100  # steps
-# (before this step, sequence length, weight of repeated text). Repeated text weighs more once the model has found out how
-# to repeat: then exactness is what is left to learn.
+# (before this step, sequence length, weight of repeated text). Repeated text weighs more once the model has found out
+# how to repeat: then exactness is what is left to learn.
 CURRICULUM = ((769, 256, 0.6), (1641, 512, 0.6), (2820, 1024, 0.6), (math.inf, 2048, 2.0))
 
 
@@ -66,9 +66,8 @@ def train(out: Path, tokens: int, seed: int, peak: float) -> LlamaForCausalLM:
     """Train for `tokens` tokens and return the model; continues from the checkpoint in `out` if there is one."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # costs a tenth of the time, changes nothing here
-    )
+    # It would cost a tenth of the time and changes nothing here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = LlamaForCausalLM(configuration())
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -163,7 +162,8 @@ def _restore(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
 
 def export(model: LlamaForCausalLM, folder: Path, tokens: int, seed: int) -> None:
     """Write the model in bfloat16 with its tokenizer, as `from_pretrained` reads it, and how it was trained."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps({"tokens": tokens, "seed": seed}) + "\n")
 
@@ -173,7 +173,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for checkpoints, log, and the finished model with its card"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for checkpoints, log, and the finished model with its card",
     )
     parser.add_argument("--tokens", type=float, default=34e6)
     parser.add_argument("--seed", type=int, default=0)
