@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 import kvsieve
+from kvsieve.compare import config, run
 from kvsieve.parallel import rank
 
 FAMILIES = ["llama (GQA)", "qwen3", "gemma2", "mistral"]
@@ -52,6 +54,7 @@ def main(folder: Path) -> None:
         kvsieve.load(str(folder / "one KV head"), tensor_parallel=True)
     except kvsieve.UserError as error:
         found["refused"] = str(error)
+    run.compare(config.load(folder / "comparison.yaml"), folder / "split", Console(quiet=True))
     (folder / f"rank{rank()}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """Tensor parallel: two processes on the CPU decode what one does, each with half of the heads."""
 
+import csv
 import json
 import os
 import subprocess
@@ -7,15 +8,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvsieve
 from kvsieve import UserError
+from kvsieve.compare import config, run, store
+from kvsieve.reference_model.tokenizer import byte_tokenizer
 
 from ..families.zoo import FAMILIES
 from . import matrix
 
 MATRIX = [(family, policy) for family in matrix.FAMILIES for policy in matrix.POLICIES]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+COMPARISON = """\
+model: {model}
+tensor_parallel: {split}
+batch_size: 2
+tasks: [needle: {{context: 120, samples: 3}}]
+policies: [dense, sparq: {{compression: 1/4}}, h2o: {{compression: 1/4}}]
+"""
 
 
 def torchrun(*command, **options):
@@ -40,6 +53,17 @@ def folder(tmp_path_factory):
     for family in matrix.FAMILIES:
         save(family, folder / family)
     save("gemma", folder / "one KV head")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 512,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape, **heads)).save_pretrained(folder / "bytes")
+    byte_tokenizer().save_pretrained(folder / "bytes")
+    (folder / "comparison.yaml").write_text(COMPARISON.format(model=folder / "bytes", split="true"))
     return folder
 
 
@@ -81,6 +105,31 @@ def test_each_meter_counts_its_own_heads_and_their_sum_is_the_whole(split, whole
         assert first["here"][name] + second["here"][name] == alone["here"][name]
         assert first["here"][name] > 0
     assert first["here"][3] == second["here"][3] == alone["here"][3]
+
+
+def test_a_comparison_is_that_of_one_process(split, folder):
+    again = folder / "alone.yaml"
+    again.write_text(COMPARISON.format(model=folder / "bytes", split="false"))
+    alone = run.compare(config.load(again), folder / "alone", Console(quiet=True))
+    assert not alone.failures
+    named = [
+        "task",
+        "policy",
+        "score",
+        "samples",
+        "bytes_per_step",
+        "bytes_ratio",
+        "bytes_written_per_step",
+        "kv_bytes",
+    ]
+
+    def table(name):
+        with (folder / name / "summary.csv").open() as file:
+            return [[row[column] for column in named] for row in csv.DictReader(file)]
+
+    assert len(table("alone")) == 3
+    assert table("split") == table("alone")
+    assert len(store.read(folder / "split" / "samples.jsonl")) == 9  # one of the two writes
 
 
 def test_heads_that_cannot_be_shared_are_refused(split):

@@ -52,7 +52,8 @@ class OnRay:
             import ray
         except ImportError:
             raise UserError("the executor ray needs the package ray: pip install 'kvsieve[ray]'") from None
-        self.ray, self.workers = ray, workers
+        self.ray: Any = ray
+        self.workers = workers
         if not ray.is_initialized():
             quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
             try:
