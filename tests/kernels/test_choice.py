@@ -25,3 +25,17 @@ def test_triton_can_be_chosen_on_a_cpu_only_where_it_is_interpreted(monkeypatch:
 def test_an_unknown_implementation_is_refused_with_the_legal_ones() -> None:
     with pytest.raises(UserError, match=r"Legal:.*reference, triton"), ops.use("cutlass"):
         pass
+
+
+def test_triton_has_every_op_of_the_reference() -> None:
+    with ops.use("reference"):
+        reference = ops.implementation(torch.device("cpu"))
+    triton = ops.implementation(torch.device("cuda"))
+    mine = {
+        name
+        for name, item in vars(reference).items()
+        if getattr(item, "__module__", "") == reference.__name__
+    }
+    public = {name for name in mine if not name.startswith("_")} - {"tempered"}  # no op: the CPU shares it
+    assert len(public) > 5
+    assert not {name for name in public if not hasattr(triton, name)}
