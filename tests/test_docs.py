@@ -93,7 +93,9 @@ def test_configs_are_valid(path):
 
     try:
         config.load(path)
-    except UserError as error:  # a policy of a package that is not installed here may be missing, nothing else
+    except (
+        UserError
+    ) as error:  # a policy of a package that is not installed here may be missing, nothing else
         assert "key_norm" in str(error), error
         assert path.name == "my_policy.yaml"
 
