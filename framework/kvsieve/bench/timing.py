@@ -106,18 +106,20 @@ class Stopwatch:
 def wall_clock(run: Callable[[], object], prepare: Callable[[], None], device: torch.device) -> Measure:
     """`run` as someone waiting for it sees it, launches and Python included."""
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     def measure() -> float:
         prepare()
-        start = now()
+        start = now(device)
         run()
-        return now() - start
+        return now(device) - start
 
     return measure
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def captured(run: Callable[[], object], prepare: Callable[[], None]) -> Callable[[], object]:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .. import attention, graph, loop, models, transfer
 from ..cache import LayerCache
@@ -16,7 +23,7 @@ from ..policy import Policy
 from ..sampling import Sampler
 from .layer import Checkpoint, fill
 from .shapes import heads_of
-from .timing import Measure, wall_clock
+from .timing import Measure, now, wall_clock
 
 _WARM_UP = 4  # steps, after which a graph is captured
 
@@ -64,7 +71,7 @@ class OurSteps:
         sampler = Sampler(None, None, None, 0, None, rows, self.device)
         generation = loop._Generation(self.decoder, sampler, [], 0, eager)
         reason = "--eager" if eager else graph.why_not(self.decoder.cache, self.device)
-        self.note = "captured" if generation.captured else reason
+        self.note = "captured" if generation.captured else str(reason)
         self.tokens = loop._decode(generation, 2**62)
         next(self.tokens)  # the prefill's
         self.checkpoints = [Checkpoint(layer) for layer in self.decoder.cache.policy_layers]
@@ -144,25 +151,42 @@ class StockGenerate:
         self.ids = torch.zeros(batch, context, dtype=torch.int64, device=self.model.device)
 
     def measure(self) -> Measure:
-        """Seconds a step: what `steps` more of them take, so that the setting up of a call is left out."""
-        device = self.model.device
-        short = wall_clock(lambda: self._generate(1), self._prepare, device)
-        long = wall_clock(lambda: self._generate(1 + self.steps), self._prepare, device)
-        return lambda: (long() - short()) / self.steps
+        """Seconds a step, from the end of the first one: the setting up of a call is left out."""
+
+        def measure() -> float:
+            self._prepare()
+            stamps = _Stamps(self.model.device)
+            self._generate(stamps)
+            return (stamps.times[-1] - stamps.times[0]) / self.steps
+
+        return measure
 
     @torch.no_grad()
-    def _generate(self, tokens: int) -> None:
+    def _generate(self, stamps: _Stamps) -> None:
         self.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
             past_key_values=self.cache,
-            max_new_tokens=tokens,
+            max_new_tokens=1 + self.steps,
             do_sample=False,
+            stopping_criteria=StoppingCriteriaList([stamps]),
         )
 
     def _prepare(self) -> None:
         for layer in self.layers:
             layer.cumulative_length.fill_(self.before)
+
+
+class _Stamps(StoppingCriteria):
+    """Never stops; notes when each token was there. `generate` waits for the device at this place anyway."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        self.times.append(now(self.device))
+        return cast(torch.BoolTensor, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device))
 
 
 def _random_pair(model: PreTrainedModel, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
