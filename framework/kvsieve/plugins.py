@@ -24,7 +24,7 @@ if typing.TYPE_CHECKING:
     from .policy import Policy
 
 GROUP = "kvsieve"
-_BUILTIN = ("builtin", "kvsieve_policies")  # as in pyproject.toml
+_BUILTIN = {"builtin": "kvsieve_policies", "builtin_tasks": "kvsieve.compare.tasks"}  # as in pyproject.toml
 
 
 class Registered(NamedTuple):
@@ -94,14 +94,13 @@ def _registry() -> _Registry:
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
-    """The built-in policies first: they win a quarrel over a name, so that no plugin replaces them unnoticed."""
-    builtin = importlib.metadata.EntryPoint(*_BUILTIN, group=GROUP)
+    """The built-in ones first: they win a quarrel over a name, so that no plugin replaces them unnoticed."""
     found = dict.fromkeys(importlib.metadata.entry_points(group=GROUP))
-    if not any(
-        point.name == builtin.name for point in found
-    ):  # run from a source tree on PYTHONPATH, not installed
-        found[builtin] = None
-    return sorted(found, key=lambda point: (point.name != builtin.name, point.name))
+    names = {point.name for point in found}
+    for name, module in _BUILTIN.items():
+        if name not in names:  # run from a source tree on PYTHONPATH, not installed
+            found[importlib.metadata.EntryPoint(name, module, GROUP)] = None
+    return sorted(found, key=lambda point: (point.name not in _BUILTIN, point.name))
 
 
 def _refuse_misspelt_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
