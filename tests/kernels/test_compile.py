@@ -36,4 +36,5 @@ def test_kernels_compile() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_kernels_compile_for_every_head_size(dtype: str) -> None:
-    check("--dtypes", dtype, "--head-sizes", "64", "80", "96", "128", "256", "--groups", "1", "4", "16")
+    check("--dtypes", dtype, "--head-sizes", "64", "80", "96", "256")
+    check("--dtypes", dtype, "--head-sizes", "128", "--groups", "1", "16")

@@ -30,7 +30,7 @@ def decode(head_size: int, dtype: torch.dtype, scattered: bool) -> Launch:
     """
     wide = head_size > 64
     if dtype == torch.float32:  # no tensor cores: the products live in registers
-        return Launch(16 if wide else 32, 16, 4, 2)
+        return Launch(16, 16, 8, 2) if wide else Launch(32, 16, 4, 2)
     slots = min(128, (2**12 if scattered else 2**13) // triton.next_power_of_2(head_size))
     return Launch(slots, 16, 4, 2 if backend() == "hip" else 3)
 
