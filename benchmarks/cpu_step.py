@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from kvsieve_policies.sparq import SparQ
 
 from kvsieve import LayerCache, ops
+from kvsieve_policies.sparq import SparQ
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 
@@ -27,7 +27,9 @@ def filled(policy: SparQ, keys: torch.Tensor, values: torch.Tensor) -> LayerCach
     return kv
 
 
-def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+def dense(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> dict[str, Callable[[], torch.Tensor]]:
     flat = query.flatten(1, 2)[:, :, None]
 
     def products() -> torch.Tensor:
@@ -73,7 +75,12 @@ def main() -> None:
     middle = {name: statistics.median(taken[1:]) for name, taken in times.items()}
     least = {name: min(taken[1:]) for name, taken in times.items()}
     best = min((name for name in runs if "sparq" not in name), key=middle.__getitem__)
-    print(f"B={given.batch} T={given.context} H={HEADS} K={KV_HEADS} D={SIZE} r=32 k=128", given.dtype, given.threads, "threads")
+    print(
+        f"B={given.batch} T={given.context} H={HEADS} K={KV_HEADS} D={SIZE} r=32 k=128",
+        given.dtype,
+        given.threads,
+        "threads",
+    )
     for name in runs:
         ratio = f"  {middle[best] / middle[name]:.2f}x of {best}" if "sparq" in name else ""
         print(f"  {name:24} median {middle[name]:8.2f} ms   least {least[name]:8.2f} ms{ratio}")

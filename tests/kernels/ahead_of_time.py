@@ -59,8 +59,51 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
         "attend chosen, blocked": lambda: ops.attend(
             query, blocked, values, lengths, **gemma, **chosen, **tail
         ),
+        **selecting_calls(query, keys, blocked, lengths),
+        **storing_calls(keys, blocked, lengths, counts),
         "prefill, mass": lambda: ops.prefill(prompt, *kv, counts, fresh=False, scale=0.1, want_mass=True),
         "prefill, softcap": lambda: ops.prefill(prompt, *kv, counts, fresh=False, **gemma),
+    }
+
+
+def selecting_calls(
+    query: torch.Tensor, keys: torch.Tensor, blocked: torch.Tensor, lengths: torch.Tensor
+) -> dict[str, Callable[[], Any]]:
+    """By channels of token-major keys, of channel-major ones and of blocks; with sinks or forced slots."""
+    channels = lengths.new_zeros(B, K, min(R, query.shape[3]))
+    by_channel = keys.transpose(2, 3).contiguous().transpose(2, 3)
+    given: dict[str, Any] = {"size": T, "scale": 0.1}
+    sinks = query.new_zeros(K, query.shape[2])
+    forced = lengths.new_zeros(B, K, T, dtype=torch.bool)
+    return {
+        "top channels": lambda: ops.top_channels(query, R),
+        "channel scores": lambda: ops.channel_scores(query, keys, lengths, channels, scale=0.1),
+        "channel scores, double": lambda: ops.channel_scores(
+            query, by_channel, lengths, channels, scale=0.1, softcap=50.0
+        ),
+        "top slots": lambda: ops.top_slots(lengths.new_zeros(B, K, T).float(), lengths, S, forced=forced),
+        "top by channels, double": lambda: ops.top_by_channels(
+            query, by_channel, lengths, channels, S, newest=32, **given
+        ),
+        "top by channels, blocked": lambda: ops.top_by_channels(
+            query, blocked, lengths, channels, S, group_score="logits", sinks=sinks, **given
+        ),
+    }
+
+
+def storing_calls(
+    keys: torch.Tensor, blocked: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor
+) -> dict[str, Callable[[], Any]]:
+    new, slots = keys[:, :, :1], lengths[..., None]
+    column, mean = lengths.new_zeros(B, K, T), torch.zeros(B, K, keys.shape[3])
+    some = lengths.new_zeros(B, K, S)
+    return {
+        "append": lambda: ops.append(keys, new, slots, counts > 0),
+        "append, blocked": lambda: ops.append(blocked, keys[:, :, :S], some),
+        "append, column": lambda: ops.append(column, slots, slots),
+        "compact": lambda: ops.compact(keys, some, keys[:, :, :S].clone()),
+        "compact, blocked": lambda: ops.compact(blocked, some, blocked[:, :, : S // 16].clone()),
+        "running mean": lambda: ops.running_mean(mean, new, counts, counts),
     }
 
 

@@ -42,7 +42,9 @@ def test_channel_scores(layout, dtype, group, size, r, total):
     torch.testing.assert_close(got, wanted, atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("group", "size", "r"), [(1, 64, 1), (4, 128, 32), (3, 80, 80), on_gpu(16, 256, 200)])
+@pytest.mark.parametrize(
+    ("group", "size", "r"), [(1, 64, 1), (4, 128, 32), (3, 80, 80), on_gpu(16, 256, 200)]
+)
 def test_top_channels(group, size, r):
     query = normal(2, 3, group, size)
     got, wanted = ops.top_channels(query, r), reference.top_channels(query, r)

@@ -33,7 +33,7 @@ def check(ranking: torch.Tensor, lengths: torch.Tensor, k: int, newest: int, mas
     got, counts = ops.top_slots(ranking, lengths, k, newest=newest, forced=forced if mask else None)
     assert torch.equal(counts, lengths.clamp(max=k))
     assert got.shape == (*lengths.shape, k)
-    assert 0 <= got.min()
+    assert got.min() >= 0
     assert got.max() < ranking.shape[2]
     for b in range(lengths.shape[0]):
         for h in range(lengths.shape[1]):

@@ -1,8 +1,8 @@
 """Scores from few channels of the keys, split over the sequence; and which channels to take.
 
 One program takes a piece of a row and KV head with the whole query group, so every number of the keys is read once.
-What it reads of the keys is r numbers a slot: runs of slots in channel-major keys, whole sectors of blocks, single
-numbers of token-major ones.
+What it reads of the keys is r numbers a slot: runs of slots in channel-major keys, whole sectors of blocks. Of
+token-major keys it reads all: r single numbers of a key touch nearly every sector of it (docs/performance.md).
 """
 
 from typing import NamedTuple
@@ -93,8 +93,9 @@ def _score(
 ) -> None:
     rows, heads, group, size = query.shape
     r = channels.shape[2]
+    token_major = keys.dim() == 4 and keys.stride(3) == 1
     splits = launch.splits(rows * heads, total, query.device)
-    plan = launch.score(r, keys.dtype)
+    plan = launch.score(size if token_major else r, keys.dtype)
     _score_piece[(rows * heads, splits)](
         *(query.contiguous(), keys, lengths.contiguous(), channels.contiguous(), scores, lse),
         *(scale, softcap),
@@ -106,12 +107,19 @@ def _score(
         BLOCK_D=triton.next_power_of_2(size),
         R=r,
         BLOCK_R=max(16, triton.next_power_of_2(r)),
+        EVERY=token_major,
         BLOCK=plan.slots,
         ROWS=max(plan.rows, triton.next_power_of_2(group)),
         KEY_BLOCK=1 if keys.dim() == 4 else keys.shape[3],
+        WHOLE=_holds_whole_vectors(keys),
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
+
+
+def _holds_whole_vectors(keys: torch.Tensor) -> bool:
+    """Whether slots beyond the last, up to a multiple of 16, are storage too: blocks, and channel-major rows."""
+    return keys.dim() == 5 or (keys.stride(2) == 1 and keys.stride(3) % 16 == 0)
 
 
 @triton.jit
@@ -139,7 +147,7 @@ def _top_channels(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _score_piece(
+def _score_piece(  # noqa: PLR0912 - variants that the compiler leaves out
     query,  # [B, K, G, D]
     keys,  # [B, K, T, D] or [B, K, T/n, n, D]
     lengths,  # [B, K]
@@ -162,9 +170,11 @@ def _score_piece(
     BLOCK_D: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     pair, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + pair).to(tl.int32)
@@ -182,20 +192,30 @@ def _score_piece(
         if begin >= end:
             tl.store(lse + (pair * splits + piece) * G + g, float("-inf"), mask=real)
             return
-    whole = tl.load(
-        query + head[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
-    )
+    whole = tl.load(query + head[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     norm = tl.sum(tl.abs(whole.to(tl.float32)), 1)
     channel = tl.load(channels + pair * R + c, mask=c < R, other=0)
     q = tl.load(
         query + head[:, None] * D + channel[None, :], mask=real[:, None] & (c < R)[None, :], other=0.0
     )
     held = tl.sum(tl.abs(q.to(tl.float32)), 1)
+    if EVERY:  # the products of the other channels are left out of the query instead of the keys
+        member = tl.sum(((channel[:, None] == d[None, :]) & (c < R)[:, None]).to(tl.int32), 0) > 0
+        q = tl.where(member[None, :], whole, 0.0).to(whole.dtype)
+        channel = d.to(tl.int64)
+        needed = d < D
+    else:
+        needed = c < R
     coverage = tl.where(norm > 0, held / tl.where(norm > 0, norm, 1.0), 1.0)
     factor = scale / tl.sqrt(tl.maximum(coverage, 1e-6))
 
     keys += (pair // KV_HEADS) * key_row + (pair % KV_HEADS) * key_head
     keys_of_channel = keys + channel[:, None] * key_d
+    # Loads of 16 bytes need a mask that is the same for all of them: what lies beyond the last live slot is then read
+    # with it, and left out afterwards.
+    readable = length
+    if WHOLE:
+        readable = tl.cdiv(length, 16) * 16
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     for first in range(begin, end, BLOCK):
@@ -206,7 +226,8 @@ def _score_piece(
             place = slot * key_block
         else:
             place = (slot // KEY_BLOCK) * key_block + (slot % KEY_BLOCK) * key_slot
-        k = tl.load(keys_of_channel + place[None, :], mask=(c < R)[:, None] & live[None, :], other=0.0)
+        mask = needed[:, None] & (index < readable)[None, :]
+        k = tl.load(keys_of_channel + place[None, :], mask=mask, other=0.0)
         logit = tl.dot(q, k, input_precision="ieee") * factor[:, None]
         if softcap is not None:
             logit = capped(logit, softcap)
@@ -219,7 +240,7 @@ def _score_piece(
             if scores.dtype.element_ty == tl.float16:
                 logit = tl.minimum(tl.maximum(logit, -65504.0), 65504.0)
             stored = logit.to(scores.dtype.element_ty)
-            tl.store(target, stored, mask=real[:, None] & live[None, :])
+            tl.store(target, stored, mask=real[:, None] & (index < tl.cdiv(length, 16) * 16)[None, :])
             logit = tl.where(live[None, :], stored.to(tl.float32), float("-inf"))  # the sum of what is stored
             top = tl.maximum(peak, tl.max(logit, 1))
             weight = weight * tl.exp2(peak - top) + tl.sum(tl.exp2(logit - top[:, None]), 1)

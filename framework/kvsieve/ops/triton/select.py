@@ -22,7 +22,12 @@ _HIGHEST = tl.constexpr(2**31 - 1)
 
 
 def top_slots(
-    ranking: torch.Tensor, lengths: torch.Tensor, k: int, *, newest: int = 0, forced: torch.Tensor | None = None
+    ranking: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    *,
+    newest: int = 0,
+    forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.top_slots`, the slots in ascending order; of equal ones at the edge the newest are taken."""
     slots, counts, _ = _select(ranking.float(), None, None, lengths, 1, k, "logits", newest, forced)
@@ -50,7 +55,9 @@ def top_by_channels(
     stored: each head's weights have another divisor, which is known only when the whole row is scored.
     """
     pieces = score_pieces(query, keys, lengths, channels, scale=scale, softcap=softcap)
-    slots, counts, missed = _select(None, pieces, sinks, lengths, query.shape[2], k, group_score, newest, forced)
+    slots, counts, missed = _select(
+        None, pieces, sinks, lengths, query.shape[2], k, group_score, newest, forced
+    )
     assert missed is not None
     return slots, counts, missed
 
@@ -192,8 +199,10 @@ def _best_of_chunk(
         g = tl.arange(0, GROUP)
         whole = _row_lse(lse, pair, splits, G, GROUP)
         value = tl.zeros([CHUNK], tl.float32)
+        whole_vectors = index < tl.cdiv(length, 16) * 16
         for i in tl.static_range(G):
-            score = tl.load(scores + (pair * G + i) * aligned + index, mask=live, other=0.0).to(tl.float32)
+            score = tl.load(scores + (pair * G + i) * aligned + index, mask=whole_vectors, other=0.0)
+            score = score.to(tl.float32)
             if SOFTMAX:
                 score = tl.exp2(score - tl.sum(tl.where(g == i, whole, 0.0)))
             value += score

@@ -8,9 +8,9 @@ _TILE = 4096  # numbers a program moves
 
 
 def slot_strides(storage: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """Of rows, heads, blocks of slots, slots within a block, channels of `[B, K, C]`, `[B, K, C, D]`, `[B, K, C/n, n, D]`.
+    """Of rows, heads, blocks of slots, slots within a block, and channels.
 
-    Where there are no blocks, a block is one slot; a number per slot is one channel.
+    Of `[B, K, C, D]` a block is one slot; of a column `[B, K, C]` what a slot holds is one channel.
     """
     row, head, block, *rest = storage.stride()
     if storage.dim() == 5:
@@ -59,7 +59,9 @@ def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> No
     )
 
 
-def running_mean(mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+def running_mean(
+    mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
+) -> torch.Tensor:
     """As `reference.running_mean`. One kernel for one new token; the sum over a prompt is torch's."""
     rows, heads, count, size = new.shape
     total = new[:, :, 0] if count == 1 else new.sum(2, dtype=torch.float32)
