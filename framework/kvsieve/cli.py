@@ -17,6 +17,7 @@ from rich.console import Console
 
 from .bench.cli import app as bench
 from .errors import UserError
+from .lm_eval.cli import lm_eval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench, name="bench")
-
+app.command("lm-eval")(lm_eval)
 
 
 class Executors(enum.StrEnum):
@@ -167,7 +168,7 @@ def schema() -> None:
 
 
 @app.command()
-def generate(  # noqa: PLR0917
+def generate(
     prompt: Annotated[str, typer.Argument(help="the text to go on from; - reads it from standard input")],
     model: Annotated[str, typer.Option(help="reference, a Hugging Face id, or a local folder")] = "reference",
     policy: Annotated[str, typer.Option(help="see: kvsieve policies")] = "dense",

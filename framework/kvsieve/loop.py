@@ -9,6 +9,7 @@ comes from it, and the policy acts from the second on, as in the SparQ paper.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
@@ -128,6 +129,13 @@ class _Generation:
         self.status.copy_(torch.stack([broken, self.ended.all()]))
 
 
+class Forced(NamedTuple):
+    """What a model thinks of a given continuation, token by token."""
+
+    log_probabilities: torch.Tensor  # [n] float32, natural
+    likeliest: torch.Tensor  # [n] bool: greedy decoding would have said this token
+
+
 def score(
     model: PreTrainedModel,
     prompts: Prompts,
@@ -141,25 +149,40 @@ def score(
 
     The tokens are fed one at a time through the decode path, so that the policy acts on all but the first.
     """
+    scored = force(model, prompts, continuations, policy, prefill_chunk=prefill_chunk, cache=cache)
+    return [row.log_probabilities for row in scored]
+
+
+def force(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    continuations: Prompts,
+    policy: Policy | None = None,
+    *,
+    prefill_chunk: int | None = None,
+    cache: KVCache | None = None,
+) -> list[Forced]:
+    """As `score`, and whether each token is the likeliest."""
     rows, forced = token_lists(model, prompts), token_lists(model, continuations, "continuation")
     if len(rows) != len(forced):
         raise UserError(f"{len(rows)} prompts, but {len(forced)} continuations")
     longest = max(map(len, forced))
-    check_lengths(model, rows, longest)
+    check_lengths(model, rows, longest - 1)  # the last token is predicted, and takes no position
     decoder = Decoder(model, rows, policy, longest, prefill_chunk, cache)
     padded = torch.zeros(len(rows), longest, dtype=torch.int64)
     sizes = torch.tensor([len(row) for row in forced])
     for row, tokens in zip(padded, forced, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
     padded, sizes = padded.to(model.device), sizes.to(model.device)
-    logits, found = decoder.prefill(), []
+    logits, found, likeliest = decoder.prefill(), [], []
     for step in range(longest):
         probabilities = torch.log_softmax(logits.float(), -1)
         found.append(probabilities.gather(1, padded[:, step : step + 1]))
+        likeliest.append(probabilities.argmax(1) == padded[:, step])
         if step + 1 < longest:
             logits = decoder.step(padded[:, step], step + 1 < sizes)
-    table = torch.cat(found, 1).cpu()
-    return [table[b, : len(tokens)] for b, tokens in enumerate(forced)]
+    table, said = torch.cat(found, 1).cpu(), torch.stack(likeliest, 1).cpu()
+    return [Forced(table[b, : len(row)], said[b, : len(row)]) for b, row in enumerate(forced)]
 
 
 class Decoder:
@@ -219,7 +242,8 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
-        """Feed `tokens [B]`, return the logits `[B, V]` of the next; inactive rows `[B]` False only keep their place."""
+        """Feed `tokens [B]`, return the logits `[B, V]` of the next; inactive rows `[B]` False only keep their
+        place."""
         self.cache.set_active(active)
         mask = None
         if self.tells_padding:

@@ -43,7 +43,7 @@ class Cell:
     def label(self) -> str:
         """How a person tells it from its neighbours: `needle 512, sparq 1/8`."""
         how = str(self.compression or self.parameters)
-        return f"{self.task.name} {self.task.context}, {self.policy_name} {how}".rstrip()
+        return f"{self.task.title} {self.task.context}, {self.policy_name} {how}".rstrip()
 
     def record(self) -> dict[str, Any]:
         """What it is, as plain data."""

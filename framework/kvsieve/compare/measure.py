@@ -24,13 +24,13 @@ def measure(
 ) -> list[Record]:
     """A record for each of the samples, decoded together.
 
-    The prompts of a task are of equal length and take equal steps: each is charged its share of the batch.
+    The prompts of a task are of equal length and take equal steps: each is charged its share of the batch. A task that
+    answers for itself may ask several requests of unequal length for a sample: it has no speed.
     """
-    capacity = cell.task.context + max(map(new_tokens_at_most, samples))
-    cache = KVCache(model, cell.policy, capacity=capacity)
     with transfer.measure() as meter, _DecodeClock(model) as clock:
-        answers = _answers(model, cell, samples, cache)
-    rows, kv_bytes = len(samples), cache.memory()
+        own = cell.task.answer(model, cell.policy, samples)
+        answers, kv_bytes = _answers(model, cell, samples) if own is None else own
+    rows, timed = len(samples), own is None and clock.steps > 0
     if parallel.is_split(model):  # each process counts its own heads
         meter, kv_bytes = meter.over_ranks(), sum(parallel.gather(kv_bytes))
     shares = {
@@ -39,7 +39,7 @@ def measure(
         "bytes_written": meter.written / rows,
         "bytes_dense": meter.dense_read / rows,
         "kv_bytes": kv_bytes / rows,
-        "tokens_per_second": rows * clock.steps / clock.seconds if clock.steps else None,
+        "tokens_per_second": rows * clock.steps / clock.seconds if timed else None,
     }
     records = []
     for index, sample, answer in zip(indexes, samples, answers, strict=True):
@@ -51,12 +51,15 @@ def measure(
     return records
 
 
-def _answers(model: PreTrainedModel, cell: Cell, samples: Sequence[Sample], cache: KVCache) -> list[Answer]:
+def _answers(model: PreTrainedModel, cell: Cell, samples: Sequence[Sample]) -> tuple[Sequence[Answer], int]:
+    """What the model says, and the bytes of KV cache held for it."""
     prompts = [sample.prompt for sample in samples]
+    capacity = cell.task.context + max(map(new_tokens_at_most, samples))
+    cache = KVCache(model, cell.policy, capacity=capacity)
     if samples[0].forced:
         forced = [list(sample.forced) for sample in samples]
         found = score(model, prompts, forced, cell.policy, cache=cache)
-        return [Answer(log_probabilities=row.tolist()) for row in found]
+        return [Answer(log_probabilities=row.tolist()) for row in found], cache.memory()
     rows: list[list[int]] = [[] for _ in samples]
     said = ["" for _ in samples]
     limit = max(map(new_tokens_at_most, samples))
@@ -67,7 +70,7 @@ def _answers(model: PreTrainedModel, cell: Cell, samples: Sequence[Sample], cach
         said = [texts.continuation(model.tokenizer, p, row) for p, row in zip(prompts, rows, strict=True)]
         if all(len(text) >= sample.characters for text, sample in zip(said, samples, strict=True)):
             break
-    return [Answer(text) for text in said]
+    return [Answer(text) for text in said], cache.memory()
 
 
 class _DecodeClock:

@@ -7,16 +7,27 @@ from ...hooks import hookimpl
 from ...plugins import Registered
 from .base import Answer, Sample, Task
 from .key_value import KeyValue
+from .lm_eval import LmEval
 from .needle import Needle
 from .perplexity import Perplexity
 from .repetition import Repetition
 
-__all__ = ["Answer", "KeyValue", "Needle", "Perplexity", "Repetition", "Sample", "Task", "registered"]
+__all__ = [
+    "Answer",
+    "KeyValue",
+    "LmEval",
+    "Needle",
+    "Perplexity",
+    "Repetition",
+    "Sample",
+    "Task",
+    "registered",
+]
 
 
 @hookimpl
 def register_tasks(register: Callable[[type[Task]], None]) -> None:
-    for task in (Needle, Repetition, Perplexity, KeyValue):
+    for task in (Needle, Repetition, Perplexity, KeyValue, LmEval):
         register(task)
 
 

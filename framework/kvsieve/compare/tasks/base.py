@@ -54,6 +54,20 @@ class Task:
         """
         raise NotImplementedError
 
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.name
+
+    def answer(
+        self, model: Any, policy: Any, samples: Sequence[Sample]
+    ) -> tuple[Sequence[Answer], int] | None:
+        """Answers that take more than one prompt each, and the most bytes of KV cache held for them at a time.
+
+        None, right for most tasks: what is decoded after a sample's prompt, or the probabilities of its forced tokens.
+        """
+        return None
+
     def score(self, sample: Sample, answer: Answer) -> float:
         """How good the answer is, in the task's metric."""
         raise NotImplementedError
