@@ -89,7 +89,7 @@ def check_split(config: PreTrainedConfig) -> None:
 def split_arguments() -> dict[str, Any]:
     """What `from_pretrained` is told, in the words of the installed transformers."""
     try:
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
     except ImportError:
         return {"tp_plan": "auto"}
     if "tp_plan" not in DistributedConfig.__dataclass_fields__:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedModel
@@ -49,13 +49,16 @@ class Finished(NamedTuple):
     cell: Cell
 
 
+Events = Generator[Measured | Failed | Finished, None, None]
+
+
 class Executor(Protocol):
     """Who measures: batches come back as they are measured, and whoever asks stores them."""
 
     def plan(self, config: Config, started: str) -> Plan:
         """Load the model, expand the cells. Raises UserError for what the model cannot do."""
 
-    def measure(self, work: Work) -> Iterator[Measured | Failed | Finished]:
+    def measure(self, work: Work) -> Events:
         """Of every cell its batches and then how it ended; cells may be mixed."""
 
 
@@ -71,7 +74,7 @@ class Here:
         self.model = self.model or load_model(config.settings)
         return plan(config, self.model, started)
 
-    def measure(self, work: Work) -> Iterator[Measured | Failed | Finished]:
+    def measure(self, work: Work) -> Events:
         assert self.model is not None
         for cell, missing in work:
             yield from measure_cell(self.model, self.settings, cell, missing)
@@ -104,9 +107,7 @@ def plan(config: Config, model: PreTrainedModel, started: str) -> Plan:
     )
 
 
-def measure_cell(
-    model: PreTrainedModel, settings: Settings, cell: Cell, missing: list[int]
-) -> Iterator[Measured | Failed | Finished]:
+def measure_cell(model: PreTrainedModel, settings: Settings, cell: Cell, missing: list[int]) -> Events:
     """Batch by batch; what goes wrong is the cell's matter alone.
 
     Where processes share a model, only what fails in all of them alike: else the others would wait for ever.

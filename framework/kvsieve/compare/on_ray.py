@@ -11,11 +11,10 @@ import dataclasses
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .executors import Failed, Finished, Measured, Plan, Work, failed, load_model, measure_cell, plan
+from .executors import Events, Failed, Finished, Measured, Plan, Work, failed, load_model, measure_cell, plan
 
 if TYPE_CHECKING:
     from .cells import Cell
@@ -86,7 +85,7 @@ class OnRay:
             raise UserError(found)
         return found
 
-    def measure(self, work: Work) -> Iterator[Measured | Failed | Finished]:
+    def measure(self, work: Work) -> Events:
         waiting = deque(_Job(cell, missing) for cell, missing in work)
         running: list[tuple[Any, _Job]] = []
         try:
@@ -137,7 +136,7 @@ def _plan(config: Config, started: str) -> Plan | str:
         return str(error)
 
 
-def _measure(settings: Settings, cell: Cell, missing: list[int]) -> Iterator[Measured | Failed | Finished]:
+def _measure(settings: Settings, cell: Cell, missing: list[int]) -> Events:
     """On a worker: the cell, batch by batch."""
     try:
         model = load_model(settings)
