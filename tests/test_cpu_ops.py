@@ -10,6 +10,11 @@ from kvsieve.ops import cpu, reference
 ROWS, HEADS, GROUP, SIZE = 2, 2, 3, 16
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch):
+    monkeypatch.setattr(cpu, "_SMALL", 0)
+
+
 @pytest.mark.parametrize("layout", KINDS)
 @pytest.mark.parametrize("capacity", [70, 9000])  # one chunk, and two
 @pytest.mark.parametrize("group_score", ["softmax", "logits"])
