@@ -378,8 +378,8 @@ class LayerCache(CacheLayerMixin):
         if not self.is_initialized:
             if key_states.shape != value_states.shape:
                 raise UserError(
-                    f"keys of {key_states.shape[3]} and values of {value_states.shape[3]} numbers a head: policies need "
-                    "the same for both. Use transformers' own cache for this model"
+                    f"keys of {key_states.shape[3]} and values of {value_states.shape[3]} numbers a head: policies "
+                    "need the same for both. Use transformers' own cache for this model"
                 )
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != self.batch_size:
@@ -520,7 +520,8 @@ class KVCache(Cache):
         """What assisted decoding calls first: refuse, before any work."""
         raise UserError(
             "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes tokens back out of the cache, and a "
-            "KVCache cannot: what a policy has evicted or summed up is gone. Leave it out, or use transformers' own cache"
+            "KVCache cannot: what a policy has evicted or summed up is gone. Leave it out, or use transformers' own "
+            "cache"
         )
 
     def check_room(self, tokens: int) -> None:

@@ -156,9 +156,7 @@ def test_what_attention_would_have_to_drop_silently_is_refused():
 
 def test_continuous_batching_is_refused():
     model = kvsieve.prepare(family("llama").build())
-    with pytest.raises(
-        ValueError, match=r"kvsieve.* is not supported"
-    ):  # by transformers
+    with pytest.raises(ValueError, match=r"kvsieve.* is not supported"):  # by transformers
         model.generate_batch([[3, 4, 5]])
 
 
