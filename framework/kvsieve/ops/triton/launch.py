@@ -28,9 +28,8 @@ def decode(head_size: int, dtype: torch.dtype, scattered: bool) -> Launch:
 
     `scattered`: keys lie in blocks; each number of a key is loaded by an address of its own, held in registers.
     """
-    wide = head_size > 64
     if dtype == torch.float32:  # no tensor cores: the products live in registers
-        return Launch(16, 16, 8, 2) if wide else Launch(32, 16, 4, 2)
+        return Launch(16, 16, 8, 2) if head_size > 64 else Launch(32, 16, 4, 2)
     slots = min(128, (2**12 if scattered else 2**13) // triton.next_power_of_2(head_size))
     return Launch(slots, 16, 4, 2 if backend() == "hip" else 3)
 
@@ -38,7 +37,7 @@ def decode(head_size: int, dtype: torch.dtype, scattered: bool) -> Launch:
 def prompt(head_size: int, dtype: torch.dtype) -> Launch:
     """For many query tokens."""
     if dtype == torch.float32:
-        return Launch(32, 32 if head_size <= 128 else 16, 4 if head_size <= 128 else 8, 1)
+        return Launch(32, 16, 8, 1) if head_size > 64 else Launch(32, 32, 4, 1)
     if backend() == "hip":  # 64 KiB of shared memory
         return Launch(32, 64, 4, 1)
     return Launch(64, 128 if head_size <= 128 else 64, 8, 2)
