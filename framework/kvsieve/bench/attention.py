@@ -136,6 +136,7 @@ def _measure(
                 "share_of_copy_bandwidth": moved / found["median"] / speeds["copy"],
                 "best_dense": best,
                 "speedup": speedup,
+                "speedup_of_minima": notes[best]["min"] / found["min"],
                 "limit": limit,
                 "share_of_limit": speedup / limit,
                 "graph": graphs[contender.name].note,

@@ -187,7 +187,7 @@ def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
         raise UserError("nothing was measured: no cell fits in memory; take a smaller --batch or --context")
     console = Console(highlight=False)
     for table in tables(benchmark, cells):
-        console.print(table)
+        console.print(table, end="\n\n")
     path = results.write(out, benchmark, plan.device, _settings(plan), cells)
     typer.echo(f"numbers: {path}")
     if plot:

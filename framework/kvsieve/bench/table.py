@@ -24,7 +24,7 @@ _COLUMNS: dict[str, dict[str, Column]] = {
         **_JUDGED,
     },
     "decode": {
-        "tokens/s": lambda row: f"{row['tokens_per_second']:.4g}",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.3g}",
         "attention": lambda row: duration(row["attention_seconds"]),
         **_JUDGED,
         "than HF": lambda row: _optional(row["speedup_over_transformers"]),
@@ -36,9 +36,12 @@ def tables(benchmark: str, cells: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """One for each cell, with a line for each policy and key layout."""
     columns = _COLUMNS[benchmark]
     for cell in cells:
-        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1))
+        # 80 columns are enough for it.
+        shown = Table(
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0), header_style="bold"
+        )
         shown.title, shown.title_justify = Text(_title(cell)), "left"
-        shown.add_column("policy", min_width=13, max_width=25)
+        shown.add_column("policy", min_width=13, max_width=22)
         shown.add_column("keys", no_wrap=True)
         for heading in columns:
             shown.add_column(heading, justify="right", no_wrap=True)
@@ -54,13 +57,10 @@ def _title(cell: dict[str, Any]) -> str:
         best, heads = cell["best_dense"], "x".join(str(size) for size in cell["heads"].values())
         speed = f"{duration(best['seconds']['median'])}, {best['bytes_per_second'] / 1e9:.3g} GB/s"
         return f"{title} heads {heads}; best dense: {best['name']}, {speed}"
-    title += (
-        f"; all but attention: {duration(cell['without_attention']['median'])} a step; transformers (HF): "
-    )
     stock = cell["transformers"]
-    if "median" not in stock:
-        return title + stock["not_run"]
-    return title + f"{cell['batch'] / stock['median']:.4g} tokens/s"
+    speed = f"{cell['batch'] / stock['median']:.3g} tokens/s" if "median" in stock else stock["not_run"]
+    rest = duration(cell["without_attention"]["median"])
+    return f"{title}; all but attention: {rest} a step; transformers (HF): {speed}"
 
 
 def tokens(count: int) -> str:
@@ -68,7 +68,11 @@ def tokens(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+    """Three digits."""
+    for unit, size in (("s", 1), ("ms", 1e-3)):
+        if seconds >= 0.9995 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def _optional(ratio: float | None) -> str:
