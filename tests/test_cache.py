@@ -22,7 +22,7 @@ class Tagging(Policy):
     """Evicts in an arbitrary but fixed order and writes each token's position into a column and a vector column."""
 
     budget: int | None = None
-    key_layout: KeyLayout = KeyLayout()
+    key_layout: KeyLayout = KeyLayout()  # noqa: RUF009  (frozen)
     name: ClassVar[str] = "tagging"
     columns = {"tag": torch.float32, "pair": (torch.float64, 2)}
     summaries = {"last": (torch.float32, "D"), "count": torch.int64}

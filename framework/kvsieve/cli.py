@@ -220,11 +220,11 @@ def _stream(
     """Print the text as it comes, and then, on standard error, what it took."""
     import time
 
-    from . import loop, transfer
+    from . import loop, prompts, transfer
     from .compare.cells import describe_parameters, head_size
     from .compare.tasks.text import continuation
 
-    (ids,) = loop.token_lists(model, [prompt])
+    (ids,) = prompts.token_lists(model, [prompt])
     policy = choice.build(head_size(model), len(ids) + max_new_tokens)
     said: list[int] = []
     shown = 0

@@ -153,7 +153,7 @@ def make_policy(name: str, **parameters: Any) -> Policy:
 
 def build(cls: type[Policy], parameters: Mapping[str, Any]) -> Policy:
     """An instance of a policy class, registered or not, from parameters as they stand in YAML; see make_policy."""
-    name, model = cls.name or cls.__name__, parameters_model(cls)
+    name, model = cls.name or cls.__name__, parameters_model(typing.cast(Any, cls))
     try:
         given = model(**parameters)
     except pydantic.ValidationError as error:

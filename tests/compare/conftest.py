@@ -17,7 +17,12 @@ def model_folder(tmp_path_factory):
     """2 layers, 2 query heads and 1 KV head of 16 channels, 512 positions."""
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 512,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     folder = tmp_path_factory.mktemp("model")
     LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape, **heads)).save_pretrained(folder)

@@ -144,7 +144,10 @@ def test_a_cell_whose_worker_always_dies_is_given_up(cluster, compare, tmp_path)
     )
     (reason,) = outcome.failures.values()
     assert reason.startswith("its worker died 3 times in a row: ")
-    assert [(row["policy"], row["samples"]) for row in table(outcome.folder)] == [("deadly", "1"), ("dense", "3")]
+    assert [(row["policy"], row["samples"]) for row in table(outcome.folder)] == [
+        ("deadly", "1"),
+        ("dense", "3"),
+    ]
 
 
 def test_tensor_parallel_is_no_matter_of_ray(cluster, load):

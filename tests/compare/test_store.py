@@ -66,7 +66,9 @@ def test_a_full_disk_is_reported_and_loses_nothing(path):
         ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 60, limits[1]))
-            with pytest.raises(UserError, match="cannot write: .* 1 samples measured so far are safe; make room"):
+            with pytest.raises(
+                UserError, match="cannot write: .* 1 samples measured so far are safe; make room"
+            ):
                 full.append([record(i) for i in range(1, 5)])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -80,7 +80,8 @@ def test_needle_names_were_never_trained_on():
 
 
 @pytest.mark.parametrize(
-    ("answer", "score"), [(" 123456", 1), ("123456", 1), (" 123457", 0), (" 12345", 0), ("", 0), (" 1234567", 1)]
+    ("answer", "score"),
+    [(" 123456", 1), ("123456", 1), (" 123457", 0), (" 12345", 0), ("", 0), (" 1234567", 1)],
 )
 def test_needle_score(answer, score):
     assert Needle(64).score(Sample([], " 123456"), Answer(answer)) == score

@@ -114,7 +114,9 @@ def slot_weights(scores: torch.Tensor, kv: LayerCache) -> torch.Tensor:
     return implementation(scores.device).slot_weights(scores, kv.scoring["sinks"])
 
 
-def top_slots(ranking: torch.Tensor, kv: LayerCache, k: int, newest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def top_slots(
+    ranking: torch.Tensor, kv: LayerCache, k: int, newest: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k live slots with the highest `ranking [B, K, T]`, the `newest` tokens forced in.
 
     Returns slots `[B, K, k]` and how many of them are live `[B, K]`: `min(k, length)`. A set: order and ties are free.
@@ -158,7 +160,9 @@ def _newest_by_position(kv: LayerCache, n: int) -> torch.Tensor | None:
     return None if kv.in_order else kv.newest(n)
 
 
-def running_mean(mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+def running_mean(
+    mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
+) -> torch.Tensor:
     """The mean `[B, K, D]` after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` of them in
     all."""
     return implementation(new.device).running_mean(mean, new, counts, seen)

@@ -38,7 +38,9 @@ __all__ = [
     "top_slots",
 ]
 
-_SMALL = 2**17  # channel values of one KV head: up to here one operation over all heads is quicker than one a head
+_SMALL = (
+    2**17
+)  # channel values of one KV head: up to here one operation over all heads is quicker than one a head
 _CHUNK = 8192  # slots: 32 channels of them in float32 are 1 MiB
 
 
@@ -77,8 +79,20 @@ def top_by_channels(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.top_by_channels`."""
     if size * channels.shape[2] <= _SMALL:
-        same = {"size": size, "scale": scale, "softcap": softcap, "sinks": sinks, "group_score": group_score}
-        return _in_one_go(query, keys, lengths, channels, k, **same, newest=newest, forced=forced)
+        return _in_one_go(
+            query,
+            keys,
+            lengths,
+            channels,
+            k,
+            size=size,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            group_score=group_score,
+            newest=newest,
+            forced=forced,
+        )
     chosen, factor = tempered(query, channels, scale)
     slots = lengths.new_empty(*lengths.shape, k)
     missed = query.new_empty(query.shape[:3], dtype=torch.float32)

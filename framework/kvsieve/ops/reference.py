@@ -82,7 +82,9 @@ def prefill(
     real = torch.arange(new, device=query.device) < counts[:, None]
     if fresh and softcap is None and sinks is None and not want_mass:
         flat = query.reshape(rows, heads * group, new, size)
-        output = F.scaled_dot_product_attention(flat, keys, values, is_causal=True, scale=scale, enable_gqa=group > 1)
+        output = F.scaled_dot_product_attention(
+            flat, keys, values, is_causal=True, scale=scale, enable_gqa=group > 1
+        )
         output = output.view(query.shape)
         return output.masked_fill(~real[:, None, None, :, None], 0), None
     output = torch.empty_like(query)
@@ -156,7 +158,12 @@ def slot_weights(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> tor
 
 
 def top_slots(
-    ranking: torch.Tensor, lengths: torch.Tensor, k: int, *, newest: int = 0, forced: torch.Tensor | None = None
+    ranking: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    *,
+    newest: int = 0,
+    forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best live slots of `ranking [B, K, T]`, the last `newest` ones first: `[B, K, k]`, `[B, K]`.
 
@@ -221,7 +228,9 @@ def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> No
     out[_places(out, target)] = storage[_places(storage, slots)]
 
 
-def running_mean(mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+def running_mean(
+    mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
+) -> torch.Tensor:
     """The mean `[B, K, D]` float32 after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` in
     all."""
     total = seen.clamp(min=1).view(-1, 1, 1)

@@ -35,7 +35,7 @@ def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
         GROUP=triton.next_power_of_2(group),
         D=size,
         BLOCK_D=triton.next_power_of_2(size),
-        num_warps=4 if size <= 128 else 8,
+        TILE=16,
     )
     return channels
 
@@ -131,19 +131,30 @@ def _top_channels(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """A channel's rank is how many are larger: D * D comparisons, no sorting."""
-    pair = tl.program_id(0).to(tl.int64)
-    g, d = tl.arange(0, GROUP), tl.arange(0, BLOCK_D)
+    pair, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    query += pair * G * D
+    size = _magnitude(query, d, G, GROUP, D)
+    rank = tl.zeros([BLOCK_D], tl.int32)
+    for first in range(0, D, TILE):
+        e = first + tl.arange(0, TILE)
+        other = _magnitude(query, e, G, GROUP, D)[None, :]
+        before = (other > size[:, None]) | ((other == size[:, None]) & (e[None, :] < d[:, None]))
+        rank += tl.sum(before.to(tl.int32), 1)
+    tl.store(channels + pair * r + rank, d.to(tl.int64), mask=(d < D) & (rank < r))
+
+
+@triton.jit
+def _magnitude(query, d, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):
+    """The sum of |q| over the group in channels `d`; less than any channel's beyond the last."""
+    g = tl.arange(0, GROUP)
     mask = (g < G)[:, None] & (d < D)[None, :]
-    q = tl.load(query + (pair * G + g)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    q = tl.load(query + g[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
     size = tl.sum(tl.abs(q), 0)
     size = tl.where(size == size, size, float("inf"))  # NaN has no rank, and every place must be written
-    size = tl.where(d < D, size, -1.0)
-    other = tl.trans(tl.broadcast_to(size[:, None], [BLOCK_D, BLOCK_D]))
-    before = (other > size[:, None]) | ((other == size[:, None]) & (d[None, :] < d[:, None]))
-    rank = tl.sum(before.to(tl.int32), 1)
-    tl.store(channels + pair * r + rank, d.to(tl.int64), mask=rank < r)
+    return tl.where(d < D, size, -1.0)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -100,7 +100,7 @@ def _select(
         **group_shape,
         CHUNK=chunk,
         SOFTMAX=group_score == "softmax",
-        num_warps=4 if chunk <= 2048 else 8,
+        num_warps=max(4, chunk // 512),
     )
     _best_of_kept[(pairs,)](
         *(kept_keys, kept_slots, scores, lse, sinks if sinks is None else sinks.contiguous(), lengths),
