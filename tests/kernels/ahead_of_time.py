@@ -61,8 +61,7 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
         ),
         **selecting_calls(query, keys, blocked, lengths),
         **storing_calls(keys, blocked, lengths, counts),
-        "prefill, mass": lambda: ops.prefill(prompt, *kv, counts, fresh=False, scale=0.1, want_mass=True),
-        "prefill, softcap": lambda: ops.prefill(prompt, *kv, counts, fresh=False, **gemma),
+        "prefill": lambda: ops.prefill(prompt, *kv, counts, fresh=False, want_mass=True, **gemma),
     }
 
 
