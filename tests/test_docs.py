@@ -3,6 +3,7 @@
 `python tests/test_docs.py` writes the included files anew.
 """
 
+import csv
 import re
 import shlex
 import sys
@@ -18,12 +19,27 @@ names = [document.name for document in DOCUMENTS]
 
 def with_includes(text: str) -> str:
     def fresh(match: re.Match[str]) -> str:
-        content = (ROOT / match[2]).read_text().rstrip("\n") + "\n"
-        if match[2].endswith(".py"):
+        path = ROOT / match[2]
+        content = by_policy(path) if path.suffix == ".csv" else path.read_text().rstrip("\n") + "\n"
+        if path.suffix == ".py":
             content = f"```python\n{content}```\n"
         return match[1] + content + match[4]
 
     return INCLUDE.sub(fresh, text)
+
+
+def by_policy(summary: Path) -> str:
+    """summary.csv with a line per policy and a column per task and context."""
+    table: dict[str, dict[str, str]] = {}
+    with summary.open() as file:
+        for row in csv.DictReader(file):
+            cells = table.setdefault(" ".join(filter(None, (row["policy"], row["compression"]))), {})
+            cells.setdefault("bytes read", f"{float(row['bytes_ratio']):.2f}")
+            cells[f"{row['task']} {row['context']}"] = f"{float(row['score']):.3g}"
+    columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
+    lines = [["policy", *columns], ["---", *("---:" for _ in columns)]]
+    lines += [[policy, *(cells[column] for column in columns)] for policy, cells in table.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

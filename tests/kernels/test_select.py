@@ -16,7 +16,7 @@ NOTHING = -float("inf")
 def small_chunks(monkeypatch):
     """Rows of tests are short: make their chunks so too, and look at what they kept in several tiles."""
     monkeypatch.setattr(launch, "chunk", lambda slots: 64)
-    monkeypatch.setattr(launch, "merge_tile", lambda group: 32)
+    monkeypatch.setattr(launch, "KEPT_TILE", 32)
 
 
 def best(ranking: torch.Tensor, length: int, k: int, forced: torch.Tensor) -> list[int]:

@@ -1,0 +1,68 @@
+"""The outside package in examples/ is found, listed, and takes part in a comparison: installed the light way, without pip."""
+
+import csv
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "my_policy"
+
+COMPARISON = """
+model: reference
+tasks:
+  - needle: {context: 256, samples: 2}
+policies:
+  - dense
+  - key_norm: {compression: 1/4}
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """What an installer leaves of the package: its module, and metadata made of its pyproject.toml."""
+    site = tmp_path_factory.mktemp("site")
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    (site / "my_policy.py").write_text((EXAMPLE / "my_policy.py").read_text())
+    info = site / f"my_policy-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    points = [f"{name} = {module}" for name, module in project["entry-points"]["kvsieve"].items()]
+    (info / "entry_points.txt").write_text("\n".join(["[kvsieve]", *points]) + "\n")
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
+
+
+def kvsieve(environment, *arguments):
+    command = [sys.executable, "-m", "kvsieve", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_it_is_listed_with_its_package(environment):
+    listed = kvsieve(environment, "policies")
+    assert "key_norm" in listed
+    assert "my-policy 0.1.0" in listed
+    assert "arXiv:2406.11430" in listed
+
+
+def test_it_stands_in_the_table_beside_dense(environment, tmp_path):
+    (tmp_path / "mine.yaml").write_text(COMPARISON)
+    shown = kvsieve(environment, "compare", tmp_path / "mine.yaml", "--out", tmp_path / "run")
+    assert "key_norm 1/4" in shown
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        rows = {row["policy"]: row for row in csv.DictReader(file)}
+    assert float(rows["key_norm"]["bytes_ratio"]) == pytest.approx(1 / 4, rel=0.2)
+    assert float(rows["key_norm"]["kv_bytes"]) < float(rows["dense"]["kv_bytes"]) / 3
+
+
+def test_its_own_tests_pass(environment):
+    tests = EXAMPLE / "test_my_policy.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, str(tests)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "10 passed" in done.stdout
