@@ -75,7 +75,7 @@ def prefill(
         *query.stride(),
         *keys.stride(),
         *(new, total),
-        **sizes,
+        **sizes | {"ROWS": min(plan.rows, 64)},  # more would spill
     )
     return output, mass
 
