@@ -11,6 +11,7 @@ import torch
 import triton
 
 PROGRAMS_PER_SM = 3  # of the split kernel: what an H100's shared memory lets run at once: all in one wave
+KEPT_TILE = 1024  # slots that chunks kept, looked at at once, with a score of each head: more spills
 SLOTS_PER_SPLIT = 128  # at least: below this, merging costs more than it spreads
 
 
@@ -57,12 +58,7 @@ def score(r: int, dtype: torch.dtype) -> Launch:
 
 def chunk(slots: int) -> int:
     """In chunks of how many slots a row is searched: a few dozen of them, whose best one program can search."""
-    return min(8192, max(1024, triton.next_power_of_2(triton.cdiv(slots, 32))))
-
-
-def merge_tile(group: int) -> int:
-    """How many kept slots are looked at at once, with a score per head of each."""
-    return 2048 if group <= 4 else 1024
+    return min(4096, max(1024, triton.next_power_of_2(triton.cdiv(slots, 32))))
 
 
 def splits(pairs: int, slots: int, device: torch.device) -> int:

@@ -108,7 +108,7 @@ def _select(
         *(heads, aligned, splits, chunks, kept, k),
         **group_shape,
         CHUNK=chunk,
-        TILE=launch.merge_tile(group),
+        TILE=launch.KEPT_TILE,
         num_warps=8,
     )
     return slots, counts, missed
