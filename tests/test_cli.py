@@ -173,7 +173,7 @@ def test_generate_streams_what_the_model_says(kvsieve, model_folder):
     assert greedy.exit_code == 0, greedy.output
     assert "sparq r=4 " in greedy.stderr
     assert "local=2" in greedy.stderr
-    assert "9 + 9 tokens" in greedy.stderr
+    assert "10 + 9 tokens" in greedy.stderr
     assert greedy.stdout == kvsieve(*common, "-", input="def main(").stdout
     drawn = [kvsieve(*common, "--temperature", "1", "--seed", seed, "def main(").stdout for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]

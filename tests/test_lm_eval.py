@@ -161,7 +161,7 @@ def test_a_policy_acts_on_every_scored_token_here_and_on_none_in_stock_scoring(m
 
 
 def test_a_log_likelihood_is_the_sum_of_what_score_says(model):
-    context, continuation = list(b"The sky above"), list(b" is")
+    context, continuation = [256, *b"The sky above"], list(b" is")  # a text begins with <bos>
     (scored,) = kvsieve.score(model, [context[:-1]], [context[-1:] + continuation], TIGHT)
     ((found, _),) = log_likelihoods(PolicyLM(model, TIGHT), ("The sky above", " is"))
     assert found == pytest.approx(float(scored[1:].sum()), abs=1e-5)
@@ -245,7 +245,7 @@ def test_a_compression_refers_to_the_mean_prompt(model, task_folder):
         return TIGHT
 
     outcome = run.evaluate(model, ["tiny_words"], make, include_path=task_folder)
-    assert asked == [round(sum(len(d["text"]) for d in DOCUMENTS) / len(DOCUMENTS))]
+    assert asked == [round(sum(1 + len(d["text"]) for d in DOCUMENTS) / len(DOCUMENTS))]  # with <bos>
     assert outcome.bytes_ratio < 0.5
     run.evaluate(model, ["tiny_words"], make, include_path=task_folder, context=77, limit=1)
     assert asked[1:] == [77]

@@ -11,7 +11,7 @@ import kvsieve
 from kvsieve import corpus, make_policy
 from kvsieve.compare.tasks.needle import Needle
 from kvsieve.reference_model import data, train
-from kvsieve.reference_model.tokenizer import PAD, byte_tokenizer
+from kvsieve.reference_model.tokenizer import BOS, PAD, byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_the_gap_is_there_at_an_eighth_of_the_bytes(model, name, low, high):
 def test_text_goes_through_its_tokenizer_unchanged(model):
     text = "Größe\t= 3 # ∑\n\0\x7f"
     ids = model.tokenizer(text)["input_ids"]
-    assert ids == list(text.encode())
-    assert model.tokenizer.decode(ids) == text
+    assert ids == [BOS, *text.encode()]
+    assert model.tokenizer.decode(ids, skip_special_tokens=True) == text
     assert byte_tokenizer()(text)["input_ids"] == ids
 
 

@@ -29,7 +29,11 @@ def token_lists(model: PreTrainedModel, prompts: Prompts, what: str = "prompt") 
             raise UserError(
                 f"{what} {b} is text, but the model has no tokenizer: give token ids, or set model.tokenizer"
             )
-        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        ids = prompt
+        if isinstance(
+            prompt, str
+        ):  # a tokenizer may begin every text with a token of its own; not what comes after one
+            ids = tokenizer(prompt, add_special_tokens=what == "prompt")["input_ids"] if prompt else []
         rows.append([int(token) for token in ids])
         if not rows[-1]:
             raise UserError(f"{what} {b} is empty: a model needs at least one token to start from")
