@@ -1,4 +1,4 @@
-"""The outside package in examples/ is found, listed, and takes part in a comparison: installed the light way, without pip."""
+"""The outside package in examples/ is found, listed, and compared: installed the light way, without pip."""
 
 import csv
 import os
