@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvsieve.bench import attention, decode, room
+from kvsieve.bench.layer import ROOM
 from kvsieve.cli import app
 
 ATTENTION = [
@@ -92,7 +93,7 @@ def test_attention_numbers_hang_together(attention_run):
             assert row["share_of_limit"] == pytest.approx(row["speedup"] / row["limit"])
             assert row["best_dense"] == cell["best_dense"]["name"]
             assert row["graph"] == "no GPU"
-        plain = 2 * 2 * cell["context"] * 16 * 4
+        plain = 2 * 2 * (cell["context"] + ROOM) * 16 * 4
         assert dense["bytes_held"] == plain
         assert sparq["bytes_held"] == plain * 3 // 2 + 2 * 16 * 4  # keys twice, and the mean value
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kvsieve import make_policy
 from kvsieve.bench import dense, room
-from kvsieve.bench.layer import PolicyStep, Tokens
+from kvsieve.bench.layer import ROOM, PolicyStep, Tokens
 from kvsieve.bench.shapes import Heads
 
 HEADS = Heads(4, 2, 16)
@@ -54,7 +54,7 @@ def test_memory_is_known_beforehand(tokens, policy):
     kv = PolicyStep(policy, tokens).kv
     positions = 2 * 2 * kv.capacity * 8
     summaries = sum(summary.numel() * summary.element_size() for summary in kv._summaries.values())
-    assert room.cache_bytes(policy, 2, 40, HEADS, torch.float32) == kv.memory() + positions - summaries
+    assert room.cache_bytes(policy, 2, 40 + ROOM, HEADS, torch.float32) == kv.memory() + positions - summaries
 
 
 def test_every_dense_candidate_computes_the_same(tokens):

@@ -12,7 +12,7 @@ import torch
 from .. import ops, plugins
 from ..errors import UserError
 from . import dense, room
-from .layer import PolicyStep, Tokens
+from .layer import ROOM, PolicyStep, Tokens
 from .options import Contender, contenders, default_policies
 from .shapes import Heads
 from .timing import (
@@ -94,7 +94,8 @@ def _contenders(plan: Plan, cell: Cell) -> list[Contender]:
 
 def _need(plan: Plan, cell: Cell, field: Sequence[Contender], families: Sequence[str]) -> int:
     plain = room.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
-    held = [room.cache_bytes(c.policy, cell.batch, cell.context, cell.heads, plan.dtype) for c in field]
+    slots = cell.context + ROOM
+    held = [room.cache_bytes(c.policy, cell.batch, slots, cell.heads, plan.dtype) for c in field]
     # A policy with a budget holds the whole context for a moment, when it is filled.
     filling = 2 * plain
     others = plain * sum(name in ("flashinfer", "flash-attn") for name in families)

@@ -12,6 +12,8 @@ from ..cache import LayerCache
 from ..policy import Observe, Policy
 from .shapes import Heads
 
+ROOM = 64  # tokens: a cache in use is never full to the last slot, so its rows do not lie side by side
+
 
 class Tokens(NamedTuple):
     """T random tokens of B rows, the last of them the one that the step adds, and the query of that step."""
@@ -69,13 +71,13 @@ class PolicyStep:
     def __init__(self, policy: Policy, tokens: Tokens, fixed: bool = False) -> None:
         keys, values = tokens.keys, tokens.values
         context, size = keys.shape[2:]
-        self.kv = LayerCache(policy, capacity=context)
+        self.kv = LayerCache(policy, capacity=context + ROOM)
         self.kv.scoring = {"scale": size**-0.5, "softcap": None, "sinks": None}
         fill(self.kv, keys[:, :, : context - 1], values[:, :, : context - 1])
         self.new = keys[:, :, context - 1 :].contiguous(), values[:, :, context - 1 :].contiguous()
         self.query = tokens.query
         if fixed:  # as the loop does it for a graph
-            self.kv.fix_shapes(context)
+            self.kv.fix_shapes(context + ROOM)
         self.prepare = Checkpoint(self.kv).restore
 
     @torch.no_grad()
