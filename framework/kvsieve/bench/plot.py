@@ -18,6 +18,7 @@ except ModuleNotFoundError:
 
 _INK = {"ink": "#1b2026", "muted": "#5d6672", "line": "#e2e6ea", "paper": "#ffffff"}
 _SHAPES = {"double": "circle", "blocked": "square", "single": "triangle-up"}
+_LEGEND: dict[str, Any] = {"orient": "right", "labelLimit": 260}
 _PANELS = 4
 
 
@@ -69,12 +70,13 @@ def _panel(cells: Sequence[dict[str, Any]], names: Sequence[str], colours: Seque
     )
     values = [point[key] for point in points for key in ("speedup", "limit")]
     low, high = math.floor(math.log2(min([*values, 1]))), math.ceil(math.log2(max([*values, 2])))
-    y_axis = alt.Axis(values=[2.0**power for power in range(low, high + 1)], format="~g")
+    ticks = [2.0**power for power in range(low, high + 1)]
+    y_axis = alt.Axis(values=ticks, tickCount=len(ticks), format="~g")
     y_scale = alt.Scale(type="log", base=2, domain=[2.0**low, 2.0**high], nice=False)
     colours_of = alt.Scale(domain=list(names), range=list(colours))
-    colour = alt.Color("name:N", scale=colours_of, legend=alt.Legend(title=None))
+    colour = alt.Color("name:N", scale=colours_of, legend=alt.Legend(title=None, **_LEGEND))
     shapes_of = alt.Scale(domain=list(_SHAPES), range=list(_SHAPES.values()))
-    shape = alt.Shape("keys:N", scale=shapes_of, legend=alt.Legend(title="key layout"))
+    shape = alt.Shape("keys:N", scale=shapes_of, legend=alt.Legend(title="key layout", **_LEGEND))
 
     def y(field: str) -> alt.Y:
         return alt.Y(f"{field}:Q", title=None, axis=y_axis, scale=y_scale)
