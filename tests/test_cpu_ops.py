@@ -10,13 +10,22 @@ from kvsieve.ops import cpu, reference
 ROWS, HEADS, GROUP, SIZE = 2, 2, 3, 16
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch):
-    monkeypatch.setattr(cpu, "_SMALL", 0)
+def test_attend_over_chosen_slots():
+    query, keys, values = (
+        torch.randn(2, 2, 3, 16),
+        torch.randn(2, 2, 90, 16)[:, :, :70],
+        torch.randn(2, 2, 70, 16),
+    )
+    slots = torch.rand(2, 2, 70).argsort(2)[..., :9]
+    lengths, counts = torch.full((2, 2), 70), torch.tensor([[9, 4], [0, 1]])
+    given = {"scale": 0.3, "slots": slots, "counts": counts, "sinks": torch.randn(2, 3)}
+    given |= {"tail_weight": torch.rand(2, 2, 3), "tail_value": torch.randn(2, 2, 16)}
+    wanted, _ = reference.attend(query, keys, values, lengths, **given)
+    torch.testing.assert_close(cpu.attend(query, keys, values, lengths, **given)[0], wanted)
 
 
 @pytest.mark.parametrize("layout", KINDS)
-@pytest.mark.parametrize("capacity", [70, 9000])  # one chunk, and two
+@pytest.mark.parametrize("capacity", [70, 9000])
 @pytest.mark.parametrize("group_score", ["softmax", "logits"])
 @pytest.mark.parametrize("extras", [{}, {"softcap": 3.0, "sinks": torch.tensor([[0.5, -1, 2], [0, 1, 0]])}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,10 @@
 """A decode step can become one CUDA graph: it never looks at the device, and traces into one graph over growing
 steps."""
 
+import gc
+import weakref
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -10,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvsieve
 from kvsieve import KVCache, Policy, graph, make_policy
-from kvsieve.loop import Decoder, _Generation
+from kvsieve.loop import Decoder, Generation
 from kvsieve.sampling import Sampler
 from tests.models import random_prompts, tiny_llama
 
@@ -60,8 +63,8 @@ class FindsWaits(TorchDispatchMode):
 
 def generation(policy, temperature=None, ends=()):
     model, prompts = tiny_llama(), random_prompts(24, 17)
-    sampler = Sampler(temperature, None, None, 0, None, prompts, model.device)
-    made = _Generation(Decoder(model, prompts, policy, STEPS), sampler, list(ends), pad=0, eager=True)
+    sampler = Sampler(temperature, None, None, 0, None, prompts, model.device, ends)
+    made = Generation(Decoder(model, prompts, policy, STEPS), sampler, eager=True)
     made.begin()
     made.decoder.cache.fix_shapes(made.decoder.room)
     return made
@@ -120,9 +123,11 @@ def one_compiled_graph_serves_all_steps(policy):
         return module.forward
 
     with torch.no_grad():
-        step = torch.compile(made.step, fullgraph=True, backend=count)
         got = [made.tokens.clone()]
-        for _ in range(STEPS - 1):
+        made.step()  # workspaces are allocated in the first, as on a GPU
+        got.append(made.tokens.clone())
+        step = torch.compile(made.step, fullgraph=True, backend=count)
+        for _ in range(STEPS - 2):
             step()
             got.append(made.tokens.clone())
     wanted = list(kvsieve.decode(tiny_llama(), random_prompts(24, 17), policy, max_new_tokens=STEPS))
@@ -136,10 +141,119 @@ def test_what_cannot_be_captured_says_why():
         name: ClassVar[str] = "peeking"
         capturable: ClassVar[bool] = False
 
-    gpu = torch.device("cuda")
-    assert graph.why_not(KVCache(tiny_llama()), gpu) is None
-    assert "graphs need a GPU" in graph.why_not(KVCache(tiny_llama()), torch.device("cpu"))
-    assert "policy peeking declares" in graph.why_not(KVCache(tiny_llama(), Peeking()), gpu)
+    model = tiny_llama()
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert graph.why_not(KVCache(model), gpu) is None
+    assert "graphs need a GPU" in graph.why_not(KVCache(model), model)
+    assert "policy peeking declares" in graph.why_not(KVCache(model, Peeking()), gpu)
+    gpu.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    assert "on several devices" in graph.why_not(KVCache(model), gpu)
+
+
+class Recorded:
+    """Stands for `StepGraph` on a CPU: the third step is "captured", and what is replayed is that very function."""
+
+    captured = 0
+
+    def __init__(self, device, generators=(), graph=None):
+        self.graph, self.steps = graph, 0
+
+    def __call__(self, step):
+        self.steps += 1
+        (self.graph or step)()
+        if self.graph is None and self.steps == 3:
+            self.graph = step
+            Recorded.captured += 1
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(graph, "why_not", lambda cache, model: None)
+    monkeypatch.setattr(graph, "StepGraph", Recorded)
+    Recorded.captured = 0
+    return Recorded
+
+
+def decoded(prompts, policy, **given):
+    tokens = kvsieve.decode(tiny_llama(), random_prompts(*prompts), policy, max_new_tokens=STEPS, **given)
+    return torch.stack(list(tokens))
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_a_cache_that_is_reset_replays_its_step(recorded, policy, temperature):
+    model = tiny_llama()
+    cache = KVCache(model, policy, capacity=50)
+    batches = [(24, 17), (30, 9), (7, 8)]  # the last are below the budgets
+    for seed, prompts in enumerate(batches):
+        cache.reset()
+        tokens = kvsieve.decode(
+            model,
+            random_prompts(*prompts),
+            policy,
+            max_new_tokens=STEPS,
+            cache=cache,
+            temperature=temperature,
+            seed=seed,
+        )
+        got = torch.stack(list(tokens))
+        assert cache.ran_eagerly is None
+        assert torch.equal(got, decoded(prompts, policy, temperature=temperature, seed=seed, eager=True))
+    assert recorded.captured == 1
+
+
+def test_another_batch_or_another_way_to_choose_is_captured_anew(recorded):
+    cache = KVCache(model := tiny_llama(), capacity=50)
+    for prompts, temperature in [((24, 17), None), ((24, 17), 0.5), ((9,), 0.5), ((12,), 0.5)]:
+        cache.reset()
+        given = {"temperature": temperature, "max_new_tokens": STEPS}
+        got = torch.stack(list(kvsieve.decode(model, random_prompts(*prompts), cache=cache, **given)))
+        assert torch.equal(got, decoded(prompts, None, temperature=temperature))
+    assert recorded.captured == 3 + 4  # those of `decoded`, each in a cache of its own
+
+
+def test_scores_are_those_of_eager_steps(recorded):
+    model, policy = tiny_llama(), POLICIES["sparq"]
+    cache = KVCache(model, policy, capacity=50)
+    for seed in (0, 1):
+        cache.reset()
+        texts = random_prompts(24, 17, seed=seed), random_prompts(9, 5, seed=seed + 5)
+        got = kvsieve.score(model, *texts, policy, cache=cache)
+        for row, wanted in zip(got, kvsieve.score(model, *texts, policy, eager=True), strict=True):
+            torch.testing.assert_close(row, wanted)
+    assert recorded.captured == 1
+
+
+def test_the_meter_of_a_captured_step_goes_on(recorded):
+    model, policy = tiny_llama(), POLICIES["sparq"]
+    cache, counted = KVCache(model, policy, capacity=50), []
+    meter = kvsieve.transfer.Meter()
+    for _ in range(2):
+        cache.reset()
+        meter.reset()
+        with kvsieve.transfer.measure(meter):
+            list(kvsieve.decode(model, random_prompts(24), policy, max_new_tokens=STEPS, cache=cache))
+        counted.append((meter.read, meter.steps))
+    with kvsieve.transfer.measure() as eager:
+        decoded((24,), policy, eager=True)
+    assert counted == [(eager.read, eager.steps)] * 2
+    assert recorded.captured == 1
+    with kvsieve.transfer.measure() as other:  # the captured step would count in the first
+        cache.reset()
+        list(kvsieve.decode(model, random_prompts(24), policy, max_new_tokens=STEPS, cache=cache))
+    assert other.read == eager.read
+
+
+def test_nothing_holds_a_cache_that_nobody_uses(recorded):
+    cache = KVCache(model := tiny_llama())
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        list(kvsieve.decode(model, random_prompts(24), max_new_tokens=3, cache=cache))
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

@@ -51,7 +51,7 @@ def test_the_same_tokens_and_the_same_bytes_read(layout, block):
 def test_the_second_copy_is_held_and_written():
     (_, single, meter), (_, double, double_meter) = run("single"), run("double")
     keys = [layer.capacity for layer in single.policy_layers]
-    padded = [-(-capacity // 64) * 64 for capacity in keys]  # a channel's row is whole memory sectors
+    padded = [-(-capacity // 128) * 128 for capacity in keys]  # a channel's row is whole memory sectors
     a_token = 3 * 2 * 8 * 4  # rows, KV heads, head size, float32
     assert double.memory() - single.memory() == sum(padded) * a_token
     written_keys = len(keys) * meter.steps * 2 * 8 * 4

@@ -76,6 +76,7 @@ def test_batches_are_a_function_of_seed_step_and_row():
     assert set(np.unique(weights)) <= {0.0, data.FILLER, 0.5, data.ANSWER / 2, data.ANSWER}
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
     monkeypatch.setattr(train, "SAVE_EVERY", 1)

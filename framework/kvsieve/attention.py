@@ -5,6 +5,7 @@ on the keys that its `update` returned; without one (no cache, or a layer whose 
 attention is plain.
 """
 
+import contextlib
 from typing import Any, cast
 
 import torch
@@ -64,10 +65,12 @@ def attention_forward(
     valid = None if attention_mask is None else attention_mask[:, -new:].bool()
     if layer.incoming is not None:  # else it borrows another layer's slots, and that layer has just decided
         layer.decoding = new == 1 and layer.used > 0 and layer.phase == "auto"
-    if layer.decoding:
-        output = decode_step(layer, grouped[:, :, :, 0], valid)[:, :, :, None]
-    else:
-        output = prefill(layer, grouped, valid)
+    # Kernels are launched on the current device, and the layers of one model may be on several.
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        if layer.decoding:
+            output = decode_step(layer, grouped[:, :, :, 0], valid)[:, :, :, None]
+        else:
+            output = prefill(layer, grouped, valid)
     return output.reshape(rows, heads, new, size).transpose(1, 2).contiguous(), None
 
 

@@ -62,6 +62,7 @@ class LayerCache(CacheLayerMixin):
         self.fed = 0  # token columns so far, padding included: what transformers calls the sequence length
         self.used = 0  # no live slot at or above it; known without asking the device
         self.fixed = False  # shapes are constant from now on: `used` stands at the capacity
+        self._home: dict[str, torch.Tensor] = {}  # where a captured step finds the storage, after a reset too
         self.counts_steps = True  # in a model one layer counts them for all
         self.phase: Phase = "auto"
         self.prompt_end: int | None = None  # token columns of the prompt, where that is known
@@ -262,6 +263,7 @@ class LayerCache(CacheLayerMixin):
         """
         final = tokens if self.budget is None else min(tokens, self.budget)
         self._make_capacity(final)
+        self._home = self._stores
         self.used, self.fixed = self.capacity, True
         self.prompt_end, self.phase = None, "auto"  # the prompt is in: `fed` stands still, and cannot tell
 
@@ -279,12 +281,19 @@ class LayerCache(CacheLayerMixin):
             priority.topk(self.budget, dim=2).indices.sort(dim=2).values
         )  # sorted: the order of tokens is kept
         run = ops.implementation(slots.device)
-        for name, store in self._stores.items():
-            kept = layouts.resized(name, store, self.budget)
+        before, self._stores = self._stores, self._stores_for_budget()
+        for name, store in before.items():
+            kept = self._stores[name]
             run.compact(layouts.slots_first(name, store), slots, layouts.slots_first(name, kept))
-            self._stores[name] = kept
-        self.lengths = self.lengths.clamp(max=self.budget)
+        self.lengths.clamp_(max=self.budget)
         self.used = self.budget
+
+    def _stores_for_budget(self) -> dict[str, torch.Tensor]:
+        """Those of a decode before the last reset, if they fit; else new ones."""
+        assert self.budget is not None
+        if self._home and self._home["values"].shape[2] == self.budget and self._home is not self._stores:
+            return self._home
+        return {name: layouts.resized(name, store, self.budget) for name, store in self._stores.items()}
 
     def _write(
         self,
@@ -333,6 +342,11 @@ class LayerCache(CacheLayerMixin):
             self._summaries[name] = zeros(rows, heads, *extra, dtype=dtype)
         self.is_initialized = True
 
+    def _fits(self, keys: torch.Tensor) -> bool:
+        """Whether the storage that a reset has left is for such keys."""
+        same = len(keys) == self.batch_size and keys.shape[3] == self.head_size
+        return same and keys.dtype == self.dtype and keys.device == self.device
+
     def _make_capacity(self, needed: int) -> None:
         if needed <= self.capacity:
             return
@@ -340,10 +354,12 @@ class LayerCache(CacheLayerMixin):
         room = max(needed, self.capacity + max(256, self.capacity // 4))  # so that growing, a copy, is rare
         if self.budget is not None:
             room = max(needed, min(room, self.budget))
+        grown = {name: layouts.resized(name, store, room) for name, store in self._stores.items()}
         for name, store in self._stores.items():
-            grown = layouts.resized(name, store, room)
-            layouts.first_slots(name, grown, self.used).copy_(layouts.first_slots(name, store, self.used))
-            self._stores[name] = grown
+            layouts.first_slots(name, grown[name], self.used).copy_(
+                layouts.first_slots(name, store, self.used)
+            )
+        self._stores = grown
 
     def check_room(self, tokens: int) -> None:
         """Raise UserError if a row can never hold this many tokens."""
@@ -354,6 +370,11 @@ class LayerCache(CacheLayerMixin):
         """Bytes held for keys in all their layouts, values, columns, summaries (positions, lengths not counted)."""
         held = [store for name, store in self._stores.items() if name != "positions"]
         return sum(t.numel() * t.element_size() for t in [*held, *self._summaries.values()])
+
+    def addresses(self) -> list[int]:
+        """Where in memory everything is that a step reads and writes."""
+        state = [*self._stores.values(), *self._summaries.values(), self.lengths, self.seen]
+        return [tensor.data_ptr() for tensor in state]
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """A copy of everything stored, by name; not metered."""
@@ -375,7 +396,7 @@ class LayerCache(CacheLayerMixin):
                 "that forward failed half-way, and a new cache is needed, or this model changes keys between cache and "
                 "attention, and only transformers' own cache can serve it"
             )
-        if not self.is_initialized:
+        if not self.is_initialized or (self.fed == 0 and not self._fits(key_states)):
             if key_states.shape != value_states.shape:
                 raise UserError(
                     f"keys of {key_states.shape[3]} and values of {value_states.shape[3]} numbers a head: policies "
@@ -415,10 +436,13 @@ class LayerCache(CacheLayerMixin):
         return -1 if self.wanted is None else self.wanted
 
     def reset(self) -> None:
+        """Forget all tokens. The storage stays for the next batch, if it has as many rows: a captured step finds it."""
         self.fed = self.used = 0
-        self.is_initialized = self.fixed = False
+        self.fixed = False
         self.active, self.incoming, self.prompt_end, self.phase = None, None, None, "auto"
-        self._stores, self._summaries = {}, {}
+        if self.is_initialized:
+            for tensor in (self.lengths, self.seen, *self._summaries.values()):
+                tensor.zero_()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -475,6 +499,10 @@ class KVCache(Cache):
             elif type(layer) is DynamicSlidingWindowLayer:
                 layers[i] = WindowLayer(layer.sliding_window)
         self.policy = policy
+        self.captured: Any = None  # the decode step that was captured with this cache: see loop.py
+        self.ran_eagerly: str | None = (
+            None  # why the steps of the last `decode` ran from Python; None: as a graph
+        )
         super().__init__(layers=layers)
         if not self.policy_layers:
             raise UserError(_nothing_to_do(model, layers))
@@ -505,6 +533,10 @@ class KVCache(Cache):
         """Make room for `tokens` a row in every layer, once: decode steps then have constant shapes."""
         for layer in self.policy_layers:
             layer.fix_shapes(tokens)
+
+    def addresses(self) -> list[int]:
+        """Where in memory everything is that a step reads and writes: where a captured one expects it."""
+        return [address for layer in self.policy_layers for address in layer.addresses()]
 
     def count_fed(self) -> None:
         """One more token was fed to every row while shapes were fixed."""

@@ -1,5 +1,8 @@
 """One decode step as one CUDA graph: forward, policy, sampling, the advance of positions, replayed without Python.
 
+A graph belongs to a cache: its batch and its capacity are the shapes, its storage is what the graph reads and writes. A
+cache that is `reset()` keeps both, so that the next decode with it replays what is there.
+
 What a step needs for that: constant shapes (`KVCache.fix_shapes`), lengths and positions in device tensors, every
 result written in place, no look at the device. A policy declares with `capturable` whether its own code keeps to it.
 """
@@ -9,17 +12,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
+from . import parallel
 from .cache import KVCache, LayerCache
 from .errors import UserError
 
 _WARM_UP = 2  # real steps that run eagerly first: kernels are compiled and workspaces allocated there
 
 
-def why_not(cache: KVCache, device: torch.device) -> str | None:
-    """Why a step with this cache cannot be captured; None if it can."""
-    if device.type != "cuda":
-        return f"graphs need a GPU, the model is on {device.type}"
+def why_not(cache: KVCache, model: PreTrainedModel) -> str | None:
+    """Why a decode step of this model with this cache cannot be captured; None if it can."""
+    if model.device.type != "cuda":
+        return f"graphs need a GPU, the model is on {model.device.type}"
+    if parallel.is_split(model):
+        return "the model is split over processes, and what they send each other is not captured"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "the model's layers are on several devices"
     for layer in cache.layers:
         if not isinstance(layer, LayerCache):
             return f"the model has layers of its own kind ({type(layer).__name__}), whose shapes change"
@@ -29,41 +38,49 @@ def why_not(cache: KVCache, device: torch.device) -> str | None:
 
 
 class StepGraph:
-    """Runs `step` again and again: the first times eagerly, then as a captured graph.
+    """Runs a step again and again: the first times eagerly, then as a captured graph.
 
     Args:
-        step: reads and writes only tensors that stay where they are; does the same work every time.
-        generators: random streams that `step` draws from.
+        device: a GPU.
+        generators: random streams that the step draws from.
+        graph: what was captured of the same step before.
     """
 
-    def __init__(self, step: Callable[[], None], generators: Sequence[torch.Generator] = ()) -> None:
-        self.step, self.generators = step, generators
+    def __init__(
+        self,
+        device: torch.device,
+        generators: Sequence[torch.Generator] = (),
+        graph: torch.cuda.CUDAGraph | None = None,
+    ) -> None:
+        self.device, self.generators, self.graph = device, generators, graph
         self.steps = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream(device) if graph is None else None
 
-    def __call__(self) -> None:
+    def __call__(self, step: Callable[[], None]) -> None:
+        """Do `step`, always the same one: it reads and writes only tensors that stay where they are."""
         self.steps += 1
-        if self.graph is not None:
-            self.graph.replay()
-        elif self.steps <= _WARM_UP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.step()
-            torch.cuda.current_stream().wait_stream(self.stream)
-        else:
-            self._capture()
+        with torch.cuda.device(self.device):
+            if self.graph is not None:
+                self.graph.replay()
+            elif self.steps <= _WARM_UP:
+                assert self.stream is not None
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    step()
+                torch.cuda.current_stream().wait_stream(self.stream)
+            else:
+                self.graph = self._capture(step)
+                self.graph.replay()
 
-    def _capture(self) -> None:
+    def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
         try:
             with torch.cuda.graph(graph):
-                self.step()  # recorded, not run
+                step()  # recorded, not run
         except RuntimeError as error:
             raise UserError(
                 f"the decode step cannot be captured as a CUDA graph; pass eager=True (--eager): {error}"
             ) from error
-        self.graph = graph
-        graph.replay()
+        return graph

@@ -18,7 +18,7 @@ from .errors import UserError, unknown
 
 KINDS = ("single", "double", "blocked")
 BLOCKS = (16, 32, 64)
-_ALIGNED = 64  # a channel's row of the channel-major copy starts on a whole memory sector
+_ALIGNED = 128  # slots: a channel of the channel-major copy is whole pieces, which start on memory sectors
 
 TOKENS, CHANNELS, BLOCKED = "keys", "keys_by_channel", "keys_in_blocks"
 KEY_STORES = (TOKENS, CHANNELS, BLOCKED)

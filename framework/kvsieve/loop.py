@@ -8,18 +8,18 @@ comes from it, and the policy acts from the second on, as in the SparQ paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from . import graph, parallel
+from . import graph, transfer
 from .cache import KVCache, LayerCache
 from .errors import UserError
 from .policy import Policy
 from .prompts import Prompts, check_lengths, end_tokens, pad_token, token_lists
-from .sampling import Sampler
+from .sampling import Given, Sampler
 
 
 def decode(
@@ -52,9 +52,10 @@ def decode(
         logits_processor: transformers' processors, applied before sampling.
         eos_token_id: what ends a row. None: what the model says; an empty sequence: nothing.
         prefill_chunk: read the prompt in pieces of this many tokens (less memory, same result).
-        cache: a fresh `KVCache` for this model, to look into afterwards; None makes one.
-        eager: on a GPU, run every step from Python instead of capturing it as one CUDA graph (`graph.why_not` says what
-            cannot be captured; neither can a step with `logits_processor`).
+        cache: an empty `KVCache` for this model, to look into afterwards; None makes one. One that was used and
+            `reset()` keeps its storage, and with it the captured step.
+        eager: on a GPU, run every step from Python instead of capturing it as one CUDA graph. Afterwards
+            `cache.ran_eagerly` says why the steps were run from Python, or None: they were a graph.
 
     Raises:
         UserError: before anything is computed, for a prompt that is empty or too long, or parameters out of range;
@@ -65,12 +66,13 @@ def decode(
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     check_lengths(model, rows, max_new_tokens)
     ends = end_tokens(model, eos_token_id)
-    sampler = Sampler(temperature, top_k, top_p, seed, logits_processor, rows, model.device)
+    pad = pad_token(model, ends)
+    sampler = Sampler(temperature, top_k, top_p, seed, logits_processor, rows, model.device, ends, pad)
     decoder = Decoder(model, rows, policy, max_new_tokens, prefill_chunk, cache)
-    return _decode(_Generation(decoder, sampler, ends, pad_token(model, ends), eager), max_new_tokens)
+    return _decode(Generation(decoder, sampler, eager), max_new_tokens)
 
 
-def _decode(generation: _Generation, max_new_tokens: int) -> Iterator[torch.Tensor]:
+def _decode(generation: Generation, max_new_tokens: int) -> Iterator[torch.Tensor]:
     generation.begin()
     for step in range(max_new_tokens):
         broken, all_ended = generation.status.tolist()  # the one look at the device in a step
@@ -86,46 +88,77 @@ def _decode(generation: _Generation, max_new_tokens: int) -> Iterator[torch.Tens
         generation.advance()
 
 
-class _Generation:
+class Captured(NamedTuple):
+    """A decode step as a graph, and the tensors that it works in besides those of the cache, which keeps it."""
+
+    key: tuple[Any, ...]  # what must be the same for the graph to be right
+    graph: torch.cuda.CUDAGraph
+    choice: Any
+    positions: torch.Tensor
+    tokens: torch.Tensor
+    ended: torch.Tensor
+    status: torch.Tensor
+
+
+class Generation:
     """The state of a decode, in tensors that stay where they are, and the step that moves it on."""
 
-    def __init__(self, decoder: Decoder, sampler: Sampler, ends: list[int], pad: int, eager: bool) -> None:
-        self.decoder, self.sampler, self.pad = decoder, sampler, pad
+    def __init__(self, decoder: Decoder, choice: Sampler | Given, eager: bool) -> None:
+        self.decoder, self.choice = decoder, choice
         rows, device = len(decoder.rows), decoder.model.device
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.status = torch.zeros(2, dtype=torch.bool, device=device)  # a NaN was seen; every row has ended
-        self.ends = torch.tensor(ends, device=device)
-        self.captured = (
-            not eager
-            and sampler.ids is None
-            and not parallel.is_split(decoder.model)  # what the processes send each other is not captured
-            and graph.why_not(decoder.cache, device) is None
+        self.ran_eagerly = "eager was asked for" if eager else None
+        self.ran_eagerly = (
+            self.ran_eagerly or choice.why_not_captured or graph.why_not(decoder.cache, decoder.model)
         )
-        self.advance: Callable[[], None] = self.step
+        self.replay: graph.StepGraph | None = None
 
     def begin(self) -> None:
         """Prefill, and choose the first token."""
+        cache = self.decoder.cache
         logits = self.decoder.prefill()
-        if self.captured:
-            self.decoder.cache.fix_shapes(self.decoder.room)
-            replay = graph.StepGraph(self.step, self.sampler.streams)
-
-            def advance() -> None:
-                replay()
-                self.decoder.cache.count_fed()
-
-            self.advance = advance
+        cache.ran_eagerly = self.ran_eagerly
+        if self.ran_eagerly is None:
+            cache.fix_shapes(self.decoder.room)
+            self._replay()
         self.choose(logits)
+
+    def _replay(self) -> None:
+        """From now on a step is a graph: the one that was captured with this cache before, if it still fits."""
+        cache, model = self.decoder.cache, self.decoder.model
+        self.key = self.choice.kind, model, transfer.current(), cache.addresses()
+        known = cache.captured if cache.captured is not None and cache.captured.key == self.key else None
+        if known is not None:  # go on in its tensors
+            known.choice.restart(self.choice)
+            known.positions.copy_(self.decoder.positions)
+            self.choice, self.decoder.positions = known.choice, known.positions
+            self.tokens, self.ended, self.status = known.tokens, known.ended, known.status
+            self.ended.zero_()
+        self.replay = graph.StepGraph(
+            model.device, self.choice.streams, None if known is None else known.graph
+        )
+
+    def advance(self) -> None:
+        """One step."""
+        if self.replay is None:
+            self.step()
+            return
+        captured, cache = self.replay.graph, self.decoder.cache
+        self.replay(self.step)
+        cache.count_fed()
+        if captured is None and self.replay.graph is not None:
+            state = self.choice, self.decoder.positions, self.tokens, self.ended, self.status
+            cache.captured = Captured(self.key, self.replay.graph, *state)
 
     def step(self) -> None:
         """Feed the tokens, choose the next ones. Works in place and never looks at the device."""
-        self.choose(self.decoder.step(self.tokens, ~self.ended if len(self.ends) else None))
+        self.choose(self.decoder.step(self.tokens, ~self.ended if self.choice.rows_end else None))
 
     def choose(self, logits: torch.Tensor) -> None:
         broken = (logits.isnan().any(1) & ~self.ended).any()
-        self.tokens.copy_(self.sampler(logits).masked_fill(self.ended, self.pad))
-        self.ended |= (self.tokens[:, None] == self.ends).any(1)
+        self.tokens.copy_(self.choice(logits, self.ended))
         self.status.copy_(torch.stack([broken, self.ended.all()]))
 
 
@@ -144,45 +177,64 @@ def score(
     *,
     prefill_chunk: int | None = None,
     cache: KVCache | None = None,
+    eager: bool = False,
 ) -> list[torch.Tensor]:
     """Natural-log probability of every token of `continuations[b]` after `prompts[b]`: one float32 tensor a row.
 
     The tokens are fed one at a time through the decode path, so that the policy acts on all but the first.
     """
-    scored = force(model, prompts, continuations, policy, prefill_chunk=prefill_chunk, cache=cache)
-    return [row.log_probabilities for row in scored]
+    forcing = Forcing(
+        model, prompts, continuations, policy, prefill_chunk=prefill_chunk, cache=cache, eager=eager
+    )
+    return [row.log_probabilities for row in forcing.result()]
 
 
-def force(
-    model: PreTrainedModel,
-    prompts: Prompts,
-    continuations: Prompts,
-    policy: Policy | None = None,
-    *,
-    prefill_chunk: int | None = None,
-    cache: KVCache | None = None,
-) -> list[Forced]:
-    """As `score`, and whether each token is the likeliest."""
-    rows, forced = token_lists(model, prompts), token_lists(model, continuations, "continuation")
-    if len(rows) != len(forced):
-        raise UserError(f"{len(rows)} prompts, but {len(forced)} continuations")
-    longest = max(map(len, forced))
-    check_lengths(model, rows, longest - 1)  # the last token is predicted, and takes no position
-    decoder = Decoder(model, rows, policy, longest, prefill_chunk, cache)
-    padded = torch.zeros(len(rows), longest, dtype=torch.int64)
-    sizes = torch.tensor([len(row) for row in forced])
-    for row, tokens in zip(padded, forced, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
-    padded, sizes = padded.to(model.device), sizes.to(model.device)
-    logits, found, likeliest = decoder.prefill(), [], []
-    for step in range(longest):
-        probabilities = torch.log_softmax(logits.float(), -1)
-        found.append(probabilities.gather(1, padded[:, step : step + 1]))
-        likeliest.append(probabilities.argmax(1) == padded[:, step])
-        if step + 1 < longest:
-            logits = decoder.step(padded[:, step], step + 1 < sizes)
-    table, said = torch.cat(found, 1).cpu(), torch.stack(likeliest, 1).cpu()
-    return [Forced(table[b, : len(row)], said[b, : len(row)]) for b, row in enumerate(forced)]
+class Forcing:
+    """Feeds given continuations through the decode path, as `score` does, which has the same arguments.
+
+    Iterate for the steps, the first of which is the prefill, to time them or to show progress; then `result()`.
+
+    Raises:
+        UserError: before anything is computed, for a prompt or continuation that is empty or too long.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Prompts,
+        continuations: Prompts,
+        policy: Policy | None = None,
+        *,
+        prefill_chunk: int | None = None,
+        cache: KVCache | None = None,
+        eager: bool = False,
+    ) -> None:
+        rows, self.forced = token_lists(model, prompts), token_lists(model, continuations, "continuation")
+        if len(rows) != len(self.forced):
+            raise UserError(f"{len(rows)} prompts, but {len(self.forced)} continuations")
+        self.steps = max(map(len, self.forced))
+        check_lengths(model, rows, self.steps - 1)  # the last token is predicted, and takes no position
+        decoder = Decoder(model, rows, policy, self.steps, prefill_chunk, cache)
+        self.generation = Generation(decoder, Given(self.forced, model.device), eager)
+        self._run = self._all_steps()
+
+    def _all_steps(self) -> Iterator[None]:
+        self.generation.begin()
+        yield
+        for _ in range(self.steps - 1):
+            self.generation.advance()
+            yield
+
+    def __iter__(self) -> Iterator[None]:
+        return self._run
+
+    def result(self) -> list[Forced]:
+        """What the model thinks of each continuation; makes the steps that are still to be made."""
+        for _ in self:
+            pass
+        given = cast(Given, self.generation.choice)
+        table, said = given.log_probabilities.cpu(), given.likeliest.cpu()
+        return [Forced(table[b, : len(row)], said[b, : len(row)]) for b, row in enumerate(self.forced)]
 
 
 class Decoder:

@@ -33,6 +33,11 @@ class Meter:
         # In place: a captured step adds to the same tensor at every replay. The layers may be on several devices.
         total.add_(amount.to(total.device))
 
+    def reset(self) -> None:
+        """Start again from zero, in the same tensors."""
+        for total in self._sums.values():
+            total.zero_()
+
     def _total(self, prefix: str) -> int:
         return sum(int(amount) for name, amount in self._sums.items() if name.startswith(prefix))
 
@@ -75,15 +80,16 @@ class Meter:
 
 
 @contextlib.contextmanager
-def measure() -> Iterator[Meter]:
-    """Count the traffic of every decode step inside; of nested meters the innermost counts.
+def measure(meter: Meter | None = None) -> Iterator[Meter]:
+    """Count the traffic of every decode step inside, in a new meter or on top of what `meter` has counted; of nested
+    meters the innermost counts.
 
     >>> with kvsieve.transfer.measure() as meter:
     ...     tokens = list(kvsieve.decode(model, prompts, policy, max_new_tokens=16))
     >>> meter.read / meter.dense_read
     """
     global _current  # noqa: PLW0603  (a context variable would break a traced graph)
-    meter = Meter()
+    meter = meter or Meter()
     before, _current = _current, meter
     try:
         yield meter

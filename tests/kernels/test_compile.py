@@ -22,15 +22,16 @@ def check(*arguments: str) -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {kernel["target"] for kernel in kernels} == set(SHARED)
+    assert kernels
     too_much = [
         kernel for kernel in kernels if kernel["shared"] > SHARED[kernel["target"]] or kernel["spills"]
     ]
     assert not too_much
 
 
-def test_kernels_compile() -> None:
-    check()
+@pytest.mark.parametrize("target", SHARED)
+def test_kernels_compile(target: str) -> None:
+    check("--targets", target)
 
 
 @pytest.mark.slow

@@ -98,8 +98,9 @@ def _need(plan: Plan, cell: Cell, field: Sequence[Contender], families: Sequence
     held = [room.cache_bytes(c.policy, cell.batch, slots, cell.heads, plan.dtype) for c in field]
     # A policy with a budget holds the whole context for a moment, when it is filled.
     filling = 2 * plain
+    ours = plain if dense.OURS in families else 0
     others = plain * sum(name in ("flashinfer", "flash-attn") for name in families)
-    return plain + sum(held) + filling + others + 2**31
+    return plain + sum(held) + filling + ours + others + 2**31
 
 
 def _measure(
@@ -187,7 +188,7 @@ def _dense_candidates(
     if dense.OURS in families:
         consider(dense.OURS, reference.run, reference.prepare)
     repeated = cell.heads.group * room.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
-    fits = 2 * repeated < room.free_memory(plan.device)
+    fits = 4 * repeated < room.free_memory(plan.device)  # scaled, and in float32, on the way
     for name, build in dense.builders(list(families), tokens, fits):
         try:
             attend = build(tokens)
@@ -210,6 +211,6 @@ class _Capture:
         if plan.device.type != "cuda" or not plan.graphs:
             return
         try:
-            self.run, self.note = captured(run, prepare), "captured"
+            self.run, self.note = captured(run, prepare, plan.device), "captured"
         except UserError as error:
             self.note = str(error)

@@ -52,12 +52,15 @@ def families(device: torch.device, asked: list[str]) -> list[str]:
 def builders(names: list[str], tokens: Tokens, repeat_fits: bool) -> Iterator[tuple[str, Builder]]:
     """Name and builder of every variant of these families but ours, which is a policy step like others."""
     grouped = tokens.query.shape[2] > 1
-    forms = ["gqa", "rows", *(["repeat"] if repeat_fits else [])] if grouped else ["mha"]
+    forms = ["gqa", "rows", "repeat"] if grouped else ["mha"]
     if "sdpa" in names:
         for backend in _BACKENDS:
             if backend in ("efficient", "cudnn") and tokens.query.device.type == "cpu":
                 continue
             for form in forms:
+                repeats = form == "repeat" or (form == "gqa" and backend == "math")  # it does so inside
+                if repeats and not repeat_fits:
+                    continue
                 yield f"sdpa {backend} {form}", _sdpa(backend, form)
     if "flex" in names:
         yield "flex", _flex

@@ -122,7 +122,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def captured(run: Callable[[], object], prepare: Callable[[], None]) -> Callable[[], object]:
+def captured(
+    run: Callable[[], object], prepare: Callable[[], None], device: torch.device
+) -> Callable[[], object]:
     """The same work as one CUDA graph.
 
     Raises:
@@ -132,11 +134,11 @@ def captured(run: Callable[[], object], prepare: Callable[[], None]) -> Callable
     def once() -> None:
         run()
 
-    step = StepGraph(once)
+    step = StepGraph(device)
     while step.graph is None:
         prepare()
-        step()
-    return step
+        step(once)
+    return lambda: step(once)
 
 
 def last_level_cache(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .. import attention, graph, loop, models, transfer
+from .. import attention, loop, models, transfer
 from ..cache import LayerCache
 from ..policy import Policy
 from ..sampling import Sampler
@@ -69,9 +69,8 @@ class OurSteps:
         rows = [[0] * (context - 1)] * batch
         self.decoder = _Decoder(model, rows, policy, max(steps, _WARM_UP) + 1)
         sampler = Sampler(None, None, None, 0, None, rows, self.device)
-        generation = loop._Generation(self.decoder, sampler, [], 0, eager)
-        reason = "--eager" if eager else graph.why_not(self.decoder.cache, self.device)
-        self.note = "captured" if generation.captured else str(reason)
+        generation = loop.Generation(self.decoder, sampler, eager)
+        self.note = generation.ran_eagerly or "captured"
         self.tokens = loop._decode(generation, 2**62)
         next(self.tokens)  # the prefill's
         self.checkpoints = [Checkpoint(layer) for layer in self.decoder.cache.policy_layers]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..cache import KVCache
 from ..errors import UserError, unknown
-from ..loop import decode, force
+from ..loop import Forcing, decode
 from ..policy import Policy
 from ..prompts import end_tokens
 
@@ -108,7 +108,7 @@ class PolicyLM(HFLM):
         prompts, forced = zip(*map(self._fed, requests), strict=True)
         cache = self._cache(max(map(len, prompts)) + max(map(len, forced)))
         answers = []
-        scored = force(self.model, prompts, forced, self.policy, cache=cache)
+        scored = Forcing(self.model, prompts, forced, self.policy, cache=cache).result()
         for (_, _, continuation), row in zip(requests, scored, strict=True):
             asked = slice(-len(continuation), None)  # not the context's own last token
             answers.append((float(row.log_probabilities[asked].sum()), bool(row.likeliest[asked].all())))
