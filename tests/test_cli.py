@@ -94,20 +94,20 @@ def test_without_the_report_extra_the_table_is_still_there(kvsieve, config, monk
 
 
 def test_a_failing_cell_gives_status_1(kvsieve, config, monkeypatch):
-    def failing(model, cell, indexes, samples):
+    def failing(self, indexes, samples):
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(executors, "measure", failing)
+    monkeypatch.setattr(executors.Measurement, "batch", failing)
     result = kvsieve("compare", config)
     assert result.exit_code == 1
     assert "2 cells failed; results/mine/errors.txt has the tracebacks" in result.stderr
 
 
 def test_an_interruption_says_how_to_go_on(kvsieve, config, monkeypatch):
-    def interrupted(model, cell, indexes, samples):
+    def interrupted(self, indexes, samples):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(executors, "measure", interrupted)
+    monkeypatch.setattr(executors.Measurement, "batch", interrupted)
     result = kvsieve("compare", config)
     assert result.exit_code == 130
     assert "stopped; what was measured is in results/mine, and the same command continues" in result.stderr

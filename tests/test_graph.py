@@ -150,30 +150,6 @@ def test_what_cannot_be_captured_says_why():
     assert "on several devices" in graph.why_not(KVCache(model), gpu)
 
 
-class Recorded:
-    """Stands for `StepGraph` on a CPU: the third step is "captured", and what is replayed is that very function."""
-
-    captured = 0
-
-    def __init__(self, device, generators=(), graph=None):
-        self.graph, self.steps = graph, 0
-
-    def __call__(self, step):
-        self.steps += 1
-        (self.graph or step)()
-        if self.graph is None and self.steps == 3:
-            self.graph = step
-            Recorded.captured += 1
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    monkeypatch.setattr(graph, "why_not", lambda cache, model: None)
-    monkeypatch.setattr(graph, "StepGraph", Recorded)
-    Recorded.captured = 0
-    return Recorded
-
-
 def decoded(prompts, policy, **given):
     tokens = kvsieve.decode(tiny_llama(), random_prompts(*prompts), policy, max_new_tokens=STEPS, **given)
     return torch.stack(list(tokens))

@@ -340,6 +340,7 @@ class LayerCache(CacheLayerMixin):
         for name, shape in self.policy.summaries.items():
             dtype, extra = _dtype_and_size(shape, size)
             self._summaries[name] = zeros(rows, heads, *extra, dtype=dtype)
+        self._home = {}
         self.is_initialized = True
 
     def _fits(self, keys: torch.Tensor) -> bool:
@@ -371,10 +372,10 @@ class LayerCache(CacheLayerMixin):
         held = [store for name, store in self._stores.items() if name != "positions"]
         return sum(t.numel() * t.element_size() for t in [*held, *self._summaries.values()])
 
-    def addresses(self) -> list[int]:
-        """Where in memory everything is that a step reads and writes."""
+    def places(self) -> list[tuple[int, torch.Size]]:
+        """Where in memory everything is that a step reads and writes, and its shape."""
         state = [*self._stores.values(), *self._summaries.values(), self.lengths, self.seen]
-        return [tensor.data_ptr() for tensor in state]
+        return [(tensor.data_ptr(), tensor.shape) for tensor in state]
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """A copy of everything stored, by name; not metered."""
@@ -534,9 +535,9 @@ class KVCache(Cache):
         for layer in self.policy_layers:
             layer.fix_shapes(tokens)
 
-    def addresses(self) -> list[int]:
-        """Where in memory everything is that a step reads and writes: where a captured one expects it."""
-        return [address for layer in self.policy_layers for address in layer.addresses()]
+    def places(self) -> list[tuple[int, torch.Size]]:
+        """Where in memory everything is that a step reads and writes, and its shape: as a captured one expects it."""
+        return [place for layer in self.policy_layers for place in layer.places()]
 
     def count_fed(self) -> None:
         """One more token was fed to every row while shapes were fixed."""

@@ -65,6 +65,10 @@ Overrides = Annotated[
     ),
 ]
 
+Eager = Annotated[
+    bool, typer.Option("--eager", help="run decode steps from Python, on a GPU too, not as one CUDA graph")
+]
+
 
 @app.command()
 def compare(
@@ -82,11 +86,12 @@ def compare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="cells at a time on Ray; default: what it has room for")
     ] = None,
+    eager: Eager = False,
 ) -> None:
     """Run every task under every policy and print the table; continues where an interrupted run stopped."""
     from .compare import config as configuration
 
-    checked = configuration.load(config, overrides)
+    checked = configuration.load(config, [*(overrides or []), *(["eager=true"] if eager else [])])
     from . import parallel
     from .compare.run import compare as run  # takes seconds: only once the config is known to be right
 
@@ -194,6 +199,7 @@ def generate(
     trust_remote_code: Annotated[
         bool, typer.Option(help="run model code that comes with the checkpoint")
     ] = False,
+    eager: Eager = False,
 ) -> None:
     """Stream what a model says under a policy."""
     from .compare.choices import choice_from_options
@@ -206,31 +212,35 @@ def generate(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "eager": eager}
     try:
-        _stream(loaded, text, choice, max_new_tokens, sampling)
+        _stream(loaded, text, choice, max_new_tokens, options)
     except KeyboardInterrupt:
         typer.echo()
         raise typer.Exit(130) from None
 
 
 def _stream(
-    model: PreTrainedModel, prompt: str, choice: PolicyChoice, max_new_tokens: int, sampling: dict[str, Any]
+    model: PreTrainedModel, prompt: str, choice: PolicyChoice, max_new_tokens: int, options: dict[str, Any]
 ) -> None:
     """Print the text as it comes, and then, on standard error, what it took."""
     import time
 
     from . import loop, prompts, transfer
+    from .cache import KVCache
     from .compare.cells import describe_parameters, head_size
     from .compare.tasks.text import continuation
 
     (ids,) = prompts.token_lists(model, [prompt])
     policy = choice.build(head_size(model), len(ids) + max_new_tokens)
+    cache = KVCache(model, policy, capacity=len(ids) + max_new_tokens)
     said: list[int] = []
     shown = 0
     with transfer.measure() as meter:
         started = 0.0
-        for tokens in loop.decode(model, [ids], policy, max_new_tokens=max_new_tokens, **sampling):
+        for tokens in loop.decode(
+            model, [ids], policy, max_new_tokens=max_new_tokens, cache=cache, **options
+        ):
             started = started or time.perf_counter()  # the first token is the prefill's
             said += tokens.tolist()
             text = continuation(model.tokenizer, ids, said)
@@ -245,17 +255,22 @@ def _stream(
     if meter.steps:
         facts.append(f"{meter.steps / seconds:.0f} tokens/s")
         facts.append(f"{meter.read / meter.dense_read:.3f} of dense attention's bytes read")
+    if cache.ran_eagerly and model.device.type == "cuda":
+        facts.append(f"not as a CUDA graph: {cache.ran_eagerly}")
     typer.secho("; ".join(facts), err=True, dim=True)
 
 
 def _show(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Print the table, make the report, and say where everything is."""
     from .compare.report import write_report
+    from .compare.summary import eager_notes
     from .compare.table import tables
 
     console = Console(highlight=False)
     for table in tables(rows):
         console.print(table)
+    for note in eager_notes(rows):
+        typer.echo(note)
     try:
         typer.echo(f"report: {write_report(folder)}")
     except UserError as error:

@@ -9,7 +9,8 @@ result written in place, no look at the device. A policy declares with `capturab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -18,22 +19,40 @@ from . import parallel
 from .cache import KVCache, LayerCache
 from .errors import UserError
 
+EAGER = "eager was asked for"
+_wanted = True
 _WARM_UP = 2  # real steps that run eagerly first: kernels are compiled and workspaces allocated there
 
 
+@contextlib.contextmanager
+def capturing(wanted: bool) -> Iterator[None]:
+    """Whether decode steps inside are captured where they can be; outside of this, they are."""
+    global _wanted  # noqa: PLW0603
+    before, _wanted = _wanted, wanted
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
 def why_not(cache: KVCache, model: PreTrainedModel) -> str | None:
-    """Why a decode step of this model with this cache cannot be captured; None if it can."""
+    """Why a decode step of this model with this cache is not captured; None if it is."""
+    if not _wanted:
+        return EAGER
     if model.device.type != "cuda":
         return f"graphs need a GPU, the model is on {model.device.type}"
     if parallel.is_split(model):
         return "the model is split over processes, and what they send each other is not captured"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model's layers are on several devices"
-    for layer in cache.layers:
-        if not isinstance(layer, LayerCache):
-            return f"the model has layers of its own kind ({type(layer).__name__}), whose shapes change"
-        if not layer.policy.capturable:
-            return f"policy {layer.policy.name} declares that it cannot be captured"
+    return next(filter(None, map(_why_not_this_layer, cache.layers)), None)
+
+
+def _why_not_this_layer(layer: object) -> str | None:
+    if not isinstance(layer, LayerCache):
+        return f"the model has layers of its own kind ({type(layer).__name__}), whose shapes change"
+    if not layer.policy.capturable:
+        return f"policy {layer.policy.name} declares that it cannot be captured"
     return None
 
 

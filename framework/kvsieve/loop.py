@@ -109,7 +109,7 @@ class Generation:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.status = torch.zeros(2, dtype=torch.bool, device=device)  # a NaN was seen; every row has ended
-        self.ran_eagerly = "eager was asked for" if eager else None
+        self.ran_eagerly = graph.EAGER if eager else None
         self.ran_eagerly = (
             self.ran_eagerly or choice.why_not_captured or graph.why_not(decoder.cache, decoder.model)
         )
@@ -128,7 +128,7 @@ class Generation:
     def _replay(self) -> None:
         """From now on a step is a graph: the one that was captured with this cache before, if it still fits."""
         cache, model = self.decoder.cache, self.decoder.model
-        self.key = self.choice.kind, model, transfer.current(), cache.addresses()
+        self.key = self.choice.kind, model, transfer.current(), cache.places()
         known = cache.captured if cache.captured is not None and cache.captured.key == self.key else None
         if known is not None:  # go on in its tensors
             known.choice.restart(self.choice)

@@ -75,6 +75,7 @@ def row(task, context, policy, score, compression="", **values):
         "bytes_ratio": share * 1.01 if compression else 1.0,
         "kv_bytes": dense_bytes * (1.5 if policy == "sparq" else share),
         "tokens_per_second": 250 - 40 * share,
+        "ran_eagerly": "",
         "metric": metric,
         "higher_is_better": higher_is_better,
     } | values
@@ -156,6 +157,14 @@ def test_best_values_are_marked_among_the_sparse_policies_of_each_group(tmp_path
     page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
     body = page[page.index("<tbody>") :]
     assert re.findall(r'class="best">([^<]+)<', body) == ["0.900", "262 kB", "300"]
+
+
+def test_what_ran_eagerly_is_said_beside_its_speed(tmp_path):
+    rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "h2o", 0.1, "1/8", ran_eagerly="it <looks>")]
+    write_run(tmp_path, rows)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count("<small>eager</small>") == 1
+    assert "Not as one CUDA graph a step: h2o 1/8 (it &lt;looks&gt;)." in page
 
 
 def test_a_failed_cell_stays_in_the_table_without_numbers(tmp_path):

@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from typing import ClassVar
@@ -56,7 +57,7 @@ def test_a_run_writes_all_that_it_promises(compare):
     rows = lines(outcome.folder)
     promised = {
         "model", "task", "context", "policy", "parameters", "compression", "score", "score_low", "score_high",
-        "samples", "bytes_per_step", "bytes_ratio", "kv_bytes", "tokens_per_second",
+        "samples", "bytes_per_step", "bytes_ratio", "kv_bytes", "tokens_per_second", "ran_eagerly",
     }  # fmt: skip
     assert promised <= set(rows[0])
     assert [(r["task"], r["context"], r["policy"]) for r in rows] == [
@@ -264,15 +265,37 @@ def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
     assert [r["samples"] for r in lines(outcome.folder)] == ["150", "150"]
 
 
+def test_what_ran_eagerly_on_a_gpu_is_said_where_the_speeds_are():
+    def row(policy, why):
+        return {"policy": policy, "compression": "1/8", "parameters": "", "ran_eagerly": why}
+
+    rows = [
+        row("dense", ""),
+        row("h2o", "it looks"),
+        row("sparq", ""),
+        row("h2o", "it looks"),
+        row("odd", "it looks"),
+    ]
+    assert summary.eager_notes(rows) == ["Not as one CUDA graph a step: h2o 1/8, odd 1/8 (it looks)."]
+
+
+def test_eager_cells_are_cells_of_their_own(compare):
+    text = SMALL.replace("samples: 3", "samples: 1")
+    first = store.read(compare(text).folder / "samples.jsonl")
+    outcome = compare("eager: true\n" + textwrap.dedent(text))
+    assert len(store.read(outcome.folder / "samples.jsonl")) == 2 * len(first)
+    assert yaml.safe_load((outcome.folder / "config.yaml").read_text())["eager"] is True
+
+
 def test_an_interruption_keeps_what_was_measured(compare, tmp_path, monkeypatch):
-    measured = executors.measure
+    measured = executors.Measurement.batch
 
-    def interrupted(model, cell, indexes, samples):
-        if cell.policy.name == "sparq":
+    def interrupted(self, indexes, samples):
+        if self.cell.policy.name == "sparq":
             raise KeyboardInterrupt
-        return measured(model, cell, indexes, samples)
+        return measured(self, indexes, samples)
 
-    monkeypatch.setattr(executors, "measure", interrupted)
+    monkeypatch.setattr(executors.Measurement, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(SMALL)
     assert len(store.read(tmp_path / "out" / "samples.jsonl")) == 3

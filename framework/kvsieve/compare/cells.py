@@ -112,7 +112,9 @@ def new_tokens_at_most(sample: Any) -> int:
 
 def protocol(config: Config, model: PreTrainedModel) -> dict[str, Any]:
     """What the results of all cells depend on."""
-    split = {"processes": len(parallel.gather(0))} if parallel.is_split(model) else {}
+    rare: dict[str, Any] = {"processes": len(parallel.gather(0))} if parallel.is_split(model) else {}
+    if config.settings.eager:
+        rare["eager"] = True  # so does it on this
     return {
         "kvsieve": __version__,
         "model": config.settings.model,
@@ -122,7 +124,7 @@ def protocol(config: Config, model: PreTrainedModel) -> dict[str, Any]:
         "device": model.device.type,
         "seed": config.settings.seed,
         "batch_size": config.settings.batch_size,  # the speed depends on it
-        **split,
+        **rare,
     }
 
 

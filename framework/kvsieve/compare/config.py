@@ -36,6 +36,9 @@ class Settings(pydantic.BaseModel):
     )
     seed: int = pydantic.Field(0, ge=0, description="of the samples: which text, which numbers")
     batch_size: int = pydantic.Field(1, ge=1, description="prompts decoded together")
+    eager: bool = pydantic.Field(
+        False, description="run decode steps from Python, on a GPU too, instead of as one CUDA graph"
+    )
     tasks: list[Any] = pydantic.Field(min_length=1)
     policies: list[Any] = pydantic.Field(min_length=1)
 

@@ -13,7 +13,7 @@ from ..errors import UserError
 from . import environment
 from .cells import Cell, expand, new_tokens_at_most, protocol
 from .config import Config, Settings
-from .measure import measure
+from .measure import Measurement
 from .store import Record
 
 Work = Sequence[tuple[Cell, list[int]]]  # cells, and which of their samples are to be measured
@@ -113,13 +113,18 @@ def measure_cell(model: PreTrainedModel, settings: Settings, cell: Cell, missing
     Where processes share a model, only what fails in all of them alike: else the others would wait for ever.
     """
     alone = (UserError, ArithmeticError) if parallel.is_split(model) else Exception
+
+    def measured(first: int) -> list[Record]:
+        indexes = missing[first : first + settings.batch_size]
+        samples = [cell.task.sample(model.tokenizer, settings.seed, index) for index in indexes]
+        return measurement.batch(indexes, samples)
+
     try:
+        measurement = Measurement(model, cell, settings.eager)
         if missing and model.device.type == "cuda":
-            _measured(model, settings, cell, missing[:1])  # kernels are compiled at their first call
+            measured(0)  # untimed: kernels are compiled, and the step is captured
         for first in range(0, len(missing), settings.batch_size):
-            yield Measured(
-                cell, _measured(model, settings, cell, missing[first : first + settings.batch_size])
-            )
+            yield Measured(cell, measured(first))
     except alone as error:
         yield failed(cell, error)
     else:
@@ -130,8 +135,3 @@ def failed(cell: Cell, error: Exception) -> Failed:
     """The failure that is being handled."""
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return Failed(cell, reason, traceback.format_exc())
-
-
-def _measured(model: PreTrainedModel, settings: Settings, cell: Cell, indexes: list[int]) -> list[Record]:
-    samples = [cell.task.sample(model.tokenizer, settings.seed, index) for index in indexes]
-    return measure(model, cell, indexes, samples)

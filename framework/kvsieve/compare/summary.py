@@ -16,7 +16,7 @@ from . import store
 COLUMNS = [
     "model", "task", "context", "policy", "parameters", "compression", "metric", "higher_is_better", "score",
     "score_low", "score_high", "samples", "bytes_per_step", "bytes_ratio", "bytes_written_per_step",
-    "kv_bytes", "tokens_per_second",
+    "kv_bytes", "tokens_per_second", "ran_eagerly",
 ]  # fmt: skip
 CELLS = "cells.json"
 
@@ -86,6 +86,7 @@ def _row(cell: Mapping[str, Any], records: list[store.Record]) -> dict[str, Any]
         "bytes_written_per_step": total["bytes_written"] / steps if steps else None,
         "kv_bytes": float(np.mean([r["kv_bytes"] for r in records])),
         "tokens_per_second": float(np.median(speeds)) if speeds else None,
+        "ran_eagerly": "; ".join(sorted({r["ran_eagerly"] for r in records if r.get("ran_eagerly")})),
     }
 
 
@@ -114,9 +115,20 @@ def markdown(rows: list[dict[str, Any]], failures: list[str]) -> str:
             cells += [megabytes(row["kv_bytes"]), number(row["tokens_per_second"], 0)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
+    if notes := eager_notes(rows):
+        lines += [*notes, ""]
     if failures:
         lines += ["## Failed", "", *(f"- {failure}" for failure in failures), ""]
     return "\n".join(lines)
+
+
+def eager_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which policies ran from Python on a GPU, and why: their speed is not that of one CUDA graph a step."""
+    labels: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["ran_eagerly"]:
+            labels.setdefault(row["ran_eagerly"], {})[policy_label(row)] = None
+    return [f"Not as one CUDA graph a step: {', '.join(who)} ({why})." for why, who in labels.items()]
 
 
 def policy_label(row: Mapping[str, Any]) -> str:

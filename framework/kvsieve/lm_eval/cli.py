@@ -42,6 +42,10 @@ def lm_eval(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run model code that comes with the checkpoint")
     ] = False,
+    eager: Annotated[
+        bool,
+        typer.Option("--eager", help="run decode steps from Python, on a GPU too, not as one CUDA graph"),
+    ] = False,
 ) -> None:
     """Run lm-evaluation-harness's own tasks under a policy (needs kvsieve\\[lm-eval])."""
     from ..compare.choices import choice_from_options
@@ -50,7 +54,7 @@ def lm_eval(
     from . import require
 
     require()
-    from .. import models
+    from .. import graph, models
     from ..compare.cells import describe_parameters, head_size
     from . import run
 
@@ -58,18 +62,19 @@ def lm_eval(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
     size = head_size(loaded)
-    outcome = run.evaluate(
-        loaded,
-        [name.strip() for name in tasks.split(",") if name.strip()],
-        (lambda tokens: choice.build(size, tokens)) if choice.needs_context else choice.build(size, 0),
-        include_path=include_path,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        context=context,
-        apply_chat_template=apply_chat_template,
-        seed=seed,
-    )
+    with graph.capturing(not eager):
+        outcome = run.evaluate(
+            loaded,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            (lambda tokens: choice.build(size, tokens)) if choice.needs_context else choice.build(size, 0),
+            include_path=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            context=context,
+            apply_chat_template=apply_chat_template,
+            seed=seed,
+        )
     typer.echo(outcome.table)
     facts = [f"{choice.name} {describe_parameters(outcome.policy)}".strip()]
     if outcome.bytes_ratio is not None:

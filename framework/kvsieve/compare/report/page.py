@@ -1,6 +1,7 @@
 """The page: what was run, the finding, the figure and the table, in one file that needs no network."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -11,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..summary import eager_notes
 from . import chart
 from .finding import finding
 from .results import Results, policy_name
@@ -45,6 +47,7 @@ def render(results: Results) -> str:
         groups=[table(group, results) for group in results.groups],
         header=HEADER,
         failures=results.failures,
+        eager=eager_notes(dataclasses.asdict(row) for row in results.rows),
         config=results.config,
         environment=json.dumps(results.environment, indent=2, ensure_ascii=False),
         charts=_data_block(specifications),

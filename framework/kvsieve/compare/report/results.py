@@ -41,6 +41,7 @@ class Row:
     bytes_ratio: float | None
     kv_bytes: float | None
     tokens_per_second: float | None
+    ran_eagerly: str  # on a GPU: why its steps were not one CUDA graph each
 
     @classmethod
     def parse(cls, line: Mapping[str, str | None]) -> Self:

@@ -62,7 +62,12 @@ def table(group: Group, results: Results) -> dict[str, Any]:
                         note="" if row.bytes_per_step is None else f"{_bytes(row.bytes_per_step)} a step",
                     ),
                     _cell(row.kv_bytes, _bytes(row.kv_bytes), marked["kv_bytes"]),
-                    _cell(row.tokens_per_second, _count(row.tokens_per_second), marked["tokens_per_second"]),
+                    _cell(
+                        row.tokens_per_second,
+                        _count(row.tokens_per_second),
+                        marked["tokens_per_second"],
+                        note="eager" if row.ran_eagerly else "",
+                    ),
                     _cell(row.samples, _count(row.samples)),
                 ],
             }

@@ -1,0 +1,41 @@
+"""What is measured of a cell does not depend on how its steps are run."""
+
+import pytest
+
+from kvsieve.compare import cells
+from kvsieve.compare.measure import Measurement
+
+CONFIG = """\
+    tasks:
+      - needle: {context: 120, samples: 5}
+      - perplexity: {context: 120, samples: 5, tokens: 12}
+    policies: [sparq: {compression: 1/4}, h2o: {compression: 1/4}]
+    """
+VARY = {"tokens_per_second", "score"}
+
+
+def records(model, cell, eager):
+    measurement = Measurement(model, cell, eager)
+    found = []
+    for indexes in ([0, 1], [2, 3], [4]):
+        samples = [cell.task.sample(model.tokenizer, 0, index) for index in indexes]
+        found += measurement.batch(indexes, samples)
+    same = [{name: value for name, value in record.items() if name not in VARY} for record in found]
+    return same, [record["score"] for record in found]
+
+
+def test_batches_of_a_cell_share_a_captured_step(recorded, load, model):
+    for number, cell in enumerate(cells.expand(load(CONFIG), model), start=1):
+        (got, scores), (wanted, eager_scores) = (records(model, cell, eager) for eager in (False, True))
+        assert got == wanted
+        assert scores == pytest.approx(eager_scores, rel=1e-5)  # constant shapes are summed in another order
+        assert recorded.captured == 2 * number  # the last batch has one row less
+
+
+def test_speed_is_that_of_decode_steps_alone(load, model, monkeypatch):
+    cell = cells.expand(load(CONFIG), model)[0]
+    times = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(times)))  # a second between any two looks
+    samples = [cell.task.sample(model.tokenizer, 0, index) for index in (0, 1)]
+    (record, _) = Measurement(model, cell).batch([0, 1], samples)
+    assert record["tokens_per_second"] == pytest.approx(2)  # two rows, a second a step
