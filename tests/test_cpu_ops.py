@@ -24,6 +24,17 @@ def test_attend_over_chosen_slots():
     torch.testing.assert_close(cpu.attend(query, keys, values, lengths, **given)[0], wanted)
 
 
+def test_attend_over_all_slots():
+    query, keys, values = (
+        torch.randn(2, 2, 3, 16),
+        torch.randn(2, 2, 90, 16)[:, :, :70],
+        torch.randn(2, 2, 70, 16),
+    )
+    lengths = torch.tensor([[70, 1], [0, 33]])
+    wanted, _ = reference.attend(query, keys, values, lengths, scale=0.3)
+    torch.testing.assert_close(cpu.attend(query, keys, values, lengths, scale=0.3)[0], wanted)
+
+
 @pytest.mark.parametrize("layout", KINDS)
 @pytest.mark.parametrize("capacity", [70, 9000])
 @pytest.mark.parametrize("group_score", ["softmax", "logits"])
