@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kvsieve.bench import attention, decode, room
@@ -212,3 +213,22 @@ def test_a_dense_attention_that_fails_is_noted_not_fatal(monkeypatch, tmp_path):
 def test_help_imports_no_torch():
     code = "import sys; from kvsieve.cli import app; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_cell_that_fails_costs_no_other(monkeypatch, tmp_path):
+    measure = attention._measure
+
+    def exhausted(plan, cell, *others):
+        if cell.context == 64:
+            raise torch.OutOfMemoryError("no room\nfor it")
+        assert len(list(tmp_path.glob("*.json"))) == 1  # the first cell is on the disk already
+        return measure(plan, cell, *others)
+
+    monkeypatch.setattr(attention, "_measure", exhausted)
+    result = CliRunner().invoke(app, [*ATTENTION, *POLICIES, "--no-plot", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "B=1 T=64 failed: OutOfMemoryError: no room" in result.stderr
+    (path,) = tmp_path.glob("*.json")
+    failed, measured = json.loads(path.read_text())["cells"]
+    assert (failed["context"], failed["rows"]) == (64, [])
+    assert [row["policy"].split()[0] for row in measured["rows"]] == ["sparq", "h2o"]

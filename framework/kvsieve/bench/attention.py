@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from .timing import (
     Bandwidth,
     Measure,
     Stopwatch,
+    attempt,
     captured,
     describe_failure,
     interleave,
@@ -57,8 +58,8 @@ class Cell(NamedTuple):
         return f"B={self.batch} T={self.context} heads {self.heads}"
 
 
-def run(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure every cell of the plan; one record a cell.
+def run(plan: Plan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Measure every cell of the plan; one record a cell, as soon as it is there.
 
     Raises:
         UserError: what was asked for does not exist or does not fit, found before anything is allocated.
@@ -78,13 +79,12 @@ def run(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
             say(f"left out: {error}")
         else:
             todo.append((cell, field))
-    records = []
     with ops.use(plan.implementation) if plan.implementation else contextlib.nullcontext():
         watch = Stopwatch(plan.device)
         for cell, field in todo:
             say(f"{cell} ...")
-            records.append(_measure(plan, cell, field, families, watch))
-    return records
+            sizes = {"batch": cell.batch, "context": cell.context, "heads": cell.heads._asdict()}
+            yield sizes | attempt(lambda: _measure(plan, cell, field, families, watch))  # noqa: B023
 
 
 def _contenders(plan: Plan, cell: Cell) -> list[Contender]:
@@ -145,9 +145,6 @@ def _measure(
             }
         )
     return {
-        "batch": cell.batch,
-        "context": cell.context,
-        "heads": cell.heads._asdict(),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "bandwidth": speeds,
         "best_dense": {

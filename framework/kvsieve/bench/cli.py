@@ -175,29 +175,37 @@ def _names(given: str | None) -> list[str]:
 
 
 def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
-    """Measure, print the table, write the files, and say where they are."""
+    """Measure; print the table of each cell and write it to the file as it comes; say where the files are."""
     from rich.console import Console
 
     from . import results
     from .table import tables
 
     results.prepare_folder(out)
-    cells = run(plan, lambda line: typer.echo(line, err=True))
+    path, settings = results.new_file(out, benchmark, plan.device), _settings(plan)
+    console = Console(highlight=False)
+    cells: list[dict[str, Any]] = []
+    for cell in run(plan, lambda line: typer.echo(line, err=True)):
+        cells.append(cell)
+        results.write(path, benchmark, plan.device, settings, cells)
+        if "failed" in cell:
+            typer.echo(f"B={cell['batch']} T={cell['context']} failed: {cell['failed']}", err=True)
+        for table in tables(benchmark, [cell]):
+            console.print(table, end="\n\n")
     if not cells:
         raise UserError("nothing was measured: no cell fits in memory; take a smaller --batch or --context")
-    console = Console(highlight=False)
-    for table in tables(benchmark, cells):
-        console.print(table, end="\n\n")
-    path = results.write(out, benchmark, plan.device, _settings(plan), cells)
     typer.echo(f"numbers: {path}")
-    if plot:
+    measured = [cell for cell in cells if "failed" not in cell]
+    if plot and measured:
         try:
             from . import plot as drawing
 
-            drawing.write(path.with_suffix(".svg"), benchmark, cells)
+            drawing.write(path.with_suffix(".svg"), benchmark, measured)
             typer.echo(f"plot: {path.with_suffix('.svg')}")
         except UserError as error:
             typer.echo(f"no plot: {error}")
+    if len(measured) < len(cells):
+        raise typer.Exit(1)
 
 
 def _settings(plan: Any) -> dict[str, Any]:

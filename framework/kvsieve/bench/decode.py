@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from ..policy import Policy
 from . import room
 from .options import Contender, contenders, default_policies
 from .shapes import heads_of, model_config
-from .timing import Measure, describe_failure, interleave, ratio, summary
+from .timing import Measure, attempt, describe_failure, interleave, ratio, summary
 from .whole import Models, OurSteps, StepsWithoutAttention, StockGenerate
 
 REST, TRANSFORMERS = "without attention", "transformers"
@@ -54,8 +54,8 @@ class Cell(NamedTuple):
         return f"B={self.batch} T={self.context}"
 
 
-def run(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure every cell of the plan; one record a cell.
+def run(plan: Plan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Measure every cell of the plan; one record a cell, as soon as it is there.
 
     Raises:
         UserError: what was asked for does not exist or does not fit, found before anything is allocated.
@@ -71,15 +71,14 @@ def run(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
                     raise
                 say(f"left out: {error}")
     if not cells:
-        return []
+        return
     say(f"making {plan.shape} with random weights ...")
     models = Models(config, plan.dtype, plan.device)
-    records = []
     with ops.use(plan.implementation) if plan.implementation else contextlib.nullcontext():
         for cell in cells:
             say(f"{cell} ...")
-            records.append(_measure(plan, cell, models))
-    return records
+            sizes = {"batch": cell.batch, "context": cell.context}
+            yield sizes | attempt(lambda: _measure(plan, cell, models))  # noqa: B023
 
 
 def _planned(plan: Plan, config: Any, batch: int, context: int) -> Cell:
@@ -217,8 +216,6 @@ def _record(cell: Cell, models: Models, found: _Found) -> dict[str, Any]:
             }
         )
     return {
-        "batch": cell.batch,
-        "context": cell.context,
         "weight_bytes": weights,
         "interleaved": cell.together,
         "without_attention": summary(found.times[REST]),

@@ -70,25 +70,32 @@ def prepare_folder(folder: Path) -> None:
         raise UserError(f"--out {folder}: {error.strerror or error}") from error
 
 
+def new_file(folder: Path, benchmark: str, device: torch.device) -> Path:
+    """`<benchmark>-<device>-<time>.json` in the folder."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    device_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return folder / f"{benchmark}-{device_name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+
+
 def write(
-    folder: Path,
+    path: Path,
     benchmark: str,
     device: torch.device,
     settings: dict[str, Any],
     cells: Sequence[dict[str, Any]],
-) -> Path:
-    """`<benchmark>-<device>-<time>.json` in the folder; seconds, bytes and bytes a second throughout."""
-    about = machine(device)
-    device_name = re.sub(r"[^a-z0-9]+", "-", str(about.get("gpu", "cpu")).lower()).strip("-")
-    path = folder / f"{benchmark}-{device_name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    command = " ".join(["kvsieve", *sys.argv[1:]])
+) -> None:
+    """All cells so far; seconds, bytes and bytes a second throughout."""
     record = {
         "benchmark": benchmark,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": command,
-        "machine": about,
+        "command": " ".join(["kvsieve", *sys.argv[1:]]),
+        "machine": machine(device),
         "settings": settings,
         "cells": list(cells),
     }
-    path.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    return path
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error

@@ -36,6 +36,8 @@ def tables(benchmark: str, cells: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """One for each cell, with a line for each policy and key layout."""
     columns = _COLUMNS[benchmark]
     for cell in cells:
+        if "failed" in cell:
+            continue
         # 80 columns are enough for it.
         shown = Table(
             box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0), header_style="bold"

@@ -6,6 +6,7 @@ on it, meets all alike, and a ratio is the median over rounds of the ratios with
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -178,3 +179,12 @@ def describe_failure(error: Exception) -> dict[str, Any]:
     """Why something was not timed, on one line."""
     text = str(error).strip().splitlines()
     return {"not_run": f"{type(error).__name__}: {text[0] if text else ''}"[:300]}
+
+
+def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured; or, so that the other cells are not lost, why nothing was."""
+    try:
+        return measure()
+    except Exception as error:
+        gc.collect()  # what an exhausted memory held
+        return {"failed": describe_failure(error)["not_run"], "rows": []}
