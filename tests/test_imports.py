@@ -66,9 +66,10 @@ def test_the_framework_never_imports_the_policies():
 @pytest.mark.parametrize(
     ("low", "high"),
     [
-        ("policy", ["cache", "ops", "attention", "loop", "models", "compare", "bench", "plugins"]),
-        ("ops", ["cache", "attention", "loop", "models", "compare", "bench", "plugins"]),
-        ("transfer", ["cache", "ops", "attention", "loop", "models", "compare", "bench"]),
+        ("policy", ["layer", "cache", "ops", "attention", "loop", "models", "compare", "bench", "plugins"]),
+        ("ops", ["layer", "cache", "attention", "loop", "models", "compare", "bench", "plugins"]),
+        ("layer", ["cache", "attention", "loop", "models", "compare", "bench", "plugins"]),
+        ("transfer", ["layer", "cache", "ops", "attention", "loop", "models", "compare", "bench"]),
         ("cache", ["attention", "loop", "models", "compare", "bench", "plugins"]),
         ("attention", ["loop", "models", "compare", "bench", "plugins"]),
         ("loop", ["models", "compare", "bench", "plugins"]),

@@ -16,7 +16,8 @@ from .hooks import hookimpl
 
 if TYPE_CHECKING:
     from . import corpus, ops, plugins, testing, transfer
-    from .cache import KVCache, LayerCache, NewTokens
+    from .cache import KVCache
+    from .layer import LayerCache, NewTokens
     from .layouts import KeyLayout
     from .loop import decode, score
     from .models import load, prepare
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _FROM = {
-    "cache": ["KVCache", "LayerCache", "NewTokens"],
+    "cache": ["KVCache"],
+    "layer": ["LayerCache", "NewTokens"],
     "layouts": ["KeyLayout"],
     "loop": ["decode", "score"],
     "models": ["load", "prepare"],

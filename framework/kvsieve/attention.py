@@ -15,8 +15,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import layouts, ops, transfer
-from .cache import ATTENTION, LayerCache
+from .cache import ATTENTION
 from .errors import UserError
+from .layer import LayerCache
 from .policy import Observe
 from .windows import WindowLayer
 

@@ -13,8 +13,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from .cache import KVCache, LayerCache
+from .cache import KVCache
 from .errors import UserError
+from .layer import LayerCache
 
 
 def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from . import parallel
-from .cache import KVCache, LayerCache
+from .cache import KVCache
 from .errors import UserError
+from .layer import LayerCache
 
 EAGER = "eager was asked for"
 _wanted = True

@@ -15,8 +15,9 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from . import graph, transfer
-from .cache import KVCache, LayerCache
+from .cache import KVCache
 from .errors import UserError
+from .layer import LayerCache
 from .policy import Policy
 from .prompts import Prompts, check_lengths, end_tokens, pad_token, token_lists
 from .sampling import Given, Sampler

@@ -30,7 +30,7 @@ import torch
 from .layouts import KeyLayout
 
 if TYPE_CHECKING:
-    from .cache import LayerCache, NewTokens
+    from .layer import LayerCache, NewTokens
 
 # What a column or summary holds: one number (a dtype), or a vector (dtype, size); size "D" is the head size.
 Shape = torch.dtype | tuple[torch.dtype, "int | str"]

@@ -21,8 +21,8 @@ import torch
 
 from . import ops, plugins, transfer
 from .attention import decode_step, prefill
-from .cache import LayerCache, NewTokens
 from .errors import UserError
+from .layer import LayerCache, NewTokens
 from .layouts import KeyLayout, by_token
 from .policy import Observe, Policy, Selection, Shape
 

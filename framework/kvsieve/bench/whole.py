@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .. import attention, loop, models, transfer
-from ..cache import LayerCache
+from ..layer import LayerCache
 from ..policy import Policy
 from ..sampling import Sampler
 from .layer import Checkpoint, fill
