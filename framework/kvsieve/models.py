@@ -72,7 +72,7 @@ def load(
         check_config(config)
         if tensor_parallel:
             parallel.check_split(config)
-        placed = parallel.split_arguments() if tensor_parallel else {"device_map": device_map}
+        placed = parallel.split_arguments(config) if tensor_parallel else {"device_map": device_map}
         model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=_dtype(dtype, target),

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .errors import UserError
 
@@ -61,6 +62,20 @@ def check_launch(device: object, device_map: object) -> None:
         raise UserError("tensor_parallel needs the package accelerate: pip install 'kvsieve[parallel]'")
 
 
+def check_alone() -> None:
+    """Refuse, in each of several processes, work that is not shared and that each would do.
+
+    Raises:
+        UserError: torchrun started this process and others.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes > 1:
+        raise UserError(
+            f"torchrun started {processes} processes, each of which would run the whole comparison: put "
+            "tensor_parallel: true into it, or start it without torchrun"
+        )
+
+
 def check_split(config: PreTrainedConfig) -> None:
     """Refuse, before any weight is read, a model that cannot be split over the processes.
 
@@ -86,12 +101,20 @@ def check_split(config: PreTrainedConfig) -> None:
         )
 
 
-def split_arguments() -> dict[str, Any]:
-    """What `from_pretrained` is told, in the words of the installed transformers."""
-    try:
-        from transformers.distributed.configuration_utils import DistributedConfig
-    except ImportError:
-        return {"tp_plan": "auto"}
-    if "tp_plan" not in DistributedConfig.__dataclass_fields__:
-        return {"tp_plan": "auto"}
-    return {"distributed_config": DistributedConfig(tp_size=int(os.environ["WORLD_SIZE"]), tp_plan="auto")}
+def split_arguments(config: PreTrainedConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told: transformers' own plan for the model.
+
+    Before 5.21 transformers cannot share out a vocabulary that the processes do not divide: there the plan leaves
+    it out, and every process holds all of the embeddings and of the output layer.
+    """
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    size = int(os.environ["WORLD_SIZE"])
+    plan: dict[str, str] | Literal["auto"] = "auto"
+    older = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 21)
+    if older and config.get_text_config(decoder=True) is config and config.vocab_size % size:
+        untyped: Any = AutoModelForCausalLM
+        prefix = untyped._model_mapping[type(config)].base_model_prefix
+        shared = config.base_model_tp_plan or {}
+        plan = {f"{prefix}.{name}": style for name, style in shared.items() if name != "embed_tokens"}
+    return {"distributed_config": DistributedConfig(tp_size=size, tp_plan=plan)}

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvsieve
-from kvsieve import UserError
+from kvsieve import UserError, parallel
 from kvsieve.compare import config, run, store
 from kvsieve.reference_model.tokenizer import byte_tokenizer
 
@@ -136,6 +137,22 @@ def test_heads_that_cannot_be_shared_are_refused(split):
     assert "1 KV heads, which 2 processes cannot share evenly" in split[0]["refused"]
 
 
+@pytest.mark.parametrize("release", ["5.17.0", "5.23.0"])
+def test_a_vocabulary_that_cannot_be_shared_is_left_out_of_an_older_transformers_plan(monkeypatch, release):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("transformers.__version__", release)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    odd, even = (LlamaConfig(vocab_size=size, tie_word_embeddings=True, **shape) for size in (101, 102))
+    plan = parallel.split_arguments(odd)["distributed_config"].tp_plan
+    if release == "5.23.0":
+        assert plan == "auto"
+    else:
+        layers = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in LlamaForCausalLM(odd).named_modules()}
+        assert plan["model.layers.*.self_attn.k_proj"] == "colwise"
+        assert plan.keys() <= layers - {"lm_head", "model.embed_tokens"}
+    assert parallel.split_arguments(even)["distributed_config"].tp_plan == "auto"
+
+
 def test_not_under_torchrun(folder, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -143,6 +160,16 @@ def test_not_under_torchrun(folder, monkeypatch):
         kvsieve.load(str(folder / "mistral"), tensor_parallel=True)
     with pytest.raises(UserError, match="leave out device and device_map"):
         kvsieve.load(str(folder / "mistral"), tensor_parallel=True, device="cpu")
+
+
+def test_under_torchrun_without_tensor_parallel(folder, tmp_path, monkeypatch):
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(COMPARISON.format(model=folder / "bytes", split="false"))
+    with pytest.raises(UserError, match="torchrun started 2 processes, .*: put tensor_parallel: true into it"):
+        run.compare(config.load(alone), tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_accelerate_is_missing(folder, monkeypatch):

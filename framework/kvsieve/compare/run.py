@@ -52,6 +52,8 @@ def compare(
             written.
         KeyboardInterrupt: when interrupted; the samples measured so far are in the folder.
     """
+    if not config.settings.tensor_parallel:
+        parallel.check_alone()
     console = console or Console(stderr=True)
     folder = folder or Path("results") / config.name
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
