@@ -120,6 +120,7 @@ def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(cluster,
     printed = compare.console.export_text()
     assert "2 samples are already in" in printed
     assert "4/7 samples" in printed
+    assert "its worker died, goes on where it stopped: needle 120, deadly" in printed
     found = store.read(outcome.folder / "samples.jsonl")
     assert found[:2] == kept
     assert set(Counter((r["cell"], r["sample"]) for r in found).values()) == {1}

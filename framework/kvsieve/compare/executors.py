@@ -49,7 +49,14 @@ class Finished(NamedTuple):
     cell: Cell
 
 
-Events = Generator[Measured | Failed | Finished, None, None]
+class Begun(NamedTuple):
+    """A cell that is begun again where it stopped."""
+
+    cell: Cell
+    reason: str
+
+
+Events = Generator[Measured | Failed | Finished | Begun, None, None]
 
 
 class Executor(Protocol):

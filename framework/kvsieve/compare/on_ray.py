@@ -14,7 +14,19 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .executors import Events, Failed, Finished, Measured, Plan, Work, failed, load_model, measure_cell, plan
+from .executors import (
+    Begun,
+    Events,
+    Failed,
+    Finished,
+    Measured,
+    Plan,
+    Work,
+    failed,
+    load_model,
+    measure_cell,
+    plan,
+)
 
 if TYPE_CHECKING:
     from .cells import Cell
@@ -62,6 +74,8 @@ class OnRay:
                     "a Ray cluster could not be started here" if address is None else f"address {address!r}"
                 )
                 raise UserError(f"{where}: {error}") from None
+            # Whatever log_to_driver says, Ray prints a paragraph about a worker that died; `Begun` says it.
+            ray._private.worker._worker_logs_enabled = False
 
     def plan(self, config: Config, started: str) -> Plan:
         settings = config.settings
@@ -101,16 +115,15 @@ class OnRay:
                     job.missing, job.deaths = [i for i in job.missing if i not in done], 0
                 else:
                     running = [(stream, other) for stream, other in running if stream is not ready]
-                if event is None:
+                if isinstance(event, Begun):
                     waiting.appendleft(job)
-                else:
-                    yield event
+                yield event
         finally:
             for stream, _ in running:
                 self.ray.cancel(stream, force=True)
 
-    def _next(self, stream: Any, job: _Job) -> Measured | Failed | Finished | None:
-        """What a cell has to say; None: its worker died, and it is to be begun again."""
+    def _next(self, stream: Any, job: _Job) -> Measured | Failed | Finished | Begun:
+        """What a cell has to say; or that its worker died, and it is to be begun again."""
         try:
             return self.ray.get(next(stream))
         except StopIteration:
@@ -120,7 +133,7 @@ class OnRay:
         except self.ray.exceptions.RayError as error:
             job.deaths += 1
             if job.deaths < _ATTEMPTS:
-                return None
+                return Begun(job.cell, "its worker died")
             reason = f"its worker died {job.deaths} times in a row: {type(error).__name__}"
             return Failed(job.cell, reason, str(error))
 

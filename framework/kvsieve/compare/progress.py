@@ -63,6 +63,13 @@ class RunProgress:
                 f"{self._count()} samples, {_time(elapsed)}, {_time(left)} left: {cell.label}", soft_wrap=True
             )
 
+    def again(self, cell: Cell, reason: str) -> None:
+        """A cell goes on where it stopped."""
+        self.console.print(
+            f"{reason}, goes on where it stopped: {cell.label}", style="yellow", soft_wrap=True, markup=False,
+            highlight=False,
+        )  # fmt: skip
+
     def fail(self, cell: Cell, reason: str) -> None:
         self.console.print(
             f"failed: {cell.label}: {reason}", style="red", soft_wrap=True, markup=False, highlight=False

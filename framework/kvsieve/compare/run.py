@@ -17,7 +17,7 @@ from ..errors import UserError
 from . import summary
 from .cells import Cell
 from .config import Config
-from .executors import Executor, Failed, Here, Measured, Plan, Work
+from .executors import Begun, Executor, Failed, Here, Measured, Plan, Work
 from .progress import RunProgress
 from .store import Store
 
@@ -101,6 +101,8 @@ def _measure(executor: Executor, work: Work, plan: Plan, store: Store, console: 
                 progress.fail(cell, event.reason)
                 _append(store.path.parent / "errors.txt", f"{cell.label}\n{event.details}\n")
                 progress.advance(cell, left[cell.id], measured=False)
+            elif isinstance(event, Begun):
+                progress.again(cell, event.reason)
             else:
                 progress.finish(cell)
     return failures
