@@ -29,11 +29,18 @@ def with_includes(text: str) -> str:
 
 
 def by_policy(summary: Path) -> str:
-    """summary.csv with a line per policy and a column per task and context."""
+    """summary.csv with a line per policy and a column per task and context.
+
+    Where no compression was asked for, a line is named by those parameters in which a policy's lines differ.
+    """
     table: dict[str, dict[str, str]] = {}
     with summary.open() as file:
-        for row in csv.DictReader(file):
-            cells = table.setdefault(" ".join(filter(None, (row["policy"], row["compression"]))), {})
+        rows = list(csv.DictReader(file))
+        for row in rows:
+            others = [set(other["parameters"].split()) for other in rows if other["policy"] == row["policy"]]
+            differ = [part for part in row["parameters"].split() if not all(part in other for other in others)]
+            how = row["compression"] or " ".join(differ)
+            cells = table.setdefault(f"{row['policy']} {how}".strip(), {})
             cells.setdefault("bytes read", f"{float(row['bytes_ratio']):.2f}")
             cells[f"{row['task']} {row['context']}"] = f"{float(row['score']):.3g}"
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
