@@ -2,6 +2,7 @@
 
 import csv
 import os
+import socket
 import sys
 from collections import Counter
 from pathlib import Path
@@ -161,3 +162,30 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'kvsieve\[ray\]'"):
         on_ray.OnRay()
+
+
+def test_an_address_where_nothing_answers(monkeypatch):
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'kvsieve[ray]'")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"no Ray cluster answers at {address}: .*refused"):
+            on_ray.OnRay(address)
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=f"no Ray cluster answers at {address}: .*refused"):
+            on_ray.OnRay()
+
+
+def test_a_cluster_that_does_not_let_us_in(monkeypatch):
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'kvsieve[ray]'")
+
+    def refused(**options):
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refused)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"{address}': Failed to connect; .*RAY_AUTH_MODE=token"):
+            on_ray.OnRay(address)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import socket
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .cells import Cell
     from .config import Config, Settings
 
+_SECONDS_TO_ANSWER = 10
 _ATTEMPTS = 3  # worker deaths in a row, without a batch between them, after which a cell is given up
 
 
@@ -66,14 +68,16 @@ class OnRay:
         self.ray: Any = ray
         self.workers = workers
         if not ray.is_initialized():
+            _check_answers(address or os.environ.get("RAY_ADDRESS"))
             quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
             try:
                 ray.init(address=address, log_to_driver=False, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
-                where = (
-                    "a Ray cluster could not be started here" if address is None else f"address {address!r}"
-                )
-                raise UserError(f"{where}: {error}") from None
+                if address is None:
+                    raise UserError(f"a Ray cluster could not be started here: {error}") from None
+                raise UserError(
+                    f"address {address!r}: {error}; a cluster that asks for a token is used with RAY_AUTH_MODE=token"
+                ) from None
             # Whatever log_to_driver says, Ray prints a paragraph about a worker that died; `Begun` says it.
             ray._private.worker._worker_logs_enabled = False
 
@@ -139,6 +143,17 @@ class OnRay:
 
     def _remote(self, function: Any) -> Any:
         return self.ray.remote(**self.options)(function)
+
+
+def _check_answers(address: str | None) -> None:
+    """Say at once, not after minutes, that nothing listens there; what is no `host:port` is left to Ray."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"no Ray cluster answers at {address}: {error}") from None
 
 
 def _plan(config: Config, started: str) -> Plan | str:
