@@ -155,9 +155,8 @@ def policies() -> None:
 def tasks() -> None:
     """List the tasks: where they come from, their parameters with defaults, what they measure."""
     from . import plugins
-    from .compare.tasks import registered
 
-    _list(registered().values(), plugins.problems())
+    _list(plugins.tasks().values(), plugins.problems())
 
 
 @app.command()
@@ -167,9 +166,8 @@ def schema() -> None:
 
     from . import plugins
     from .compare.schema import schema as make
-    from .compare.tasks import registered
 
-    typer.echo(json.dumps(make(plugins.policies().values(), registered().values()), indent=2))
+    typer.echo(json.dumps(make(plugins.policies().values(), plugins.tasks().values()), indent=2))
 
 
 @app.command()

@@ -22,7 +22,7 @@ from .. import plugins
 from ..errors import UserError, unknown
 from ..plugins import Registered
 from .source import Loc, Mistake
-from .tasks import Task, registered
+from .tasks import Task
 
 if typing.TYPE_CHECKING:
     from ..policy import Policy
@@ -117,7 +117,7 @@ def choice_from_options(name: str, compression: str | None, options: Sequence[st
 
 def read_tasks(entry: Any, loc: Loc, mistakes: list[Mistake]) -> list[tuple[Task, Loc]]:
     """The tasks of one entry under `tasks`, each with its place; what is wrong goes to `mistakes`."""
-    named = _named("task", entry, loc, registered(), mistakes)
+    named = _named("task", entry, loc, plugins.tasks(), mistakes)
     if named is None:
         return []
     name, cls, parameters, loc = named
