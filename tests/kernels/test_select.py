@@ -116,3 +116,19 @@ def test_the_same_bits_every_time():
     channels = reference.top_channels(query, 8)
     runs = [ops.top_by_channels(query, keys, lengths, channels, 9, size=90, scale=0.1) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("group_score", ["softmax", "logits"])
+def test_scores_beyond_half_precision_still_give_slots(group_score):
+    lengths = torch.tensor([[150, 70]], device=DEVICE)
+    query, keys = normal(1, 2, 2, 64, dtype=torch.float16), normal(1, 2, 150, 64, dtype=torch.float16, seed=1)
+    keys *= torch.arange(150, device=DEVICE)[:, None] >= 40  # the first scores are zero
+    keys[:, :, 40:] += 5000 * query[:, :, :1]
+    given = {"size": 150, "scale": 1.0, "group_score": group_score}
+    for sign in (1, -1):
+        channels = reference.top_channels(query, 8)
+        slots, counts, missed = ops.top_by_channels(sign * query, keys, lengths, channels, 20, **given)
+        assert counts.tolist() == [[20, 20]]
+        assert all(len(set(chosen)) == 20 and max(chosen) < 150 for chosen in slots[0].tolist())
+        assert missed.isfinite().all()

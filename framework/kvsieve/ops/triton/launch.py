@@ -50,10 +50,14 @@ def merge(head_size: int) -> int:
 
 
 def score(r: int, dtype: torch.dtype) -> Launch:
-    """For the scores of one query token from r channels: 8 or 16 KiB of keys a stage."""
+    """For the scores of one query token from r channels: 8 or 16 KiB of keys a stage.
+
+    The query's heads are the short side of the product, of which tensor cores take 8 at least, AMD's 16.
+    """
+    hip = backend() == "hip"
     numbers = 2**11 if dtype == torch.float32 else 2**13
     slots = min(256, max(16, numbers // max(16, triton.next_power_of_2(r))))
-    return Launch(slots, 16, 4, 2 if dtype == torch.float32 or backend() == "hip" else 3)
+    return Launch(slots, 16 if hip else 8, 4, 2 if dtype == torch.float32 or hip else 3)
 
 
 def chunk(slots: int) -> int:
@@ -75,6 +79,11 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 4  # the interpreter: a few, so that rows are split
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def warps(threads: int) -> int:
+    """How many warps are so many threads, a power of 2."""
+    return max(1, threads // (64 if backend() == "hip" else 32))
 
 
 def interpreting() -> bool:

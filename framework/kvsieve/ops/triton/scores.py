@@ -26,16 +26,14 @@ class Pieces(NamedTuple):
 def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
     """As `reference.top_channels`; of equal channels the first."""
     rows, heads, group, size = query.shape
+    block = triton.next_power_of_2(size)
     channels = torch.empty(rows, heads, r, dtype=torch.int64, device=query.device)
     _top_channels[(rows * heads,)](
-        query.contiguous(),
-        channels,
-        r,
+        *(query.contiguous(), channels, r),
         G=group,
-        GROUP=triton.next_power_of_2(group),
         D=size,
-        BLOCK_D=triton.next_power_of_2(size),
-        TILE=16,
+        BLOCK_D=block,
+        num_warps=launch.warps(block),  # a thread a channel: one barrier, few registers
     )
     return channels
 
@@ -128,33 +126,24 @@ def _top_channels(
     channels,  # [B, K, r]
     r,
     G: tl.constexpr,
-    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
 ):
-    """A channel's rank is how many are larger: D * D comparisons, no sorting."""
+    """A channel's rank is how many are larger: D * D comparisons, no sorting.
+
+    The heads are added up one by one, never by `tl.sum`: each channel is compared with all, itself included, and a sum
+    whose order depends on the layout of threads would differ from itself and leave places unwritten.
+    """
     pair, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
-    query += pair * G * D
-    size = _magnitude(query, d, G, GROUP, D)
-    rank = tl.zeros([BLOCK_D], tl.int32)
-    for first in range(0, D, TILE):
-        e = first + tl.arange(0, TILE)
-        other = _magnitude(query, e, G, GROUP, D)[None, :]
-        before = (other > size[:, None]) | ((other == size[:, None]) & (e[None, :] < d[:, None]))
-        rank += tl.sum(before.to(tl.int32), 1)
-    tl.store(channels + pair * r + rank, d.to(tl.int64), mask=(d < D) & (rank < r))
-
-
-@triton.jit
-def _magnitude(query, d, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):
-    """The sum of |q| over the group in channels `d`; less than any channel's beyond the last."""
-    g = tl.arange(0, GROUP)
-    mask = (g < G)[:, None] & (d < D)[None, :]
-    q = tl.load(query + g[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    size = tl.sum(tl.abs(q), 0)
+    size = tl.zeros([BLOCK_D], tl.float32)
+    for g in tl.static_range(G):
+        q = tl.load(query + (pair * G + g) * D + d, mask=d < D, other=0.0)
+        size += tl.abs(q.to(tl.float32))
     size = tl.where(size == size, size, float("inf"))  # NaN has no rank, and every place must be written
-    return tl.where(d < D, size, -1.0)
+    size = tl.where(d < D, size, -1.0)
+    larger = (size[:, None] > size[None, :]) | ((size[:, None] == size[None, :]) & (d[:, None] < d[None, :]))
+    rank = tl.sum(larger.to(tl.int32), 0)
+    tl.store(channels + pair * r + rank, d.to(tl.int64), mask=(d < D) & (rank < r))
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -203,25 +192,28 @@ def _score_piece(  # noqa: PLR0912 - variants that the compiler leaves out
         if begin >= end:
             tl.store(lse + (pair * splits + piece) * G + g, float("-inf"), mask=real)
             return
-    whole = tl.load(query + head[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    norm = tl.sum(tl.abs(whole.to(tl.float32)), 1)
+    whole = tl.load(query + head[None, :] * D + d[:, None], mask=real[None, :] & (d < D)[:, None], other=0.0)
+    norm = tl.sum(tl.abs(whole.to(tl.float32)), 0)
     channel = tl.load(channels + pair * R + c, mask=c < R, other=0)
     q = tl.load(
-        query + head[:, None] * D + channel[None, :], mask=real[:, None] & (c < R)[None, :], other=0.0
+        query + head[None, :] * D + channel[:, None], mask=real[None, :] & (c < R)[:, None], other=0.0
     )
-    held = tl.sum(tl.abs(q.to(tl.float32)), 1)
+    held = tl.sum(tl.abs(q.to(tl.float32)), 0)
     if EVERY:  # the products of the other channels are left out of the query instead of the keys
         member = tl.sum(((channel[:, None] == d[None, :]) & (c < R)[:, None]).to(tl.int32), 0) > 0
-        q = tl.where(member[None, :], whole, 0.0).to(whole.dtype)
+        q = tl.where(member[:, None], whole, 0.0).to(whole.dtype)
         channel = d.to(tl.int64)
         needed = d < D
     else:
         needed = c < R
     coverage = tl.where(norm > 0, held / tl.where(norm > 0, norm, 1.0), 1.0)
     factor = scale / tl.sqrt(tl.maximum(coverage, 1e-6))
+    if lse is not None:
+        if softcap is None:
+            factor *= LOG2_E
 
     keys += (pair // KV_HEADS) * key_row + (pair % KV_HEADS) * key_head
-    keys_of_channel = keys + channel[:, None] * key_d
+    keys_of_channel = keys + channel[None, :] * key_d
     # Loads of 16 bytes need a mask that is the same for all of them: what lies beyond the last live slot is then read
     # with it, and left out afterwards.
     readable = length
@@ -237,24 +229,25 @@ def _score_piece(  # noqa: PLR0912 - variants that the compiler leaves out
             place = slot * key_block
         else:
             place = (slot // KEY_BLOCK) * key_block + (slot % KEY_BLOCK) * key_slot
-        mask = needed[:, None] & (index < readable)[None, :]
-        k = tl.load(keys_of_channel + place[None, :], mask=mask, other=0.0)
-        logit = tl.dot(q, k, input_precision="ieee") * factor[:, None]
+        mask = needed[None, :] & (index < readable)[:, None]
+        k = tl.load(keys_of_channel + place[:, None], mask=mask, other=0.0)
+        logit = tl.dot(k, q, input_precision="ieee") * factor[None, :]
         if softcap is not None:
             logit = capped(logit, softcap)
-        target = scores + head[:, None] * aligned + index[None, :]
+            if lse is not None:
+                logit *= LOG2_E
+        target = scores + head[None, :] * aligned + index[:, None]
         if lse is None:
-            logit = tl.where(live[None, :], logit, float("-inf"))
-            tl.store(target, logit, mask=real[:, None] & (index < total)[None, :])
+            logit = tl.where(live[:, None], logit, float("-inf"))
+            tl.store(target, logit, mask=real[None, :] & (index < total)[:, None])
         else:
-            logit *= LOG2_E
             if scores.dtype.element_ty == tl.float16:
-                logit = tl.minimum(tl.maximum(logit, -65504.0), 65504.0)
+                logit = tl.minimum(logit, 65504.0)
             stored = logit.to(scores.dtype.element_ty)
-            tl.store(target, stored, mask=real[:, None] & (index < tl.cdiv(length, 16) * 16)[None, :])
-            logit = tl.where(live[None, :], stored.to(tl.float32), float("-inf"))  # the sum of what is stored
-            top = tl.maximum(peak, tl.max(logit, 1))
-            weight = weight * tl.exp2(peak - top) + tl.sum(tl.exp2(logit - top[:, None]), 1)
+            tl.store(target, stored, mask=real[None, :] & (index < tl.cdiv(length, 16) * 16)[:, None])
+            logit = tl.where(live[:, None], stored.to(tl.float32), float("-inf"))  # the sum of what is stored
+            top = tl.maximum(tl.maximum(peak, tl.max(logit, 0)), -1e30)  # finite, whatever the scores
+            weight = weight * tl.exp2(peak - top) + tl.sum(tl.exp2(logit - top[None, :]), 0)
             peak = top
     if lse is not None:
         tl.store(lse + (pair * splits + piece) * G + g, peak + tl.log2(weight), mask=real)
