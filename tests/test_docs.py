@@ -38,7 +38,9 @@ def by_policy(summary: Path) -> str:
         rows = list(csv.DictReader(file))
         for row in rows:
             others = [set(other["parameters"].split()) for other in rows if other["policy"] == row["policy"]]
-            differ = [part for part in row["parameters"].split() if not all(part in other for other in others)]
+            differ = [
+                part for part in row["parameters"].split() if not all(part in other for other in others)
+            ]
             how = row["compression"] or " ".join(differ)
             cells = table.setdefault(f"{row['policy']} {how}".strip(), {})
             cells.setdefault("bytes read", f"{float(row['bytes_ratio']):.2f}")
