@@ -132,3 +132,11 @@ def test_scores_beyond_half_precision_still_give_slots(group_score):
         assert counts.tolist() == [[20, 20]]
         assert all(len(set(chosen)) == 20 and max(chosen) < 150 for chosen in slots[0].tolist())
         assert missed.isfinite().all()
+
+
+@pytest.mark.parametrize(("k", "total"), [(128, 2500), (1, 1025), (1024, 2048), (1500, 3000)])
+def test_chunks_of_real_size(k, total):
+    lengths = torch.tensor([[total, total - 700]], device=DEVICE)
+    check(normal(1, 2, total).softmax(-1), lengths, k, min(k, 32))
+    check((normal(1, 2, total) * 2).round(), lengths, k, 0)
+    check(torch.full((1, 2, total), NOTHING, device=DEVICE), lengths, k, 0)

@@ -12,6 +12,7 @@ import triton
 
 PROGRAMS_PER_SM = 3  # of the split kernel: what an H100's shared memory lets run at once: all in one wave
 KEPT_TILE = 1024  # slots that chunks kept, looked at at once, with a score of each head: more spills
+SPARE = 16  # slots that a chunk may keep beyond the k best, so that it need not find the edge to the last bit
 SLOTS_PER_SPLIT = 128  # at least: below this, merging costs more than it spreads
 
 

@@ -1,10 +1,11 @@
 """Exact top-k by radix select on two levels, without looking at the device and without a row of sorted numbers.
 
-Rankings become integers of the same order. First every chunk of a row keeps its k best: whatever is among the k best
-of the row is among them. Then one program a row and KV head takes the k best of what the chunks kept. Each level finds
-the k-th best value eight bits at a time, from a histogram of those that agree with it so far, and then writes what is
-better, in the order of slots. Of equal values at the edge the newest slots are taken: those with the highest numbers.
-So a result is always the same, bit for bit.
+Rankings become integers of the same order. First every chunk of a row keeps its k best, and at most a few more:
+whatever is among the k best of the row is among them. Then one program a row and KV head takes the k best of what the
+chunks kept. Each level finds the k-th best value eight bits at a time, from a histogram of those that agree with it so
+far, and stops when no more agree than may stay; then it writes what is not worse, in the order of slots. Of equal
+values at the edge the newest slots are taken: those with the highest numbers. So a result is always the same, bit for
+bit.
 """
 
 from typing import Any
@@ -17,8 +18,8 @@ from . import launch
 from .attend import LOG2_E
 from .scores import Pieces, score_pieces
 
-_LOWEST = tl.constexpr(-(2**31))
-_HIGHEST = tl.constexpr(2**31 - 1)
+_NOTHING = tl.constexpr(0)  # a key lower than any slot's
+_HIGHEST = tl.constexpr(2**32 - 1)
 
 
 def top_slots(
@@ -83,8 +84,8 @@ def _select(
         total = aligned
     chunk = launch.chunk(total)
     chunks, kept = triton.cdiv(total, chunk), min(k, chunk)
-    kept_keys = torch.empty(pairs, chunks * kept, dtype=torch.int32, device=device)
-    kept_slots = torch.empty_like(kept_keys)
+    room = min(chunk, kept + launch.SPARE)
+    best = torch.empty(pairs, chunks * room, dtype=torch.int64, device=device)
     slots = torch.empty(rows, heads, k, dtype=torch.int64, device=device)
     counts = torch.empty_like(lengths, memory_format=torch.contiguous_format)
     missed = None
@@ -93,22 +94,24 @@ def _select(
     lengths = lengths.contiguous()
     group_shape: dict[str, Any] = {"G": group, "GROUP": triton.next_power_of_2(group)}
     _best_of_chunk[(pairs, chunks)](
-        *(ranking, scores, lse, lengths, forced, kept_keys, kept_slots),
+        *(ranking, scores, lse, lengths, forced, best),
         *((0, 0, 0) if ranking is None else ranking.stride()),
         *((0, 0, 0) if forced is None else forced.stride()),
-        *(heads, aligned, splits, chunks, kept, newest),
+        *(heads, aligned, splits, chunks, kept, room, newest),
         **group_shape,
         CHUNK=chunk,
+        ROOM=triton.next_power_of_2(room),
         SOFTMAX=group_score == "softmax",
         num_warps=max(4, chunk // 512),
     )
     _best_of_kept[(pairs,)](
-        *(kept_keys, kept_slots, scores, lse, sinks if sinks is None else sinks.contiguous(), lengths),
+        *(best, scores, lse, sinks if sinks is None else sinks.contiguous(), lengths),
         *(slots, counts, missed),
-        *(heads, aligned, splits, chunks, kept, k),
+        *(heads, aligned, splits, chunks, room, k),
         **group_shape,
         CHUNK=chunk,
         TILE=launch.KEPT_TILE,
+        SEARCHED=min(4096, max(launch.KEPT_TILE, triton.next_power_of_2(chunks * room))),
         num_warps=8,
     )
     return slots, counts, missed
@@ -116,21 +119,15 @@ def _select(
 
 @triton.jit
 def _ordered(x):
-    """An int32 with the order of a float32; both zeros are one."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """Keys: uint32 of the order of float32, none of them _NOTHING; both zeros are one."""
+    bits = (x + 0.0).to(tl.uint32, bitcast=True)
+    return tl.where(x < 0, ~bits, bits | 0x80000000)
 
 
 @triton.jit
-def _histogram(keys, mask, prefix, DIGIT: tl.constexpr):
-    """How many of the masked keys whose higher digits are `prefix` have each value of digit 3, 2, 1 or 0."""
-    biased = keys ^ _LOWEST  # unsigned order
-    digit = (biased >> (8 * DIGIT)) & 255
-    if DIGIT < 3:
-        mask &= ((biased >> (8 * DIGIT + 8)) & ((1 << (24 - 8 * DIGIT)) - 1)) == prefix
-    others = tl.sum(1 - mask.to(tl.int32))
-    found = tl.histogram(tl.where(mask, digit, 0), 256)
-    return found - tl.where(tl.arange(0, 256) == 0, others, 0)
+def _count_digits(key, among, shift):
+    """How many of the keys have each value of the eight bits from `shift` on."""
+    return tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=among)
 
 
 @triton.jit
@@ -165,8 +162,7 @@ def _best_of_chunk(
     lse,  # [B, K, splits, G]
     lengths,
     forced,  # [B, K, T] bool, or None: the last `newest` slots
-    kept_keys,  # [B, K, chunks, kept]
-    kept_slots,
+    best,  # [B, K, chunks, room]: key and slot of those kept, then nothing
     ranking_row,
     ranking_head,
     ranking_slot,
@@ -178,10 +174,12 @@ def _best_of_chunk(
     splits,
     chunks,
     kept,
+    room,
     newest,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROOM: tl.constexpr,
     SOFTMAX: tl.constexpr,
 ):
     pair, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -213,24 +211,31 @@ def _best_of_chunk(
     else:
         key = tl.where(index >= length - newest, _HIGHEST, key)
 
-    wanted = tl.minimum(kept, length - begin)
-    prefix = 0
-    same = 0
-    for i in tl.static_range(4):
-        digit, wanted, same = _digit(_histogram(key, live, prefix, 3 - i), wanted)
-        prefix = prefix * 256 + digit
-    edge = prefix ^ _LOWEST
-    equal = live & (key == edge)
-    chosen = (live & (key > edge)) | (equal & (tl.cumsum(equal.to(tl.int32), 0) > same - wanted))
-    place = (pair * chunks + chunk) * kept + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(kept_keys + place, key, mask=chosen)
-    tl.store(kept_slots + place, index, mask=chosen)
+    same = tl.minimum(length - begin, CHUNK)
+    many = tl.minimum(same, kept)
+    wanted = many
+    known, edge, shift = tl.full([], 0, tl.uint32), tl.full([], 0, tl.uint32), 24
+    while (same > wanted + room - kept) & (shift >= 0):
+        histogram = _count_digits(key, live & ((key & known) == edge), shift)
+        digit, wanted, same = _digit(histogram, wanted)
+        known |= tl.full([], 255, tl.uint32) << shift
+        edge |= digit.to(tl.uint32) << shift
+        shift -= 8
+    limit = wanted + room - kept
+    chosen = live & ((key & known) >= edge)
+    if same > limit:  # equal to the last bit
+        equal = live & (key == edge)
+        chosen &= (key > edge) | (tl.cumsum(equal.to(tl.int32), 0) > same - limit)
+    best += (pair * chunks + chunk) * room
+    place = tl.where(chosen, tl.cumsum(chosen.to(tl.int32), 0) - 1, -1)
+    tl.store(best + place, (key.to(tl.int64) << 32) | index, mask=place >= 0)
+    n, written = tl.arange(0, ROOM), many - wanted + tl.minimum(same, limit)
+    tl.store(best + n, tl.zeros([ROOM], tl.int64), mask=(n >= written) & (n < room))
 
 
 @triton.jit(do_not_specialize=["splits", "chunks"])
 def _best_of_kept(
-    kept_keys,  # [B, K, chunks * kept], without gaps: only the last chunk of a row keeps fewer
-    kept_slots,
+    best,  # [B, K, chunks, room]
     scores,
     lse,
     sinks,  # [K, G] or None
@@ -242,34 +247,33 @@ def _best_of_kept(
     aligned,
     splits,
     chunks,
-    kept,
+    room,
     k,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    SEARCHED: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + pair).to(tl.int32)
-    full = length // CHUNK
-    many = full * kept + tl.minimum(length - full * CHUNK, kept)
+    many = tl.cdiv(length, CHUNK) * room
     count = tl.minimum(length, k)
     tl.store(counts + pair, count.to(tl.int64))
-    kept_keys += pair * chunks * kept
-    kept_slots += pair * chunks * kept
-    n = tl.arange(0, TILE)
+    best += pair * chunks * room
+    n, m = tl.arange(0, TILE), tl.arange(0, SEARCHED)
 
-    wanted = count
-    prefix = 0
-    same = 0
-    for i in tl.static_range(4):
+    wanted, same = count, length
+    known, edge, shift = tl.full([], 0, tl.uint32), tl.full([], 0, tl.uint32), 24
+    while (same > wanted) & (shift >= 0):
         histogram = tl.zeros([256], tl.int32)
-        for first in range(0, many, TILE):
-            key = tl.load(kept_keys + first + n, mask=first + n < many, other=0)
-            histogram += _histogram(key, first + n < many, prefix, 3 - i)
+        for first in range(0, many, SEARCHED):
+            key = (tl.load(best + first + m, mask=first + m < many, other=0) >> 32).to(tl.uint32)
+            histogram += _count_digits(key, (key != _NOTHING) & ((key & known) == edge), shift)
         digit, wanted, same = _digit(histogram, wanted)
-        prefix = prefix * 256 + digit
-    edge = prefix ^ _LOWEST
+        known |= tl.full([], 255, tl.uint32) << shift
+        edge |= digit.to(tl.uint32) << shift
+        shift -= 8
 
     g = tl.arange(0, GROUP)
     if missed is not None:
@@ -283,12 +287,11 @@ def _best_of_kept(
     written = 0
     equal_before = 0
     for first in range(0, many, TILE):
-        there = first + n < many
-        key = tl.load(kept_keys + first + n, mask=there, other=0)
-        slot = tl.load(kept_slots + first + n, mask=there, other=0).to(tl.int64)
-        equal = there & (key == edge)
+        both = tl.load(best + first + n, mask=first + n < many, other=0)
+        key, slot = (both >> 32).to(tl.uint32), both & 0xFFFFFFFF
+        equal = (key != _NOTHING) & ((key & known) == edge)
         nth_equal = equal_before + tl.cumsum(equal.to(tl.int32), 0)
-        chosen = (there & (key > edge)) | (equal & (nth_equal > same - wanted))
+        chosen = ((key & known) > edge) | (equal & (nth_equal > same - wanted))
         place = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(slots + pair * k + place, slot, mask=chosen)
         if missed is not None:
