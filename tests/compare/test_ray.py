@@ -95,7 +95,9 @@ def compare(load, tmp_path):
 
     def compare(text, out, executor=None):
         compare.console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-        return run.compare(load(text), tmp_path / out, compare.console, executor=executor)
+        return run.compare(
+            load(text, with_model="model:" not in text), tmp_path / out, compare.console, executor=executor
+        )
 
     return compare
 
@@ -105,9 +107,14 @@ def table(folder):
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
-def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(cluster, compare, tmp_path):
+def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(
+    cluster, compare, model_folder, tmp_path, monkeypatch
+):
     notes = tmp_path / "notes"
+    monkeypatch.chdir(tmp_path)  # the cluster was started elsewhere
+    (tmp_path / "model").symlink_to(model_folder)
     text = f"""\
+        model: ./model
         device: cpu
         tasks: [needle: {{context: 120, samples: 3}}]
         policies: [dense, broken, deadly: {{notes: "{notes}", first: 2, last: 2}}]

@@ -7,6 +7,7 @@ flight with it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -96,7 +97,7 @@ class OnRay:
         # A new process for every cell: nothing of one cell, such as its memory, is left to the next.
         self.options = {"num_cpus": 1, "num_gpus": int(gpus), "max_calls": 1, "max_retries": 0}
         try:
-            found = self.ray.get(self._remote(_plan).remote(config, started))
+            found = self.ray.get(self._remote(_plan).remote(os.getcwd(), config, started))
         except self.ray.exceptions.RayError as error:
             raise UserError(f"a worker of the Ray cluster could not begin: {error}") from None
         if isinstance(found, str):
@@ -104,13 +105,15 @@ class OnRay:
         return found
 
     def measure(self, work: Work) -> Events:
+        here = os.getcwd()
         waiting = deque(_Job(cell, missing) for cell, missing in work)
         running: list[tuple[Any, _Job]] = []
         try:
             while waiting or running:
                 while waiting and (self.workers is None or len(running) < self.workers):
                     job = waiting.popleft()
-                    running.append((self._remote(_measure).remote(self.settings, job.cell, job.missing), job))
+                    stream = self._remote(_measure).remote(here, self.settings, job.cell, job.missing)
+                    running.append((stream, job))
                 (ready,), _ = self.ray.wait([stream for stream, _ in running], num_returns=1)
                 job = next(job for stream, job in running if stream is ready)
                 event = self._next(ready, job)
@@ -156,19 +159,27 @@ def _check_answers(address: str | None) -> None:
         raise UserError(f"no Ray cluster answers at {address}: {error}") from None
 
 
-def _plan(config: Config, started: str) -> Plan | str:
+def _plan(folder: str, config: Config, started: str) -> Plan | str:
     """On a worker, whose device the results depend on; a message for what the model cannot do."""
+    _enter(folder)
     try:
         return plan(config, load_model(config.settings), started)
     except UserError as error:
         return str(error)
 
 
-def _measure(settings: Settings, cell: Cell, missing: list[int]) -> Events:
+def _measure(folder: str, settings: Settings, cell: Cell, missing: list[int]) -> Events:
     """On a worker: the cell, batch by batch."""
+    _enter(folder)
     try:
         model = load_model(settings)
     except UserError as error:
         yield failed(cell, error)
         return
     yield from measure_cell(model, settings, cell, missing)
+
+
+def _enter(folder: str) -> None:
+    """Paths in a comparison are relative to where it was started; a machine without that folder has its own."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
