@@ -334,6 +334,15 @@ def test_in_a_comparison_the_score_is_lm_evals_own_metric(compare, model, task_f
     assert rows["tiny_choice", "local_window"]["kv_bytes"] < rows["tiny_choice", "dense"]["kv_bytes"]
 
 
+def test_a_comparison_is_quiet(compare, capfd):
+    from kvsieve.compare.tasks import lm_eval as task
+
+    task._load.cache_clear()
+    task._requests.cache_clear()
+    compare(["task: tiny_choice, samples: 1"], "[dense]")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_comparison_goes_on_where_it_stopped(compare, monkeypatch):
     task = "task: tiny_choice, samples: "
     compare([task + "1"], "[dense]")

@@ -6,6 +6,10 @@ comparison. Importing this package does not import lm_eval.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 from ..errors import UserError
 
 INSTALL = "lm-evaluation-harness is not installed: pip install 'kvsieve[lm-eval]'"
@@ -17,3 +21,15 @@ def require() -> None:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise UserError(f"{INSTALL} ({error})") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without lm_eval's warnings; those about how it is called are not the user's."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

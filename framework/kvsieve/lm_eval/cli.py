@@ -54,10 +54,13 @@ def lm_eval(
     from . import require
 
     require()
+    from transformers.utils import logging
+
     from .. import graph, models
     from ..compare.cells import describe_parameters, head_size
     from . import run
 
+    logging.disable_progress_bar()  # of reading weights; those of a download stay
     loaded = models.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )

@@ -19,6 +19,7 @@ from ..errors import UserError, unknown
 from ..loop import Forcing, decode
 from ..policy import Policy
 from ..prompts import end_tokens
+from . import quiet
 
 Request = tuple[Any, list[int], list[int]]  # what lm_eval remembers it by, context, continuation
 _SAMPLING = ("temperature", "top_k", "top_p")
@@ -47,13 +48,14 @@ class PolicyLM(HFLM):
         if getattr(model, "tokenizer", None) is None:
             raise UserError("lm_eval's tasks are text, but the model has no tokenizer")
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        super().__init__(
-            pretrained=model,
-            tokenizer=model.tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            max_length=max_length or positions,
-        )
+        with quiet():
+            super().__init__(
+                pretrained=model,
+                tokenizer=model.tokenizer,
+                backend="causal",
+                batch_size=batch_size,
+                max_length=max_length or positions,
+            )
         self.policy, self.seed = policy, seed
         self.kv_bytes = 0
         self._drawn = 0  # rows that were sampled: none draws the numbers of another

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from .. import transfer
 from ..errors import UserError
 from ..policy import Policy
-from . import require
+from . import quiet, require
 
 MakePolicy = Callable[[int], Policy]  # from the context, in tokens, that a compression refers to
 
@@ -66,7 +68,9 @@ def evaluate(
     manager = _manager(tasks, include_path)
     if policy is not None and not isinstance(policy, Policy):
         if context is None:
-            context = _mean_prompt(lm, _load(manager, tasks), limit, num_fewshot)
+            with quiet():  # lm_eval says it when it loads them
+                loaded = _load(manager, tasks)
+            context = _mean_prompt(lm, loaded, limit, num_fewshot)
         policy = policy(context)
     lm.policy = policy = policy or Policy()
     with transfer.measure() as meter:
@@ -152,12 +156,18 @@ def _mean_prompt(lm: Any, tasks: dict[str, Any], limit: float | None, num_fewsho
     sizes = []
     for task in tasks.values():
         prepare(task, num_fewshot)
-        task.build_all_requests(limit=get_sample_size(task, limit))
+        _build(task, get_sample_size(task, limit))
         for request in task.instances:
             size = min(len(lm.tok_encode(request.args[0])), lm.max_length)
             # A rolling request is all continuation: on average half of it has been seen.
             sizes.append(size // 2 if request.request_type == "loglikelihood_rolling" else size)
     return max(1, round(sum(sizes) / len(sizes)))
+
+
+def _build(task: Any, limit: int | None) -> None:
+    """The requests of the first documents, without lm_eval's bar."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        task.build_all_requests(limit=limit)
 
 
 def prepare(task: Any, num_fewshot: int | None, seed: int = 1234) -> None:
@@ -178,8 +188,9 @@ def load_one(name: str, include_path: str | None, num_fewshot: int | None) -> An
         UserError: lm_eval is missing; the task is unknown, a group, or cannot be loaded.
     """
     require()
-    manager = _manager([name], Path(include_path).expanduser() if include_path else None)
-    tasks = _load(manager, [name])
+    with quiet():
+        manager = _manager([name], Path(include_path).expanduser() if include_path else None)
+        tasks = _load(manager, [name])
     if list(tasks) != [name]:
         raise UserError(f"{name} is a group of lm_eval's: name one of its tasks: {', '.join(tasks)}")
     task = tasks[name]
@@ -189,7 +200,7 @@ def load_one(name: str, include_path: str | None, num_fewshot: int | None) -> An
 
 def requests(task: Any, documents: int) -> list[list[Any]]:
     """The requests of each of the first documents."""
-    task.build_all_requests(limit=documents)
+    _build(task, documents)
     found: list[list[Any]] = [[] for _ in range(documents)]
     for request in sorted(task.instances, key=lambda request: request.idx):
         found[request.doc_id].append(request)
