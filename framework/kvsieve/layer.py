@@ -80,7 +80,7 @@ class LayerCache(CacheLayerMixin):
         """`[B, K, T, D]`, whatever the layout. Metered as a read of every live key."""
         if not self.is_initialized:
             return None
-        self.count_read("keys", self.lengths * self.head_size)
+        self.count_read("keys", self.lengths, self.head_size)
         return layouts.by_token(self.live_keys, self.used)
 
     @property
@@ -88,7 +88,7 @@ class LayerCache(CacheLayerMixin):
         """`[B, K, T, D]`. Metered as a read of every live value."""
         if not self.is_initialized:
             return None
-        self.count_read("values", self.lengths * self.head_size)
+        self.count_read("values", self.lengths, self.head_size)
         return self.live_values
 
     @property
@@ -133,30 +133,30 @@ class LayerCache(CacheLayerMixin):
         if name in self._summaries:
             summary = self._summaries[name]
             if self._first_touch("read", name):
-                self.count_read("summaries", torch.full_like(self.lengths, summary[0, 0].numel()), summary)
+                self.count_read("summaries", torch.ones_like(self.lengths), summary[0, 0].numel(), summary)
             return summary
         column = self._stores[name][:, :, : self.used]
         if self._first_touch("read", name):
-            self.count_read("columns", self.lengths * column[0, 0, 0].numel(), column)
+            self.count_read("columns", self.lengths, column[0, 0, 0].numel(), column)
         return column
 
     def __setitem__(self, name: str, new: torch.Tensor) -> None:
         if name in self._summaries:
             summary = self._summaries[name]
             if self._first_touch("written", name):
-                self.count_written("summaries", torch.full_like(self.lengths, summary[0, 0].numel()), summary)
+                self.count_written("summaries", torch.ones_like(self.lengths), summary[0, 0].numel(), summary)
             summary.copy_(new)
             return
         column = self._stores[name][:, :, : self.used]
         if self._first_touch("written", name):
-            self.count_written("columns", self.lengths * column[0, 0, 0].numel(), column)
+            self.count_written("columns", self.lengths, column[0, 0, 0].numel(), column)
         column.copy_(new)
 
     def write(self, name: str, new: NewTokens, column: torch.Tensor) -> None:
         """Set a column for the new tokens only: `column [B, K, Q, ...]`. Metered as a write of theirs."""
         store = self._stores[name]
         self.count_written(
-            "columns", new.counts[:, None].expand_as(self.lengths) * store[0, 0, 0].numel(), store
+            "columns", new.counts[:, None].expand_as(self.lengths), store[0, 0, 0].numel(), store
         )
         ops.implementation(store.device).append(store, column.to(store.dtype), new.slots, self.active)
 
@@ -166,23 +166,28 @@ class LayerCache(CacheLayerMixin):
         self.meter = meter
         self._touched.clear()
 
-    def count_read(self, kind: str, numbers: torch.Tensor, like: torch.Tensor | None = None) -> None:
-        """Meter `numbers [B, K]` numbers read in this step, of the type of `like` (default: keys)."""
-        self._count(f"read/{kind}", numbers, like)
+    def count_read(
+        self, kind: str, slots: torch.Tensor, numbers: int, like: torch.Tensor | None = None
+    ) -> None:
+        """Meter what this step reads: of `slots [B, K]` slots, so many numbers each, of the type of `like` (default:
+        keys)."""
+        self._count(f"read/{kind}", slots, numbers, like)
 
-    def count_written(self, kind: str, numbers: torch.Tensor, like: torch.Tensor | None = None) -> None:
-        self._count(f"written/{kind}", numbers, like)
+    def count_written(
+        self, kind: str, slots: torch.Tensor, numbers: int, like: torch.Tensor | None = None
+    ) -> None:
+        self._count(f"written/{kind}", slots, numbers, like)
 
     def count_dense(self) -> None:
         """Meter what dense attention over all tokens seen would read."""
-        self._count("dense", 2 * self.head_size * self.seen[:, None].expand_as(self.lengths), None)
+        self._count("dense", self.seen[:, None].expand_as(self.lengths), 2 * self.head_size, None)
 
-    def _count(self, name: str, numbers: torch.Tensor, like: torch.Tensor | None) -> None:
+    def _count(self, name: str, slots: torch.Tensor, numbers: int, like: torch.Tensor | None) -> None:
         if self.meter is None:
             return
         if self.active is not None:
-            numbers = numbers * self.active[:, None]
-        self.meter.add(name, numbers.sum() * (self.dtype.itemsize if like is None else like.element_size()))
+            slots = slots * self.active[:, None]
+        self.meter.add(name, slots.sum() * (numbers * (self.dtype if like is None else like.dtype).itemsize))
 
     def _first_touch(self, way: str, name: str) -> bool:
         if self.meter is None:
@@ -225,23 +230,22 @@ class LayerCache(CacheLayerMixin):
     def append_one(self, keys: torch.Tensor, values: torch.Tensor) -> NewTokens:
         """Write one token a row, `[B, K, 1, D]`: in the next free slot, or over the one with the lowest priority."""
         active = self.active
-        counts = torch.ones_like(self.seen) if active is None else active.long()
+        counts = self._ones if active is None else active.long()
         self.seen += counts
+        tokens = (self.seen - 1)[:, None, None].expand(*self.lengths.shape, 1)
         if self.budget is not None and self.used >= self.budget:
             slots = self._slot_to_overwrite(self.budget)
+            grown = counts[:, None] * (slots == self.lengths)
         else:
-            slots = self.lengths.clone()
+            slots, grown = self.lengths.clone(), counts[:, None]
             if not self.fixed:
                 self._make_capacity(self.used + 1)
                 self.used += 1
-        self._write(
-            keys, values, (self.seen - 1)[:, None, None].expand(*slots.shape, 1), slots[..., None], active
-        )
-        grown = (slots == self.lengths).long()
-        self.lengths += grown if active is None else grown * active[:, None]
-        ones = torch.ones_like(self.lengths)
-        self.count_written("keys", ones * self.head_size * len(self._key_stores))
-        self.count_written("values", ones * self.head_size)
+        self._write(keys, values, tokens, slots[..., None], active)
+        self.lengths += grown
+        written = counts[:, None].expand_as(self.lengths)
+        self.count_written("keys", written, self.head_size * len(self._key_stores))
+        self.count_written("values", written, self.head_size)
         if active is not None:
             keys, values = (t.masked_fill(~active[:, None, None, None], 0) for t in (keys, values))
         return NewTokens(keys, values, counts, slots[..., None])
@@ -317,6 +321,9 @@ class LayerCache(CacheLayerMixin):
 
         self.lengths = zeros(rows, heads, dtype=torch.int64)
         self.seen = zeros(rows, dtype=torch.int64)
+        self._ones = (
+            zeros(rows, dtype=torch.int64) + 1
+        )  # what every row gets in a step: not made anew in each
         keys = self.policy.key_layout.stores(key_states, capacity)
         self._key_stores = list(keys)
         self._stores = {
@@ -364,7 +371,7 @@ class LayerCache(CacheLayerMixin):
 
     def places(self) -> list[tuple[int, torch.Size]]:
         """Where in memory everything is that a step reads and writes, and its shape."""
-        state = [*self._stores.values(), *self._summaries.values(), self.lengths, self.seen]
+        state = [*self._stores.values(), *self._summaries.values(), self.lengths, self.seen, self._ones]
         return [(tensor.data_ptr(), tensor.shape) for tensor in state]
 
     def snapshot(self) -> dict[str, torch.Tensor]:
@@ -448,6 +455,7 @@ class LayerCache(CacheLayerMixin):
             name: summary.index_select(0, indices) for name, summary in self._summaries.items()
         }
         self.lengths, self.seen = self.lengths.index_select(0, indices), self.seen.index_select(0, indices)
+        self._ones = torch.ones_like(self.seen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:

@@ -72,11 +72,11 @@ def attend(
     """
     run = implementation(query.device)
     if selection is None:
-        kv.count_read("keys", kv.lengths * kv.head_size)
-        kv.count_read("values", kv.lengths * kv.head_size)
+        kv.count_read("keys", kv.lengths, kv.head_size)
+        kv.count_read("values", kv.lengths, kv.head_size)
         return run.attend(query, kv.live_keys, kv.live_values, kv.lengths, want_mass=want_mass, **kv.scoring)
-    kv.count_read("keys", selection.counts * kv.head_size)
-    kv.count_read("values", selection.counts * kv.head_size)
+    kv.count_read("keys", selection.counts, kv.head_size)
+    kv.count_read("values", selection.counts, kv.head_size)
     weight, value = selection.tail or (None, None)
     return run.attend(
         query,
@@ -102,7 +102,7 @@ def channel_scores(query: torch.Tensor, kv: LayerCache, channels: torch.Tensor) 
 
     Scaled, soft-capped and tempered for the missing channels. Reads r numbers per live slot and KV head.
     """
-    kv.count_read("channels", kv.lengths * channels.shape[2])
+    kv.count_read("channels", kv.lengths, channels.shape[2])
     scale, softcap = kv.scoring["scale"], kv.scoring["softcap"]
     run = implementation(query.device)
     scores = run.channel_scores(query, kv.live_channels, kv.lengths, channels, scale=scale, softcap=softcap)
@@ -140,7 +140,7 @@ def top_by_channels(
     slots `[B, K, k]`, how many of them are live `[B, K]`, and the approximate attention weight `[B, K, G]` float32 of
     the live slots that were left out. Reads r numbers per live slot and KV head.
     """
-    kv.count_read("channels", kv.lengths * channels.shape[2])
+    kv.count_read("channels", kv.lengths, channels.shape[2])
     return implementation(query.device).top_by_channels(
         query,
         kv.live_channels,
