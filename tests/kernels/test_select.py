@@ -134,7 +134,7 @@ def test_scores_beyond_half_precision_still_give_slots(group_score):
         assert missed.isfinite().all()
 
 
-@pytest.mark.parametrize(("k", "total"), [(128, 2500), (1, 1025), (1024, 2048), (1500, 3000)])
+@pytest.mark.parametrize(("k", "total"), [(128, 5000), (1, 2049), (2048, 4096), (2500, 4100)])
 def test_chunks_of_real_size(k, total):
     lengths = torch.tensor([[total, total - 700]], device=DEVICE)
     check(normal(1, 2, total).softmax(-1), lengths, k, min(k, 32))

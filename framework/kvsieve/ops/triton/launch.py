@@ -63,7 +63,7 @@ def score(r: int, dtype: torch.dtype) -> Launch:
 
 def chunk(slots: int) -> int:
     """In chunks of how many slots a row is searched: a few dozen of them, whose best one program can search."""
-    return min(4096, max(1024, triton.next_power_of_2(triton.cdiv(slots, 32))))
+    return 2048 if slots <= 2**16 else 4096
 
 
 def splits(pairs: int, slots: int, device: torch.device) -> int:
