@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .config import Config, Settings
 
 _SECONDS_TO_ANSWER = 10
+_ONE_BY_ONE = {"_generator_backpressure_num_objects": 1}  # no batch is begun before the last one has arrived
 _ATTEMPTS = 3  # worker deaths in a row, without a batch between them, after which a cell is given up
 
 
@@ -112,7 +113,8 @@ class OnRay:
             while waiting or running:
                 while waiting and (self.workers is None or len(running) < self.workers):
                     job = waiting.popleft()
-                    stream = self._remote(_measure).remote(here, self.settings, job.cell, job.missing)
+                    measure = self._remote(_measure, **_ONE_BY_ONE)
+                    stream = measure.remote(here, self.settings, job.cell, job.missing)
                     running.append((stream, job))
                 (ready,), _ = self.ray.wait([stream for stream, _ in running], num_returns=1)
                 job = next(job for stream, job in running if stream is ready)
@@ -144,8 +146,8 @@ class OnRay:
             reason = f"its worker died {job.deaths} times in a row: {type(error).__name__}"
             return Failed(job.cell, reason, str(error))
 
-    def _remote(self, function: Any) -> Any:
-        return self.ray.remote(**self.options)(function)
+    def _remote(self, function: Any, **options: Any) -> Any:
+        return self.ray.remote(**self.options, **options)(function)
 
 
 def _check_answers(address: str | None) -> None:
