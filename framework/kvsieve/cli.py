@@ -100,7 +100,8 @@ def compare(
     try:
         outcome = run(checked, folder, executor=_executor(executor, address, workers))
     except KeyboardInterrupt:
-        _say(f"stopped; what was measured is in {folder}, and the same command continues from there")
+        if parallel.rank() == 0:
+            _say(f"stopped; what was measured is in {folder}, and the same command continues from there")
         raise typer.Exit(130) from None
     if checked.settings.tensor_parallel and parallel.rank() > 0:
         return  # the first process shows it
