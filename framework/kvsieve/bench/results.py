@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def write(
     record = {
         "benchmark": benchmark,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": " ".join(["kvsieve", *sys.argv[1:]]),
+        "command": shlex.join(["kvsieve", *sys.argv[1:]]),
         "machine": machine(device),
         "settings": settings,
         "cells": list(cells),
