@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .errors import UserError
+
+if TYPE_CHECKING:  # transformers' models take seconds to import, and listing policies comes through here
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Value = TypeVar("Value")
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
@@ -107,6 +108,8 @@ def split_arguments(config: PreTrainedConfig) -> dict[str, Any]:
     Before 5.21 transformers cannot share out a vocabulary that the processes do not divide: there the plan leaves
     it out, and every process holds all of the embeddings and of the output layer.
     """
+    import transformers
+    from transformers import AutoModelForCausalLM
     from transformers.distributed.configuration_utils import DistributedConfig
 
     size = int(os.environ["WORLD_SIZE"])

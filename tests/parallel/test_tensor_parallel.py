@@ -140,7 +140,7 @@ def test_heads_that_cannot_be_shared_are_refused(split):
 @pytest.mark.parametrize("release", ["5.17.0", "5.23.0"])
 def test_a_vocabulary_that_cannot_be_shared_is_left_out_of_an_older_transformers_plan(monkeypatch, release):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(parallel.transformers, "__version__", release)
+    monkeypatch.setattr("transformers.__version__", release)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     odd, even = (LlamaConfig(vocab_size=size, tie_word_embeddings=True, **shape) for size in (101, 102))
     plan = parallel.split_arguments(odd)["distributed_config"].tp_plan
