@@ -233,7 +233,7 @@ def test_hooks_of_plugins_are_called_and_may_fail(compare, monkeypatch):
 
 def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
     text = """\
-        tasks: [needle: {context: 120, samples: 150}]
+        tasks: [needle: {context: 120, samples: 60}]
         policies: [dense, local_window: {compression: 1/4}]
         """
     samples = tmp_path / "out" / "samples.jsonl"
@@ -253,16 +253,16 @@ def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     survived = store.read(samples)
-    assert 5 <= len(survived) < 300
+    assert 5 <= len(survived) < 120
     with samples.open("a") as file:
         file.write('{"cell": "torn')
     outcome = compare(text)  # in this process: cells have the same ids in both
     found = store.read(samples)
     assert found[: len(survived)] == survived
     counts = Counter((r["cell"], r["sample"]) for r in found)
-    assert len(counts) == 300
+    assert len(counts) == 120
     assert set(counts.values()) == {1}
-    assert [r["samples"] for r in lines(outcome.folder)] == ["150", "150"]
+    assert [r["samples"] for r in lines(outcome.folder)] == ["60", "60"]
 
 
 def test_what_ran_eagerly_on_a_gpu_is_said_where_the_speeds_are():
