@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit slow gpu schema clean
+.PHONY: demo test lint types unit slow gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvsieve compare configs/quickstart.yaml
