@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import kvsieve
 from kvsieve import KeyLayout, KVCache, LayerCache, Policy, UserError, make_policy
 from kvsieve.attention import decode_step, prefill
-from kvsieve.layouts import KINDS, by_token
+from kvsieve.cache.layouts import KINDS, by_token
 from tests.models import random_prompts, tiny_llama
 
 HEADS, SIZE = 2, 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvsieve import KeyLayout
-from kvsieve.layouts import KINDS, first_slots, slots_first
+from kvsieve.cache.layouts import KINDS, first_slots, slots_first
 from kvsieve.ops import cpu, reference
 
 ROWS, HEADS, GROUP, SIZE = 2, 2, 3, 16

@@ -7,7 +7,7 @@ import torch
 
 import kvsieve
 from kvsieve import KeyLayout, KVCache, LayerCache, UserError, make_policy, transfer
-from kvsieve.layouts import BLOCKS, KINDS, by_token
+from kvsieve.cache.layouts import BLOCKS, KINDS, by_token
 from kvsieve.testing import rollout
 from tests.models import random_prompts, tiny_llama
 from tests.test_oracle import TOLERANCE, right_padded, steps

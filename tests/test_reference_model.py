@@ -30,7 +30,7 @@ def found(model, policy, samples, context=512):
 
 
 def test_it_ships_small_and_its_card_has_its_scores(model):
-    folder = kvsieve.models.REFERENCE_FOLDER
+    folder = kvsieve.hf.models.REFERENCE_FOLDER
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
     card = (folder / "README.md").read_text()
     assert "| needle (exact match) | 2048 |" in card

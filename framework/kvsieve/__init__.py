@@ -16,24 +16,26 @@ from .hooks import hookimpl
 
 if TYPE_CHECKING:
     from . import corpus, ops, plugins, testing, transfer
-    from .cache import KVCache
-    from .layer import LayerCache, NewTokens
-    from .layouts import KeyLayout
-    from .loop import decode, score
-    from .models import load, prepare
-    from .plugins import make_policy
+    from .cache.kv_cache import KVCache
+    from .cache.layer import LayerCache, NewTokens
+    from .cache.layouts import KeyLayout
+    from .hf.models import load, prepare
+    from .loop import decode
     from .policy import Observe, Policy, Selection, Shape, Tail
+    from .scoring import score
+    from .specs import make_policy
 
 __version__ = "0.1.0"
 
 _FROM = {
-    "cache": ["KVCache"],
-    "layer": ["LayerCache", "NewTokens"],
-    "layouts": ["KeyLayout"],
-    "loop": ["decode", "score"],
-    "models": ["load", "prepare"],
-    "plugins": ["make_policy"],
+    "cache.kv_cache": ["KVCache"],
+    "cache.layer": ["LayerCache", "NewTokens"],
+    "cache.layouts": ["KeyLayout"],
+    "hf.models": ["load", "prepare"],
+    "loop": ["decode"],
     "policy": ["Observe", "Policy", "Selection", "Shape", "Tail"],
+    "scoring": ["score"],
+    "specs": ["make_policy"],
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}
 _MODULES = ["corpus", "ops", "plugins", "testing", "transfer"]

@@ -1,78 +1,13 @@
-"""One layer, one step: make room -> append -> select -> attend -> observe; and its door into transformers.
+"""One layer, one forward: a decode step (make room -> append -> select -> attend -> observe), or a prompt."""
 
-transformers calls `attention_forward` in every attention module (AttentionInterface). The layer of a KVCache is found
-on the keys that its `update` returned; without one (no cache, or a layer whose window transformers keeps itself) the
-attention is plain.
-"""
-
-import contextlib
-from typing import Any, cast
+from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import layouts, ops, transfer
-from .cache import ATTENTION
-from .errors import UserError
-from .layer import LayerCache
+from . import ops, transfer
+from .cache import layouts
+from .cache.layer import LayerCache
 from .policy import Observe
-from .windows import WindowLayer
-
-_NOT_SERVED = {
-    "position_bias": "a bias on the logits",
-    "sinks": "sinks that depend on the query",
-    "cache": "a paged cache (generate_batch)",
-}
-
-
-def attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """`query [B, H, Q, D]`, `key` and `value [B, K, Q or T, D]` -> `[B, Q, H, D]`, as transformers asks.
-
-    `attention_mask` is what `attention_mask_for` returned: None, padding `[B, T]`, or a whole mask `[B, 1, Q, T]`.
-    """
-    rows, heads, new, size = query.shape
-    scale = size**-0.5 if scaling is None else scaling
-    if unknown := [name for name in _NOT_SERVED if kwargs.get(name) is not None]:
-        raise UserError(
-            f"{type(module).__name__} asks attention for {_NOT_SERVED[unknown[0]]}, which kvsieve does not serve"
-        )
-    layer = cast(LayerCache | WindowLayer | None, getattr(key, "kvsieve_layer", None))
-    if not isinstance(layer, LayerCache):
-        if layer is not None:
-            layer.count_read(key, value, attention_mask)
-        causal = kwargs.get("is_causal")
-        causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-        output = _plain(query, key, value, attention_mask, scale, softcap, s_aux, causal)
-        return output.transpose(1, 2).contiguous(), None
-    if attention_mask is not None:
-        _check_mask(attention_mask, layer, new, type(module).__name__)
-    kv_heads = key.shape[1]
-    sinks = None if s_aux is None else s_aux.view(kv_heads, heads // kv_heads)
-    layer.scoring = {"scale": scale, "softcap": softcap, "sinks": sinks}
-    grouped = query.view(rows, kv_heads, heads // kv_heads, new, size)
-    valid = None if attention_mask is None else attention_mask[:, -new:].bool()
-    if layer.incoming is not None:  # else it borrows another layer's slots, and that layer has just decided
-        layer.decoding = new == 1 and layer.used > 0 and layer.phase == "auto"
-    # Kernels are launched on the current device, and the layers of one model may be on several.
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        if layer.decoding:
-            output = decode_step(layer, grouped[:, :, :, 0], valid)[:, :, :, None]
-        else:
-            output = prefill(layer, grouped, valid)
-    return output.reshape(rows, heads, new, size).transpose(1, 2).contiguous(), None
 
 
 def decode_step(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -139,88 +74,3 @@ def prefill(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = No
         index = order[:, None, None, :, None].expand(output.shape)
         output = torch.empty_like(output).scatter_(3, index, output)
     return output
-
-
-def _check_mask(mask: torch.Tensor, layer: LayerCache, new: int, module: str) -> None:
-    """Raise UserError for a mask that the cache cannot follow."""
-    if mask.dim() == 4:
-        raise UserError(
-            f"{module} asks for a mask beyond causal order and padding, which a policy cannot follow; "
-            "give a 2-dimensional attention_mask, or use transformers' own cache"
-        )
-    if new > 1 and layer.used > 0 and layer.counts_steps and layer.incoming is not None:
-        layer.check_earlier(mask[:, :-new])  # not in decode steps: it waits for the device
-
-
-def _plain(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    causal: bool,
-) -> torch.Tensor:
-    """What transformers' own attention does: no policy, nothing stored."""
-    heads, new, total = query.shape[1], query.shape[2], key.shape[2]
-    if (
-        mask is None or mask.dim() == 2
-    ):  # the new tokens are the last ones; if they are all, is_causal will do
-        padding = None if mask is None else mask[:, None, None, :total].bool()
-        in_order = None
-        if causal and new > 1 and (total > new or padding is not None):
-            in_order = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
-        mask = padding if in_order is None else in_order if padding is None else padding & in_order
-    causal = causal and new > 1 and mask is None
-    if mask is not None:
-        mask = mask[..., :total]
-    if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads > key.shape[1]
-        )
-    key, value = (t.repeat_interleave(heads // key.shape[1], 1) for t in (key, value))
-    logits = torch.matmul(query * scale, key.transpose(2, 3)).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if causal:
-        mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
-    if sinks is not None:
-        column = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        logits = torch.cat([logits, column], -1)
-    weights = torch.softmax(logits, -1)[..., :total]
-    return torch.matmul(weights.to(value.dtype), value)
-
-
-def attention_mask_for(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """The mask that reaches `attention_forward`: for plain causal attention only the padding `[B, T]`, or None.
-
-    A T x T mask is made only where the model asks for more than causal order (sliding windows), or where a cache that
-    is not ours hands out more slots than tokens.
-    """
-    plain = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
-    if plain and kv_length == q_offset + q_length:
-        return attention_mask
-    if not isinstance(q_offset, int) or kv_offset + kv_length > q_offset + q_length:
-        kwargs["allow_is_causal_skip"] = (
-            False  # slots behind the last token (StaticCache): None would not tell
-        )
-    kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
-    return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
-
-
-def register() -> None:
-    """Make the name known to transformers; done when a model is prepared, not at import."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, attention_mask_for)

@@ -92,7 +92,7 @@ def compare(
     from .compare import config as configuration
 
     checked = configuration.load(config, [*(overrides or []), *(["eager=true"] if eager else [])])
-    from . import parallel
+    from . import processes
     from .compare.run import compare as run  # takes seconds: only once the config is known to be right
 
     _no_loading_bars()
@@ -100,10 +100,10 @@ def compare(
     try:
         outcome = run(checked, folder, executor=_executor(executor, address, workers))
     except KeyboardInterrupt:
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             _say(f"stopped; what was measured is in {folder}, and the same command continues from there")
         raise typer.Exit(130) from None
-    if checked.settings.tensor_parallel and parallel.rank() > 0:
+    if checked.settings.tensor_parallel and processes.rank() > 0:
         return  # the first process shows it
     _show(outcome.folder, outcome.rows)
     if outcome.failures:
@@ -204,7 +204,7 @@ def generate(
     from .compare.choices import choice_from_options
 
     choice = choice_from_options(policy, compression, parameters or [])
-    from . import models
+    from .hf import models
 
     _no_loading_bars()
     loaded = models.load(
@@ -226,7 +226,7 @@ def _stream(
     import time
 
     from . import loop, prompts, transfer
-    from .cache import KVCache
+    from .cache.kv_cache import KVCache
     from .compare.cells import describe_parameters, head_size
     from .compare.tasks.text import continuation
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from . import parallel
-from .cache import KVCache
+from .cache.kv_cache import KVCache
+from .cache.layer import LayerCache
 from .errors import UserError
-from .layer import LayerCache
+from .hf.parallel import is_split
 
 EAGER = "eager was asked for"
 _wanted = True
@@ -42,7 +43,7 @@ def why_not(cache: KVCache, model: PreTrainedModel) -> str | None:
         return EAGER
     if model.device.type != "cuda":
         return f"graphs need a GPU, the model is on {model.device.type}"
-    if parallel.is_split(model):
+    if is_split(model):
         return "the model is split over processes, and what they send each other is not captured"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model's layers are on several devices"
@@ -55,6 +56,18 @@ def _why_not_this_layer(layer: object) -> str | None:
     if not layer.policy.capturable:
         return f"policy {layer.policy.name} declares that it cannot be captured"
     return None
+
+
+class Captured(NamedTuple):
+    """A decode step as a graph, and the tensors that it works in besides those of the cache, which keeps it."""
+
+    key: tuple[Any, ...]  # what must be the same for the graph to be right
+    graph: torch.cuda.CUDAGraph
+    choice: Any
+    positions: torch.Tensor
+    tokens: torch.Tensor
+    ended: torch.Tensor
+    status: torch.Tensor
 
 
 class StepGraph:

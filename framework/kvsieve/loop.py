@@ -9,15 +9,14 @@ comes from it, and the policy acts from the second on, as in the SparQ paper.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from . import graph, transfer
-from .cache import KVCache
+from .cache.kv_cache import KVCache
+from .cache.layer import LayerCache
 from .errors import UserError
-from .layer import LayerCache
 from .policy import Policy
 from .prompts import Prompts, check_lengths, end_tokens, pad_token, token_lists
 from .sampling import Given, Sampler
@@ -89,18 +88,6 @@ def _decode(generation: Generation, max_new_tokens: int) -> Iterator[torch.Tenso
         generation.advance()
 
 
-class Captured(NamedTuple):
-    """A decode step as a graph, and the tensors that it works in besides those of the cache, which keeps it."""
-
-    key: tuple[Any, ...]  # what must be the same for the graph to be right
-    graph: torch.cuda.CUDAGraph
-    choice: Any
-    positions: torch.Tensor
-    tokens: torch.Tensor
-    ended: torch.Tensor
-    status: torch.Tensor
-
-
 class Generation:
     """The state of a decode, in tensors that stay where they are, and the step that moves it on."""
 
@@ -151,7 +138,7 @@ class Generation:
         cache.count_fed()
         if captured is None and self.replay.graph is not None:
             state = self.choice, self.decoder.positions, self.tokens, self.ended, self.status
-            cache.captured = Captured(self.key, self.replay.graph, *state)
+            cache.captured = graph.Captured(self.key, self.replay.graph, *state)
 
     def step(self) -> None:
         """Feed the tokens, choose the next ones. Works in place and never looks at the device."""
@@ -161,81 +148,6 @@ class Generation:
         broken = (logits.isnan().any(1) & ~self.ended).any()
         self.tokens.copy_(self.choice(logits, self.ended))
         self.status.copy_(torch.stack([broken, self.ended.all()]))
-
-
-class Forced(NamedTuple):
-    """What a model thinks of a given continuation, token by token."""
-
-    log_probabilities: torch.Tensor  # [n] float32, natural
-    likeliest: torch.Tensor  # [n] bool: greedy decoding would have said this token
-
-
-def score(
-    model: PreTrainedModel,
-    prompts: Prompts,
-    continuations: Prompts,
-    policy: Policy | None = None,
-    *,
-    prefill_chunk: int | None = None,
-    cache: KVCache | None = None,
-    eager: bool = False,
-) -> list[torch.Tensor]:
-    """Natural-log probability of every token of `continuations[b]` after `prompts[b]`: one float32 tensor a row.
-
-    The tokens are fed one at a time through the decode path, so that the policy acts on all but the first.
-    """
-    forcing = Forcing(
-        model, prompts, continuations, policy, prefill_chunk=prefill_chunk, cache=cache, eager=eager
-    )
-    return [row.log_probabilities for row in forcing.result()]
-
-
-class Forcing:
-    """Feeds given continuations through the decode path, as `score` does, which has the same arguments.
-
-    Iterate for the steps, the first of which is the prefill, to time them or to show progress; then `result()`.
-
-    Raises:
-        UserError: before anything is computed, for a prompt or continuation that is empty or too long.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: Prompts,
-        continuations: Prompts,
-        policy: Policy | None = None,
-        *,
-        prefill_chunk: int | None = None,
-        cache: KVCache | None = None,
-        eager: bool = False,
-    ) -> None:
-        rows, self.forced = token_lists(model, prompts), token_lists(model, continuations, "continuation")
-        if len(rows) != len(self.forced):
-            raise UserError(f"{len(rows)} prompts, but {len(self.forced)} continuations")
-        self.steps = max(map(len, self.forced))
-        check_lengths(model, rows, self.steps - 1)  # the last token is predicted, and takes no position
-        decoder = Decoder(model, rows, policy, self.steps, prefill_chunk, cache)
-        self.generation = Generation(decoder, Given(self.forced, model.device), eager)
-        self._run = self._all_steps()
-
-    def _all_steps(self) -> Iterator[None]:
-        self.generation.begin()
-        yield
-        for _ in range(self.steps - 1):
-            self.generation.advance()
-            yield
-
-    def __iter__(self) -> Iterator[None]:
-        return self._run
-
-    def result(self) -> list[Forced]:
-        """What the model thinks of each continuation; makes the steps that are still to be made."""
-        for _ in self:
-            pass
-        given = cast(Given, self.generation.choice)
-        table, said = given.log_probabilities.cpu(), given.likeliest.cpu()
-        return [Forced(table[b, : len(row)], said[b, : len(row)]) for b, row in enumerate(self.forced)]
 
 
 class Decoder:

@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 
-from .layouts import KeyLayout
+from .cache.layouts import KeyLayout
 
 if TYPE_CHECKING:
-    from .layer import LayerCache, NewTokens
+    from .cache.layer import LayerCache, NewTokens
 
 # What a column or summary holds: one number (a dtype), or a vector (dtype, size); size "D" is the head size.
 Shape = torch.dtype | tuple[torch.dtype, "int | str"]
@@ -139,7 +139,7 @@ class Policy:
         return getattr(self, "budget", None)
 
     def spec(self) -> dict[str, Any]:
-        """`{name: parameters}`, from which plugins.policy_from_spec makes an equal policy."""
+        """`{name: parameters}`, from which specs.policy_from_spec makes an equal policy."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, Policy):

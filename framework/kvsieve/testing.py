@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import ops, plugins, transfer
+from . import ops, specs, transfer
 from .attention import decode_step, prefill
+from .cache.layer import LayerCache, NewTokens
+from .cache.layouts import KeyLayout, by_token
 from .errors import UserError
-from .layer import LayerCache, NewTokens
-from .layouts import KeyLayout, by_token
 from .policy import Observe, Policy, Selection, Shape
 
 
@@ -222,7 +222,7 @@ def the_spec_round_trips(tight: Policy, loose: Policy) -> None:
     for policy in (tight, loose):
         ((name, parameters),) = policy.spec().items()
         assert name == policy.name, f"{policy}.spec() is under {name!r}"
-        assert plugins.build(type(policy), parameters) == policy, f"{policy} does not survive its spec"
+        assert specs.build(type(policy), parameters) == policy, f"{policy} does not survive its spec"
         assert hash(policy) == hash(dataclasses.replace(policy))
 
 
@@ -230,7 +230,7 @@ def a_misspelt_parameter_is_named(tight: Policy, loose: Policy) -> None:
     """A wrong key is answered with the legal ones."""
     ((_, parameters),) = tight.spec().items()
     try:
-        plugins.build(type(tight), {**parameters, "budgett": 1})
+        specs.build(type(tight), {**parameters, "budgett": 1})
     except UserError as error:
         assert "budgett" in str(error)
         for field in dataclasses.fields(tight):

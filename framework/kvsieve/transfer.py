@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import parallel
+from . import processes
 
 _current: Meter | None = None
 
@@ -71,7 +71,7 @@ class Meter:
 
         Every process must call it. Where there is only one, the same numbers.
         """
-        everywhere = parallel.gather({name: int(amount) for name, amount in self._sums.items()})
+        everywhere = processes.gather({name: int(amount) for name, amount in self._sums.items()})
         total = Meter()
         for name in everywhere[0]:
             amounts = [sums[name] for sums in everywhere]

@@ -14,8 +14,8 @@ import torch
 
 import kvsieve
 from kvsieve import make_policy, transfer
+from kvsieve.cache.windows import WindowLayer
 from kvsieve.loop import Decoder
-from kvsieve.windows import WindowLayer
 
 from .zoo import FAMILIES, VOCABULARY, WINDOW
 

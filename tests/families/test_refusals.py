@@ -162,7 +162,7 @@ def test_continuous_batching_is_refused():
 
 def test_attention_that_is_not_causal_stays_so():
     """Vision towers of multimodal models go through the same door."""
-    from kvsieve.attention import attention_forward
+    from kvsieve.hf.interface import attention_forward
 
     module = torch.nn.Module()
     module.is_causal = False

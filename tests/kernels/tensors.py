@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kvsieve.layouts import KeyLayout, first_slots
+from kvsieve.cache.layouts import KeyLayout, first_slots
 from kvsieve.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvsieve.layouts import KeyLayout, slots_first
+from kvsieve.cache.layouts import KeyLayout, slots_first
 from kvsieve.ops import reference
 from kvsieve.ops import triton as ops
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import kvsieve
 from kvsieve.compare import config, run
-from kvsieve.parallel import rank
+from kvsieve.processes import rank
 
 FAMILIES = ["llama (GQA)", "qwen3", "gemma2", "mistral"]
 POLICIES: dict[str, dict[str, Any]] = {

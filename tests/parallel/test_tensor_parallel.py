@@ -14,8 +14,9 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvsieve
-from kvsieve import UserError, parallel
+from kvsieve import UserError
 from kvsieve.compare import config, run, store
+from kvsieve.hf import parallel
 from kvsieve.reference_model.tokenizer import byte_tokenizer
 
 from ..families.zoo import FAMILIES

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import ops, plugins
+from .. import ops, specs
 from ..errors import UserError
 from . import dense, room
 from .layer import ROOM, PolicyStep, Tokens
@@ -111,7 +111,7 @@ def _measure(
     steps = {contender.name: PolicyStep(contender.policy, tokens, fixed=graphs_run) for contender in field}
     graphs = {name: _Capture(plan, step.run, step.prepare) for name, step in steps.items()}
     measures = {name: watch.measure(graphs[name].run, step.prepare) for name, step in steps.items()}
-    reference = PolicyStep(plugins.make_policy("dense"), tokens, fixed=graphs_run)
+    reference = PolicyStep(specs.make_policy("dense"), tokens, fixed=graphs_run)
     candidates, notes = _dense_candidates(plan, cell, families, tokens, reference, watch)
     bandwidth = Bandwidth(watch)
     times = interleave({**measures, **candidates, **bandwidth.measures}, plan.seconds)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from .. import ops, plugins
+from .. import ops, specs
 from ..errors import UserError
 from ..policy import Policy
 from . import room
@@ -85,7 +85,7 @@ def _planned(plan: Plan, config: Any, batch: int, context: int) -> Cell:
     if context < 2:
         raise UserError(f"--context must be at least 2 tokens (one cached, one new), not {context}")
     heads, layers = heads_of(config), config.num_hidden_layers
-    dense = Contender("dense", plugins.make_policy("dense"), "single")
+    dense = Contender("dense", specs.make_policy("dense"), "single")
     field = contenders(plan.policies or default_policies(heads.size), plan.layouts, heads.size, context)
     field = [dense, *(contender for contender in field if contender != dense)]
     slots = context + plan.steps + 5

@@ -8,7 +8,7 @@ import torch
 
 from .. import transfer
 from ..attention import decode_step
-from ..layer import LayerCache
+from ..cache.layer import LayerCache
 from ..policy import Observe, Policy
 from .shapes import Heads
 

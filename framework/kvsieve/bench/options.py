@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ..cache.layouts import KINDS
 from ..compare.choices import read_policies
 from ..errors import UserError, unknown
-from ..layouts import KINDS
 from ..policy import Policy
 
 

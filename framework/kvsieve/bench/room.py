@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..cache.layouts import KEY_STORES
 from ..errors import UserError
-from ..layouts import KEY_STORES
 from ..policy import Policy
 from .shapes import Heads
 

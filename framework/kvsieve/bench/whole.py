@@ -17,8 +17,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .. import attention, loop, models, transfer
-from ..layer import LayerCache
+from .. import loop, transfer
+from ..cache.layer import LayerCache
+from ..hf import interface, models
 from ..policy import Policy
 from ..sampling import Sampler
 from .layer import Checkpoint, fill
@@ -129,11 +130,11 @@ def _no_attention() -> Iterator[None]:
         kv.incoming = None
         return query.clone()
 
-    original, attention.decode_step = attention.decode_step, copied
+    original, interface.decode_step = interface.decode_step, copied  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        attention.decode_step = original
+        interface.decode_step = original  # type: ignore[attr-defined]
 
 
 class StockGenerate:

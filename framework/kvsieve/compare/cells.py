@@ -13,8 +13,9 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .. import __version__, parallel
+from .. import __version__, processes
 from ..errors import UserError
+from ..hf import parallel
 from ..policy import Policy
 from .config import Config
 from .source import Mistake
@@ -112,7 +113,7 @@ def new_tokens_at_most(sample: Any) -> int:
 
 def protocol(config: Config, model: PreTrainedModel) -> dict[str, Any]:
     """What the results of all cells depend on."""
-    rare: dict[str, Any] = {"processes": len(parallel.gather(0))} if parallel.is_split(model) else {}
+    rare: dict[str, Any] = {"processes": len(processes.gather(0))} if parallel.is_split(model) else {}
     if config.settings.eager:
         rare["eager"] = True  # so does it on this
     return {
@@ -140,7 +141,7 @@ def weights_digest(model: PreTrainedModel) -> str:
         some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].double().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
     if parallel.is_split(model):
-        digest = hashlib.sha256("".join(parallel.gather(digest.hexdigest())).encode())
+        digest = hashlib.sha256("".join(processes.gather(digest.hexdigest())).encode())
     return digest.hexdigest()[:12]
 
 

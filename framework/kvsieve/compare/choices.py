@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from .. import plugins
+from .. import plugins, specs
 from ..errors import UserError, unknown
 from ..plugins import Registered
 from .source import Loc, Mistake
@@ -56,7 +56,7 @@ class PolicyChoice:
             for name, value in self.parameters.items()
         }
         if self.compression is None:
-            return plugins.make_policy(self.name, **given)
+            return specs.make_policy(self.name, **given)
         try:
             policy = plugins.policy_class(self.name).for_compression(
                 float(self.compression), head_size, context
@@ -168,7 +168,7 @@ def _sweep(
     """Every combination of those values of the parameters that are of their field's type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    nested = plugins.policy_fields(cls)
+    nested = specs.policy_fields(cls)
     ways: dict[str, list[Any]] = {}
     for key, given in parameters.items():
         at = (*loc, str(key))

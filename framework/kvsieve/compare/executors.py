@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedModel
 
-from .. import models, parallel
 from ..errors import UserError
+from ..hf import models, parallel
 from . import environment
 from .cells import Cell, expand, new_tokens_at_most, protocol
 from .config import Config, Settings

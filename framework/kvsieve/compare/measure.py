@@ -10,9 +10,11 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from .. import graph, parallel, transfer
-from ..cache import KVCache
-from ..loop import Forcing, decode
+from .. import graph, processes, transfer
+from ..cache.kv_cache import KVCache
+from ..hf import parallel
+from ..loop import decode
+from ..scoring import Forcing
 from .cells import Cell, new_tokens_at_most
 from .store import Record
 from .tasks import Answer, Sample
@@ -48,7 +50,7 @@ class Measurement:
             answers, kv_bytes = self._answers(samples, clock) if own is None else own
         meter = self.meter
         if parallel.is_split(model):  # each process counts its own heads
-            meter, kv_bytes = meter.over_ranks(), sum(parallel.gather(kv_bytes))
+            meter, kv_bytes = meter.over_ranks(), sum(processes.gather(kv_bytes))
         shares = {
             "steps": meter.steps / rows,
             "bytes_read": meter.read / rows,

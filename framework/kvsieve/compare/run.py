@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from .. import parallel, plugins
+from .. import plugins, processes
 from ..errors import UserError
 from . import summary
 from .cells import Cell
@@ -53,13 +53,13 @@ def compare(
         KeyboardInterrupt: when interrupted; the samples measured so far are in the folder.
     """
     if not config.settings.tensor_parallel:
-        parallel.check_alone()
+        processes.check_alone()
     console = console or Console(stderr=True)
     folder = folder or Path("results") / config.name
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     executor = executor or Here(model)
     plan = executor.plan(config, started)
-    if config.settings.tensor_parallel and parallel.rank() > 0:
+    if config.settings.tensor_parallel and processes.rank() > 0:
         return _take_part(executor, folder)
     cells = plan.cells
     with Store(folder / "samples.jsonl") as store:
@@ -70,7 +70,7 @@ def compare(
         missing = {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells}
         work = [(cell, missing[cell.id]) for cell in cells if missing[cell.id]]
         if config.settings.tensor_parallel:
-            parallel.gather(work)  # the other processes measure the same
+            processes.gather(work)  # the other processes measure the same
         found = sum(cell.task.samples - len(missing[cell.id]) for cell in cells)
         if found:
             console.print(f"{found} samples are already in {folder}", soft_wrap=True)
@@ -111,7 +111,7 @@ def _measure(executor: Executor, work: Work, plan: Plan, store: Store, console: 
 def _take_part(executor: Executor, folder: Path) -> Outcome:
     """In a process that does not write: measure, with its heads, what the first process gives out."""
     work: Work = []
-    for _ in executor.measure(parallel.gather(work)[0]):
+    for _ in executor.measure(processes.gather(work)[0]):
         pass
     return Outcome(folder, [], {})
 

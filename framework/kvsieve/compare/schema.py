@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 
-from .. import plugins
+from .. import specs
 from ..plugins import Registered
 from .choices import COMPRESSION, accepts_list, can_compress
 from .config import Settings
@@ -51,7 +51,7 @@ def _entry(registered: Iterable[Registered]) -> dict[str, Any]:
 
 def _parameters(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    nested = plugins.policy_fields(cls)
+    nested = specs.policy_fields(cls)
     properties: dict[str, Any] = {COMPRESSION: _sweep(_FRACTION)} if can_compress(cls) else {}
     for field in dataclasses.fields(cls):
         if field.name in nested:

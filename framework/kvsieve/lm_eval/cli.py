@@ -56,8 +56,9 @@ def lm_eval(
     require()
     from transformers.utils import logging
 
-    from .. import graph, models
+    from .. import graph
     from ..compare.cells import describe_parameters, head_size
+    from ..hf import models
     from . import run
 
     logging.disable_progress_bar()  # of reading weights; those of a download stay

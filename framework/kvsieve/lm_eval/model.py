@@ -14,11 +14,12 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..cache import KVCache
+from ..cache.kv_cache import KVCache
 from ..errors import UserError, unknown
-from ..loop import Forcing, decode
+from ..loop import decode
 from ..policy import Policy
 from ..prompts import end_tokens
+from ..scoring import Forcing
 from . import quiet
 
 Request = tuple[Any, list[int], list[int]]  # what lm_eval remembers it by, context, continuation

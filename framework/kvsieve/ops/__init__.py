@@ -19,7 +19,7 @@ from ..errors import UserError, unknown
 from . import reference
 
 if TYPE_CHECKING:
-    from ..layer import LayerCache
+    from ..cache.layer import LayerCache
     from ..policy import Selection
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from . import attention, generation, parallel
-from .cache import ATTENTION
-from .errors import UserError
+from ..cache.kv_cache import ATTENTION
+from ..errors import UserError
+from . import generate, interface, parallel
 
 REFERENCE = "reference"
-REFERENCE_FOLDER = Path(__file__).parent / "reference_model" / "model"
+REFERENCE_FOLDER = Path(__file__).parent.parent / "reference_model" / "model"
 _SECONDS_TO_REACH_THE_HUB = 10
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -95,7 +95,7 @@ def prepare(model: Model) -> Model:
     """Make an existing Hugging Face model ready in place: evaluation mode, attention through kvsieve.
 
     Without a KVCache the model computes what it did before. `model.generate` is transformers' own, and looks
-    after what a KVCache must know (`kvsieve.generation`).
+    after what a KVCache must know (`kvsieve.hf.generate`).
 
     Raises:
         UserError: its attention cannot be reached or cannot be served by a policy.
@@ -106,12 +106,12 @@ def prepare(model: Model) -> Model:
     if not type(model)._can_set_attn_implementation():
         raise UserError(_no_interface(name))
     _check_devices(model)
-    attention.register()
+    interface.register()
     model.set_attn_implementation(ATTENTION)
     if model.config._attn_implementation != ATTENTION:
         raise UserError(_no_interface(name))
     if hasattr(type(model), "generate"):
-        untyped.generate = types.MethodType(generation.generate, model)
+        untyped.generate = types.MethodType(generate.generate, model)
     untyped.eval()
     return model
 

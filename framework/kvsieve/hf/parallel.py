@@ -9,39 +9,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from .errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and listing policies comes through here
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Value = TypeVar("Value")
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 def is_split(model: PreTrainedModel) -> bool:
     """Whether this process holds a share of the model only."""
     return (getattr(model, "_tp_size", None) or 1) > 1
-
-
-def gather(value: Value) -> list[Value]:
-    """What every process brings, in the order of their ranks; `[value]` where there is only one.
-
-    All processes must call it, in the same order.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def rank() -> int:
-    """Which of the processes this is; 0 where there is only one, and for the one that writes and prints."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def check_launch(device: object, device_map: object) -> None:
@@ -61,20 +41,6 @@ def check_launch(device: object, device_map: object) -> None:
         )
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("tensor_parallel needs the package accelerate: pip install 'kvsieve[parallel]'")
-
-
-def check_alone() -> None:
-    """Refuse, in each of several processes, work that is not shared and that each would do.
-
-    Raises:
-        UserError: torchrun started this process and others.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if "TORCHELASTIC_RUN_ID" in os.environ and processes > 1:
-        raise UserError(
-            f"torchrun started {processes} processes, each of which would run the whole comparison: put "
-            "tensor_parallel: true into it, or start it without torchrun"
-        )
 
 
 def check_split(config: PreTrainedConfig) -> None:

@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .errors import UserError
+from ..errors import UserError
+from ..policy import Policy
 from .layer import LayerCache
-from .policy import Policy
 from .windows import WindowLayer
 
 ATTENTION = "kvsieve"  # our name among transformers' attention implementations

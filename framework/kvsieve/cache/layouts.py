@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from .errors import UserError, unknown
+from ..errors import UserError, unknown
 
 KINDS = ("single", "double", "blocked")
 BLOCKS = (16, 32, 64)

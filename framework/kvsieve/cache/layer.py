@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from . import layouts, ops, transfer
-from .errors import UserError
-from .policy import Policy, Shape
+from .. import ops, transfer
+from ..errors import UserError
+from ..policy import Policy, Shape
+from . import layouts
 
 Phase = Literal["auto", "chunk", "last_chunk"]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from . import transfer
+from .. import transfer
 
 
 class WindowLayer(DynamicSlidingWindowLayer):

@@ -13,9 +13,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from .cache import KVCache
-from .errors import UserError
-from .layer import LayerCache
+from ..cache.kv_cache import KVCache
+from ..cache.layer import LayerCache
+from ..errors import UserError
 
 
 def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,1 @@
+"""The door into transformers: models, the attention interface, `generate()`, tensor parallel."""
