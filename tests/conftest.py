@@ -44,7 +44,7 @@ def recorded(monkeypatch):
     """Decode steps are "captured" on this machine too."""
     from kvsieve import graph
 
-    monkeypatch.setattr(graph, "why_not", lambda cache, model: None if graph._wanted else graph.EAGER)
+    monkeypatch.setattr(graph, "why_not", lambda cache, model: None if graph._wanted.capture else graph.EAGER)
     monkeypatch.setattr(graph, "StepGraph", Recorded)
     Recorded.captured = 0
     return Recorded

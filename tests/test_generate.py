@@ -142,8 +142,8 @@ def test_chunked_prefill_agrees_with_one_shot(model, policy, chunk):
     parts = model.generate(IDS, attention_mask=MASK, past_key_values=cache, generation_config=config)
     assert torch.equal(parts.sequences, whole.sequences)
     torch.testing.assert_close(torch.stack(parts.logits), torch.stack(whole.logits), atol=1e-5, rtol=0)
-    if budget := policy.slots_kept():
-        assert cache.policy_layers[0].capacity == budget
+    if budget := policy.keeps:
+        assert cache.policy_layers[0].slots.capacity == budget
 
 
 @pytest.mark.parametrize("name", ["windowed", "borrowing"])
@@ -200,8 +200,8 @@ def test_a_turn_is_evicted_when_it_is_complete(model, policy):
         said = torch.cat([first, torch.tensor([random_prompts(6, seed=9)[0]])], 1)
         out = generate(model, said, cache, output_logits=True, return_dict_in_generate=True, **options)
         layer = cache.policy_layers[0]
-        assert layer.seen.tolist() == [13 + 5 + 6 + 9]
-        assert (layer.lengths <= (policy.slots_kept() or 99)).all()
+        assert layer.kv.seen.tolist() == [13 + 5 + 6 + 9]
+        assert (layer.kv.lengths <= (policy.keeps or 99)).all()
         return torch.stack(out.logits)
 
     whole = second_turn()

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvsieve
 from kvsieve import KVCache, Policy, graph, make_policy
-from kvsieve.loop import Decoder, Generation
+from kvsieve.loop import Decoding, Runner
 from kvsieve.sampling import Sampler
+from kvsieve.testing import FindsWaits
 from tests.models import random_prompts, tiny_llama
 
 POLICIES = {
@@ -29,44 +29,13 @@ POLICIES = {
 }
 STEPS = 20
 
-# What makes the host wait for the device, or gives a shape that depends on data.
-WAITS = {
-    "_local_scalar_dense",
-    "item",
-    "nonzero",
-    "masked_select",
-    "is_nonzero",
-    "equal",
-    "unique",
-    "_unique2",
-    "multinomial",
-}
-
-
-class FindsWaits(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        indexes_by_mask = name.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype is torch.bool
-            for arg in args
-            if isinstance(arg, list | tuple)
-            for i in arg
-        )
-        if name in WAITS or indexes_by_mask:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
 
 def generation(policy, temperature=None, ends=()):
     model, prompts = tiny_llama(), random_prompts(24, 17)
     sampler = Sampler(temperature, None, None, 0, None, prompts, model.device, ends)
-    made = Generation(Decoder(model, prompts, policy, STEPS), sampler, eager=True)
+    made = Decoding(Runner(model, prompts, policy, STEPS), sampler, eager=True)
     made.begin()
-    made.decoder.cache.fix_shapes(made.decoder.room)
+    made.runner.cache.fix_shapes(made.runner.room)
     return made
 
 
@@ -90,17 +59,17 @@ def test_the_trace_finds_what_it_looks_for():
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_steps_of_constant_shape_give_the_same_tokens(policy):
     made = generation(policy)
-    got = [made.tokens.clone()]
+    got = [made.state.tokens.clone()]
     shapes = set()
     for _ in range(STEPS - 1):
         made.advance()
-        made.decoder.cache.count_fed()
-        got.append(made.tokens.clone())
-        shapes.add(tuple(layer.live_values.shape for layer in made.decoder.cache.policy_layers))
+        made.runner.cache.count_fed()
+        got.append(made.state.tokens.clone())
+        shapes.add(tuple(layer.slots.values.shape for layer in made.runner.cache.policy_layers))
     wanted = list(kvsieve.decode(tiny_llama(), random_prompts(24, 17), policy, max_new_tokens=STEPS))
     assert torch.equal(torch.stack(got), torch.stack(wanted))
     assert len(shapes) == 1
-    assert made.decoder.cache.get_seq_length() == 24 + STEPS - 1
+    assert made.runner.cache.get_seq_length() == 24 + STEPS - 1
 
 
 @pytest.mark.slow
@@ -123,13 +92,13 @@ def one_compiled_graph_serves_all_steps(policy):
         return module.forward
 
     with torch.no_grad():
-        got = [made.tokens.clone()]
+        got = [made.state.tokens.clone()]
         made.step()  # workspaces are allocated in the first, as on a GPU
-        got.append(made.tokens.clone())
+        got.append(made.state.tokens.clone())
         step = torch.compile(made.step, fullgraph=True, backend=count)
         for _ in range(STEPS - 2):
             step()
-            got.append(made.tokens.clone())
+            got.append(made.state.tokens.clone())
     wanted = list(kvsieve.decode(tiny_llama(), random_prompts(24, 17), policy, max_new_tokens=STEPS))
     assert torch.equal(torch.stack(got), torch.stack(wanted))
     assert len(compiled) == 1
@@ -173,7 +142,7 @@ def test_a_cache_that_is_reset_replays_its_step(recorded, policy, temperature):
             seed=seed,
         )
         got = torch.stack(list(tokens))
-        assert cache.ran_eagerly is None
+        assert cache.eager_because is None
         assert torch.equal(got, decoded(prompts, policy, temperature=temperature, seed=seed, eager=True))
     assert recorded.captured == 1
 

@@ -169,7 +169,7 @@ def test_nan_in_the_logits_is_reported_at_its_step():
         name: ClassVar[str] = "broken"
 
         def select(self, query, kv):
-            kv.live_values.fill_(torch.nan)
+            kv.values.fill_(torch.nan)
 
     with pytest.raises(UserError, match="logits are NaN at new token 2"):
         run([[1, 2, 3]], Broken())

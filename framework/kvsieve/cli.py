@@ -254,8 +254,8 @@ def _stream(
     if meter.steps:
         facts.append(f"{meter.steps / seconds:.0f} tokens/s")
         facts.append(f"{meter.read / meter.dense_read:.3f} of dense attention's bytes read")
-    if cache.ran_eagerly and model.device.type == "cuda":
-        facts.append(f"not as a CUDA graph: {cache.ran_eagerly}")
+    if cache.eager_because and model.device.type == "cuda":
+        facts.append(f"not as a CUDA graph: {cache.eager_because}")
     typer.secho("; ".join(facts), err=True, dim=True)
 
 

@@ -114,7 +114,7 @@ def _register(
     def register(cls: type) -> None:
         if kind == "policies":
             _check_policy_class(cls)
-        name = getattr(cls, "name", "")
+        name = _own_name(cls)
         if not isinstance(name, str) or not name.isidentifier():
             raise TypeError(
                 f"{cls.__name__} needs a class attribute name: ClassVar[str], an identifier; it is {name!r}"
@@ -126,13 +126,23 @@ def _register(
     return register
 
 
+def _own_name(cls: type) -> object:
+    """The class's name; that of the base of all policies is not its own."""
+    from .policy import Policy
+
+    name = getattr(cls, "name", "")
+    return "" if cls is not Policy and issubclass(cls, Policy) and name == Policy.name else name
+
+
 def _check_policy_class(cls: type) -> None:
+    from . import contract
     from .policy import Policy
 
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
         raise TypeError(f"{cls!r} is not a subclass of kvsieve.Policy")
     if "__dataclass_fields__" not in vars(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise TypeError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True)")
+    contract.check_class(typing.cast(Any, cls))
 
 
 def policy_class(name: str) -> type[Policy]:

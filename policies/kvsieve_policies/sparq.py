@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
-from kvsieve import KeyLayout, LayerCache, NewTokens, Policy, Selection, Shape, Tail, UserError, ops
+from kvsieve import KeyLayout, KVView, NewTokens, Policy, Selection, Shape, Tail, UserError, ops
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class SparQ(Policy):
         if self.r > head_size:
             raise UserError(f"sparq.r is {self.r}, but this model's heads have only {head_size} channels")
 
-    def on_append(self, kv: LayerCache, new: NewTokens) -> None:
+    def on_append(self, kv: KVView, new: NewTokens) -> None:
         if self.mean_value:
             kv["mean_value"] = ops.running_mean(kv["mean_value"], new.values, new.counts, kv.seen)
 
-    def select(self, query: torch.Tensor, kv: LayerCache) -> Selection | None:
-        if kv.used <= self.k:
+    def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
+        if kv.slots_in_use <= self.k:
             return None  # nothing to leave out
         channels = ops.top_channels(query, self.r)
         slots, counts, missed = ops.top_by_channels(

@@ -32,13 +32,13 @@ def test_a_dense_step_attends_to_all_tokens(tokens):
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_a_step_can_be_taken_again_from_the_same_place(tokens, policy):
     step = PolicyStep(policy, tokens)
-    before = step.kv.used, step.kv.lengths.tolist(), step.kv.seen.tolist()
+    before = step.layer.slots.used, step.layer.kv.lengths.tolist(), step.layer.kv.seen.tolist()
     for _ in range(3):
         step.prepare()
-        assert (step.kv.used, step.kv.lengths.tolist(), step.kv.seen.tolist()) == before
+        assert (step.layer.slots.used, step.layer.kv.lengths.tolist(), step.layer.kv.seen.tolist()) == before
         step.run()
-        assert step.kv.seen.tolist() == [40, 40]
-        assert int(step.kv.lengths.max()) == (policy.slots_kept() or 40)
+        assert step.layer.kv.seen.tolist() == [40, 40]
+        assert int(step.layer.kv.lengths.max()) == (policy.keeps or 40)
 
 
 def test_the_meter_counts_one_step(tokens):
@@ -51,10 +51,12 @@ def test_the_meter_counts_one_step(tokens):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_memory_is_known_beforehand(tokens, policy):
-    kv = PolicyStep(policy, tokens).kv
-    positions = 2 * 2 * kv.capacity * 8
-    summaries = sum(summary.numel() * summary.element_size() for summary in kv._summaries.values())
-    assert room.cache_bytes(policy, 2, 40 + ROOM, HEADS, torch.float32) == kv.memory() + positions - summaries
+    slots = PolicyStep(policy, tokens).layer.slots
+    positions = 2 * 2 * slots.capacity * 8
+    summaries = sum(summary.numel() * summary.element_size() for summary in slots.summaries.values())
+    assert (
+        room.cache_bytes(policy, 2, 40 + ROOM, HEADS, torch.float32) == slots.memory() + positions - summaries
+    )
 
 
 def test_every_dense_candidate_computes_the_same(tokens):

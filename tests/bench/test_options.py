@@ -30,7 +30,7 @@ def test_lists_are_sweeps_as_in_a_config():
 
 def test_a_compression_is_that_of_the_context():
     (contender,) = contenders(["h2o: {compression: 1/8}"], [], 64, 1024)
-    assert contender.policy.slots_kept() == 128
+    assert contender.policy.keeps == 128
 
 
 def test_the_defaults_fit_every_shape():

@@ -36,7 +36,7 @@ def test_our_steps_begin_where_the_context_ends_and_can_be_repeated(models):
     for _ in range(3):
         steps.prepare()
         steps.run()
-        assert steps.decoder.cache.policy_layers[0].lengths.tolist() == [[22, 22], [22, 22]]
+        assert steps.runner.cache.policy_layers[0].kv.lengths.tolist() == [[22, 22], [22, 22]]
     hook.remove()
     assert calls == 3 * [((2, 1), [[position]] * 2) for position in (19, 20, 21)]
     assert "GPU" in steps.note
@@ -57,5 +57,5 @@ def test_steps_without_attention_leave_the_cache_alone_and_attention_in_place(mo
     original = attention.decode_step
     steps.run()
     assert attention.decode_step is original
-    assert steps.decoder.cache.policy_layers[0].lengths.tolist() == [[1, 1]]
+    assert steps.runner.cache.policy_layers[0].kv.lengths.tolist() == [[1, 1]]
     assert whole.OurSteps(models.ours, Policy(), 1, 8, 1, eager=True).traffic()[0] > 0

@@ -15,7 +15,8 @@ import torch
 import kvsieve
 from kvsieve import make_policy, transfer
 from kvsieve.cache.windows import WindowLayer
-from kvsieve.loop import Decoder
+from kvsieve.loop import Runner
+from kvsieve.testing import LayerCache
 
 from .zoo import FAMILIES, VOCABULARY, WINDOW
 
@@ -67,10 +68,10 @@ def greedy(model, ids, mask=None, cache=None, new=NEW):
 
 def loop(model, rows, policy, new=NEW):
     """The same by the decode loop."""
-    decoder = Decoder(model, rows, policy, new)
-    logits = [decoder.prefill()]
-    for _ in range(new - 1):
-        logits.append(decoder.step(logits[-1].argmax(-1)))
+    runner = Runner(model, rows, policy, new)
+    logits = [runner.prefill()]
+    for step in range(new - 1):
+        logits.append(runner.run(logits[-1].argmax(-1), runner.sizes + step))
     return torch.stack(logits, 1).argmax(-1), torch.stack(logits, 1)
 
 
@@ -105,7 +106,7 @@ def each_alone(case):
 def test_the_policy_acts_on_the_layers_that_see_everything(case):
     layers = kvsieve.KVCache(case.model).layers
     assert (
-        tuple(i for i, layer in enumerate(layers) if isinstance(layer, kvsieve.LayerCache))
+        tuple(i for i, layer in enumerate(layers) if isinstance(layer, LayerCache))
         == case.family.policy_layers
     )
 
@@ -156,7 +157,7 @@ def test_windowed_layers_are_metered(case):
         list(kvsieve.decode(case.model, case.rows, max_new_tokens=FEW, eos_token_id=(), cache=cache))
     policy_layer = cache.policy_layers[0]
     number = (
-        2 * policy_layer.lengths.shape[1] * policy_layer.head_size * 4
+        2 * policy_layer.kv.lengths.shape[1] * policy_layer.kv.head_size * 4
     )  # bytes of a token: keys and values
     full, windowed = 0, 0
     for length in LENGTHS:

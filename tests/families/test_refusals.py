@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import kvsieve
 from kvsieve import UserError, make_policy
+from kvsieve.testing import LayerCache
 
 from .zoo import FAMILIES, VOCABULARY
 
@@ -143,7 +144,7 @@ def test_a_model_that_changes_keys_after_caching_is_found_out():
 
 
 def test_keys_and_values_of_different_sizes_are_refused():
-    layer = kvsieve.LayerCache(make_policy("dense"))
+    layer = LayerCache(make_policy("dense"))
     with pytest.raises(UserError, match="keys of 8 and values of 4 numbers"):
         layer.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 4))
 

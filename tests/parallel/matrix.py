@@ -37,7 +37,7 @@ def measured(model: Any, policy_name: str) -> dict[str, Any]:
     return {
         "tokens": tokens.tolist(),
         "scores": [row.tolist() for row in scores],
-        "kv_heads": cache.policy_layers[0].lengths.shape[1],
+        "kv_heads": cache.policy_layers[0].kv.lengths.shape[1],
         "memory": cache.memory(),
         "here": [meter.read, meter.written, meter.dense_read, meter.steps],
         "everywhere": [everywhere.read, everywhere.written, everywhere.dense_read, everywhere.steps],

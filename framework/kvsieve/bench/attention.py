@@ -133,7 +133,7 @@ def _measure(
                 "layout": contender.layout,
                 "seconds": found,
                 "bytes": traffic,
-                "bytes_held": step.kv.memory(),
+                "bytes_held": step.layer.slots.memory(),
                 "bytes_per_second": moved / found["median"],
                 "share_of_copy_bandwidth": moved / found["median"] / speeds["copy"],
                 "best_dense": best,

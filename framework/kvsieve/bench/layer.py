@@ -8,6 +8,7 @@ import torch
 
 from .. import transfer
 from ..attention import decode_step
+from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
 from ..policy import Observe, Policy
 from .shapes import Heads
@@ -36,33 +37,28 @@ class Tokens(NamedTuple):
         return cls(query, keys, values)
 
 
-def fill(kv: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+def fill(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Bring an empty layer to where a prefill of `keys`, `values [B, K, P, D]` leaves it; no attention.
 
-    What a policy would have observed is random.
+    The attention that a policy would have observed is random.
     """
-    kv.update(keys, values)
-    kv.incoming = None
-    new, _, _ = kv.append_prompt(keys, values, None)
-    kv.policy.on_append(kv, new)
-    if kv.policy.observes is Observe.MASS:
-        kv.policy.on_attend(kv, torch.rand(kv.positions.shape, device=keys.device))
-    kv.policy.on_prefill(kv)
-    kv.compact_to_budget()
+    layer.update(keys, values)
+    policy, kv = layer.policy, layer.kv
+    policy.on_append(kv, layer.append_prompt(None))
+    if policy.observes is Observe.MASS:
+        policy.on_attend(kv, torch.rand(kv.positions.shape, device=keys.device))
+    layer.end_prompt()
 
 
 class Checkpoint:
-    """Where a layer stood; going back puts its next token where the last one was put."""
+    """A layer at one moment; going back puts its next token where the last one was put."""
 
-    def __init__(self, kv: LayerCache) -> None:
-        self.kv = kv
-        self.numbers = kv.used, kv.fed
-        self.tensors = kv.lengths.clone(), kv.seen.clone()
+    def __init__(self, layer: LayerCache) -> None:
+        self.layer, self.fed, self.slots = layer, layer.fed, layer.slots.checkpoint()
 
     def restore(self) -> None:
-        self.kv.used, self.kv.fed = self.numbers
-        self.kv.lengths.copy_(self.tensors[0])
-        self.kv.seen.copy_(self.tensors[1])
+        self.layer.fed = self.fed
+        self.layer.slots.restore(self.slots)
 
 
 class PolicyStep:
@@ -71,20 +67,20 @@ class PolicyStep:
     def __init__(self, policy: Policy, tokens: Tokens, fixed: bool = False) -> None:
         keys, values = tokens.keys, tokens.values
         context, size = keys.shape[2:]
-        self.kv = LayerCache(policy, capacity=context + ROOM)
-        self.kv.scoring = {"scale": size**-0.5, "softcap": None, "sinks": None}
-        fill(self.kv, keys[:, :, : context - 1], values[:, :, : context - 1])
+        self.layer = LayerCache(policy, capacity=context + ROOM)
+        self.layer.scoring = Scoring(size**-0.5)
+        fill(self.layer, keys[:, :, : context - 1], values[:, :, : context - 1])
         self.new = keys[:, :, context - 1 :].contiguous(), values[:, :, context - 1 :].contiguous()
         self.query = tokens.query
         if fixed:  # as the loop does it for a graph
-            self.kv.fix_shapes(context + ROOM)
-        self.prepare = Checkpoint(self.kv).restore
+            self.layer.fix_shapes(context + ROOM)
+        self.prepare = Checkpoint(self.layer).restore
 
     @torch.no_grad()
     def run(self) -> torch.Tensor:
         """The attention output `[B, K, G, D]`."""
-        self.kv.update(*self.new)
-        return decode_step(self.kv, self.query)
+        self.layer.update(*self.new)
+        return decode_step(self.layer, self.query)
 
     def traffic(self) -> dict[str, Any]:
         """Bytes of one step, counted by the meter."""

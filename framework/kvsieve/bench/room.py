@@ -29,7 +29,7 @@ def plain_bytes(batch: int, context: int, heads: Heads, dtype: torch.dtype) -> i
 
 def cache_bytes(policy: Policy, batch: int, context: int, heads: Heads, dtype: torch.dtype) -> int:
     """What one layer's cache holds for `context` tokens under a policy, positions included."""
-    slots = min(context, policy.slots_kept() or context)
+    slots = min(context, policy.keeps or context)
     one = torch.empty(1, 1, 1, heads.size, dtype=dtype, device="meta")
     stores = policy.key_layout.stores(one, slots)
     assert stores.keys() <= set(KEY_STORES)

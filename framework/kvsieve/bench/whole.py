@@ -49,7 +49,7 @@ class Models:
         return total if tied else total - table.numel() * table.element_size()
 
 
-class _Decoder(loop.Decoder):
+class _Runner(loop.Runner):
     """The loop's own, with a prefill that computes nothing: it leaves random tokens in the cache."""
 
     @torch.no_grad()
@@ -68,14 +68,14 @@ class OurSteps:
     ) -> None:
         self.device, self.steps = model.device, steps
         rows = [[0] * (context - 1)] * batch
-        self.decoder = _Decoder(model, rows, policy, max(steps, _WARM_UP) + 1)
+        self.runner = _Runner(model, rows, policy, max(steps, _WARM_UP) + 1)
         sampler = Sampler(None, None, None, 0, None, rows, self.device)
-        generation = loop.Generation(self.decoder, sampler, eager)
-        self.note = generation.ran_eagerly or "captured"
-        self.tokens = loop._decode(generation, 2**62)
+        self.decoding = loop.Decoding(self.runner, sampler, eager)
+        self.note = self.decoding.eager_because or "captured"
+        self.tokens = self.decoding.tokens(2**62)
         next(self.tokens)  # the prefill's
-        self.checkpoints = [Checkpoint(layer) for layer in self.decoder.cache.policy_layers]
-        self.positions = self.decoder.positions.clone()
+        self.checkpoints = [Checkpoint(layer) for layer in self.runner.cache.policy_layers]
+        self.positions = self.decoding.state.positions.clone()
         for _ in range(_WARM_UP):
             next(self.tokens)
 
@@ -91,7 +91,7 @@ class OurSteps:
     def prepare(self) -> None:
         for checkpoint in self.checkpoints:
             checkpoint.restore()
-        self.decoder.positions.copy_(self.positions)
+        self.decoding.state.positions.copy_(self.positions)
 
     def busy_seconds(self) -> float | None:
         """Of a step: what a GPU spends in kernels; the rest of it is Python, launches and waiting."""
@@ -108,8 +108,8 @@ class OurSteps:
         """Bytes that a step reads from and writes to the caches, and those that are held."""
         self.prepare()
         with transfer.measure() as meter:
-            self.decoder.step(torch.zeros_like(self.decoder.ids[:, 0]))
-        return meter.read + meter.written, self.decoder.cache.memory()
+            self.runner.run(torch.zeros_like(self.runner.ids[:, 0]), self.positions)
+        return meter.read + meter.written, self.runner.cache.memory()
 
 
 class StepsWithoutAttention(OurSteps):
@@ -126,15 +126,20 @@ class StepsWithoutAttention(OurSteps):
 
 @contextlib.contextmanager
 def _no_attention() -> Iterator[None]:
-    def copied(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        kv.incoming = None
-        return query.clone()
-
-    original, interface.decode_step = interface.decode_step, copied  # type: ignore[attr-defined]
+    interface.register(_query_copied)
     try:
         yield
     finally:
-        interface.decode_step = original  # type: ignore[attr-defined]
+        interface.register()
+
+
+def _query_copied(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Stands for the attention function: `query [B, H, Q, D]` -> `[B, Q, H, D]`; nothing is cached."""
+    layer: LayerCache = key.kvsieve_layer  # type: ignore[attr-defined]
+    layer.discard_incoming()
+    return query.transpose(1, 2).contiguous(), None
 
 
 class StockGenerate:

@@ -222,7 +222,8 @@ def can_compress(cls: Any) -> bool:
 
     if not issubclass(cls, Policy):
         return False
-    return any("for_compression" in vars(base) for base in cls.__mro__[: cls.__mro__.index(Policy)])
+    own = cls.__mro__[: cls.__mro__.index(Policy)]
+    return cls is Policy or any("for_compression" in vars(base) for base in own)
 
 
 def _fractions(cls: type, given: Any, loc: Loc, mistakes: list[Mistake]) -> list[Fraction]:

@@ -14,7 +14,7 @@ from .. import graph, processes, transfer
 from ..cache.kv_cache import KVCache
 from ..hf import parallel
 from ..loop import decode
-from ..scoring import Forcing
+from ..scoring import Scoring
 from .cells import Cell, new_tokens_at_most
 from .store import Record
 from .tasks import Answer, Sample
@@ -76,13 +76,13 @@ class Measurement:
         limit = max(map(new_tokens_at_most, samples))
         cache = self._empty_cache(self.cell.task.context + limit)
         if samples[0].forced:
-            forcing = Forcing(
+            scoring = Scoring(
                 model, prompts, [list(sample.forced) for sample in samples], policy, cache=cache
             )
-            for _ in clock.after_the_first(forcing):
+            for _ in clock.after_the_first(scoring):
                 pass
             return [
-                Answer(log_probabilities=row.log_probabilities.tolist()) for row in forcing.result()
+                Answer(log_probabilities=row.log_probabilities.tolist()) for row in scoring.result()
             ], cache.memory()
         rows: list[list[int]] = [[] for _ in samples]
         said = ["" for _ in samples]
@@ -100,7 +100,7 @@ class Measurement:
         if self.cache is None or self.capacity != capacity:
             self.cache, self.capacity = KVCache(self.model, self.cell.policy, capacity=capacity), capacity
         else:
-            self.cache.reset()  # type: ignore[no-untyped-call]
+            self.cache.reset()
         return self.cache
 
 

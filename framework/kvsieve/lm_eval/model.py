@@ -19,7 +19,7 @@ from ..errors import UserError, unknown
 from ..loop import decode
 from ..policy import Policy
 from ..prompts import end_tokens
-from ..scoring import Forcing
+from ..scoring import Scoring
 from . import quiet
 
 Request = tuple[Any, list[int], list[int]]  # what lm_eval remembers it by, context, continuation
@@ -111,7 +111,7 @@ class PolicyLM(HFLM):
         prompts, forced = zip(*map(self._fed, requests), strict=True)
         cache = self._cache(max(map(len, prompts)) + max(map(len, forced)))
         answers = []
-        scored = Forcing(self.model, prompts, forced, self.policy, cache=cache).result()
+        scored = Scoring(self.model, prompts, forced, self.policy, cache=cache).result()
         for (_, _, continuation), row in zip(requests, scored, strict=True):
             asked = slice(-len(continuation), None)  # not the context's own last token
             answers.append((float(row.log_probabilities[asked].sum()), bool(row.likeliest[asked].all())))
