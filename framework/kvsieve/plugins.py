@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import typing
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pluggy
 
