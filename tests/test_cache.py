@@ -202,6 +202,82 @@ def test_reset_makes_it_fresh():
     )
 
 
+def test_a_cache_belongs_to_one_decode_until_it_ends():
+    model, prompts = tiny_llama(), random_prompts(9)
+    cache = KVCache(model)
+    first, second = (kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5) for _ in range(2))
+    next(first)
+    with pytest.raises(UserError, match="another decode is using this cache"):
+        next(second)
+    assert len(list(first)) == 4  # and the first was not disturbed
+    with pytest.raises(UserError, match="already holds tokens"):
+        kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)
+
+
+def test_a_reset_cache_is_free_for_another_decode_and_the_first_is_told():
+    model, prompts = tiny_llama(), random_prompts(9)
+    cache = KVCache(model)
+    first = kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)
+    next(first)
+    cache.reset()
+    second = list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))
+    assert len(second) == 5
+    with pytest.raises(UserError, match="was reset while it was running"):
+        next(first)
+
+
+def test_a_decode_that_is_given_up_frees_the_cache():
+    model, prompts = tiny_llama(), random_prompts(9)
+    cache = KVCache(model)
+    tokens = kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)
+    next(tokens)
+    tokens.close()
+    with pytest.raises(UserError, match="already holds tokens"):
+        list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))
+    cache.reset()
+    assert len(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))) == 5
+
+
+def test_a_cache_filled_in_inference_mode_can_be_reset_outside_of_it():
+    model, prompts = tiny_llama(), random_prompts(9)
+    cache = KVCache(model, make_policy("h2o", budget=6, recent=2))
+    with torch.inference_mode():
+        first = torch.stack(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)))
+    cache.reset()
+    again = torch.stack(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)))
+    assert torch.equal(first, again)
+
+
+def test_what_a_batch_leaves_behind_never_reaches_the_next():
+    """Storage that stays after a reset is finite, even if the last batch was not."""
+    model = tiny_llama()
+    cache = KVCache(model, make_policy("sparq", r=3, k=6, local=2), capacity=40)
+    layers = cache.policy_layers
+    list(kvsieve.decode(model, random_prompts(20), cache=cache, max_new_tokens=5))
+    for layer in layers:
+        layer.slots.values.fill_(torch.nan)
+        layer.slots.keys.fill_(torch.inf)
+    cache.reset()
+    cache.expect_prompt(9)
+    got = torch.stack(list(kvsieve.decode(model, random_prompts(9), cache=cache, max_new_tokens=5)))
+    wanted = kvsieve.decode(model, random_prompts(9), cache.policy, max_new_tokens=5)
+    assert torch.equal(got, torch.stack(list(wanted)))
+    assert all(t.isfinite().all() for layer in layers for t in layer.slots.stored().values())
+
+
+def test_a_cache_for_fewer_layers_is_refused():
+    model, small = tiny_llama(), tiny_llama()
+    cache = KVCache(small)
+    del cache.layers[1]
+    with pytest.raises(UserError, match="the cache has 1 layers, and the model asks for layer 1"):
+        list(kvsieve.decode(model, random_prompts(9), cache=cache, max_new_tokens=5))
+
+
+def test_a_cache_cannot_be_cropped():
+    with pytest.raises(UserError, match="cannot be cropped"):
+        KVCache(tiny_llama()).crop(3)
+
+
 def test_plain_forward_through_the_cache_equals_no_cache():
     model = tiny_llama()
     ids = torch.tensor(random_prompts(30))

@@ -155,6 +155,10 @@ class Policy:
         """Return the policy of layer `layer` of `layers`; wrappers answer differently per layer."""
         return self
 
+    def in_layout(self, layout: KeyLayout) -> Policy | None:
+        """Return this policy with its keys in another layout; None if the layout is no parameter of it."""
+        return None
+
     def check(self, head_size: int) -> None:
         """Raise UserError if these parameters cannot serve a model with this head size."""
 

@@ -94,5 +94,9 @@ class Wrapper(Policy):
         inner = self.inner.for_layer(layer, layers)
         return dataclasses.replace(self, inner=inner)  # type: ignore[call-arg]
 
+    def in_layout(self, layout: KeyLayout) -> Policy | None:
+        inner = self.inner.in_layout(layout)
+        return None if inner is None else dataclasses.replace(self, inner=inner)  # type: ignore[call-arg]
+
     def check(self, head_size: int) -> None:
         self.inner.check(head_size)

@@ -11,7 +11,7 @@ that the mean value drowns the tokens read, and the model repeats itself; 1 is t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -54,6 +54,9 @@ class SparQ(Policy):
     @property
     def key_layout(self) -> KeyLayout:
         return KeyLayout(self.layout, self.block)
+
+    def in_layout(self, layout: KeyLayout) -> Self:
+        return replace(self, layout=layout.kind, block=layout.block)
 
     def check(self, head_size: int) -> None:
         if self.r > head_size:

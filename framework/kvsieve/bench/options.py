@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
-from ..cache.layouts import KINDS
+from ..cache.layouts import KINDS, KeyLayout
 from ..compare.choices import read_policies
 from ..errors import UserError, unknown
 from ..policy import Policy
@@ -74,11 +73,9 @@ def _read(text: str, head_size: int, context: int) -> list[tuple[Any, Policy]]:
 
 
 def _versions(policy: Policy, layouts: Sequence[str], entry: Any) -> list[Policy]:
-    fields = {field.name for field in dataclasses.fields(policy)}
     given = next(iter(entry.values())) if isinstance(entry, dict) else {}
-    if "layout" not in fields or "layout" in given:
-        return [policy]
-    return [dataclasses.replace(policy, layout=layout) for layout in layouts]  # type: ignore[call-arg]
+    versions = [policy.in_layout(KeyLayout(cast(Any, layout))) for layout in layouts if "layout" not in given]
+    return [version for version in versions if version is not None] or [policy]
 
 
 def _label(entry: Any) -> str:
