@@ -1,4 +1,4 @@
-"""Memory: what a measurement needs, worked out before anything is allocated, and what is free."""
+"""Memory that a measurement needs, computed before anything is allocated, and memory that is free."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plain_bytes(batch: int, context: int, heads: Heads, dtype: torch.dtype) -> i
 
 
 def cache_bytes(policy: Policy, batch: int, context: int, heads: Heads, dtype: torch.dtype) -> int:
-    """What one layer's cache holds for `context` tokens under a policy, positions included."""
+    """Bytes that one layer's cache holds for `context` tokens under a policy, positions included."""
     slots = min(context, policy.keeps or context)
     one = torch.empty(1, 1, 1, heads.size, dtype=dtype, device="meta")
     stores = policy.key_layout.stores(one, slots)

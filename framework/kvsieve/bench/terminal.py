@@ -53,7 +53,7 @@ def tables(benchmark: str, cells: Sequence[dict[str, Any]]) -> Iterator[Table]:
 
 
 def _title(cell: dict[str, Any]) -> str:
-    """The sizes, and what the rows are compared with."""
+    """The sizes, and the baseline that the rows are compared with."""
     title = f"B={cell['batch']} T={tokens(cell['context'])}"
     if "best_dense" in cell:
         best, heads = cell["best_dense"], "x".join(str(size) for size in cell["heads"].values())

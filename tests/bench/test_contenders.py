@@ -5,7 +5,7 @@ import re
 import pytest
 
 from kvsieve import UserError
-from kvsieve.bench.options import contenders, default_policies
+from kvsieve.bench.contenders import contenders, default_policies
 from kvsieve.bench.shapes import SHAPES, Heads, heads_of, model_config, read_heads, read_sizes
 
 

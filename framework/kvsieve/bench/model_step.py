@@ -22,7 +22,7 @@ from ..cache.layer import LayerCache
 from ..hf import interface, models
 from ..policy import Policy
 from ..sampling import Sampler
-from .layer import Checkpoint, fill
+from .layer_step import Checkpoint, fill
 from .shapes import heads_of
 from .timing import Measure, now, wall_clock
 
@@ -94,7 +94,7 @@ class OurSteps:
         self.decoding.state.positions.copy_(self.positions)
 
     def busy_seconds(self) -> float | None:
-        """Of a step: what a GPU spends in kernels; the rest of it is Python, launches and waiting."""
+        """Seconds of a step that a GPU spends in kernels; the rest is Python, launches and waiting."""
         if self.device.type != "cuda":
             return None
         self.prepare()

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvsieve import Policy, attention
-from kvsieve.bench import whole
+from kvsieve import Policy
+from kvsieve.bench.model_step import Models, OurSteps, StepsWithoutAttention, StockGenerate
 from kvsieve.bench.shapes import model_config
-from kvsieve.bench.whole import Models, OurSteps, StepsWithoutAttention, StockGenerate
+from kvsieve.cache.kv_cache import ATTENTION
+from kvsieve.hf.interface import attention_forward
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,7 @@ def test_transformers_is_fed_one_token_a_step_too(models):
 
 def test_steps_without_attention_leave_the_cache_alone_and_attention_in_place(models):
     steps = StepsWithoutAttention(models.ours, batch=1, steps=2, eager=False)
-    original = attention.decode_step
     steps.run()
-    assert attention.decode_step is original
+    assert ALL_ATTENTION_FUNCTIONS[ATTENTION] is attention_forward
     assert steps.runner.cache.policy_layers[0].kv.lengths.tolist() == [[1, 1]]
-    assert whole.OurSteps(models.ours, Policy(), 1, 8, 1, eager=True).traffic()[0] > 0
+    assert OurSteps(models.ours, Policy(), 1, 8, 1, eager=True).traffic()[0] > 0

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from kvsieve import make_policy
-from kvsieve.bench import dense, room
-from kvsieve.bench.layer import ROOM, PolicyStep, Tokens
+from kvsieve.bench import baselines, memory
+from kvsieve.bench.layer_step import ROOM, PolicyStep, Tokens
 from kvsieve.bench.shapes import Heads
 
 HEADS = Heads(4, 2, 16)
@@ -55,18 +55,19 @@ def test_memory_is_known_beforehand(tokens, policy):
     positions = 2 * 2 * slots.capacity * 8
     summaries = sum(summary.numel() * summary.element_size() for summary in slots.summaries.values())
     assert (
-        room.cache_bytes(policy, 2, 40 + ROOM, HEADS, torch.float32) == slots.memory() + positions - summaries
+        memory.cache_bytes(policy, 2, 40 + ROOM, HEADS, torch.float32)
+        == slots.memory() + positions - summaries
     )
 
 
 def test_every_dense_candidate_computes_the_same(tokens):
     ours = PolicyStep(make_policy("dense"), tokens).run()
-    found = dict(dense.builders(["sdpa"], tokens, repeat_fits=True))
+    found = dict(baselines.builders(["sdpa"], tokens, repeat_fits=True))
     assert {"sdpa math gqa", "sdpa math rows", "sdpa math repeat", "sdpa flash rows"} <= found.keys()
     for name, build in found.items():
-        assert dense.agrees(build(tokens)(), ours), name
+        assert baselines.agrees(build(tokens)(), ours), name
 
 
 def test_a_wrong_result_is_noticed(tokens):
     ours = PolicyStep(make_policy("dense"), tokens).run()
-    assert not dense.agrees(ours * 1.1, ours)
+    assert not baselines.agrees(ours * 1.1, ours)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError, unknown
-from .layer import Tokens
+from .layer_step import Tokens
 
 Attend = Callable[[], torch.Tensor]  # [B, K, G, D]
 Builder = Callable[[Tokens], Attend]

@@ -11,9 +11,9 @@ import torch
 
 from .. import ops, specs
 from ..errors import UserError
-from . import dense, room
-from .layer import ROOM, PolicyStep, Tokens
-from .options import Contender, contenders, default_policies
+from . import baselines, memory
+from .contenders import Contender, contenders, default_policies
+from .layer_step import ROOM, PolicyStep, Tokens
 from .shapes import Heads
 from .timing import (
     Bandwidth,
@@ -32,8 +32,8 @@ _HOPELESS = 4.0  # a dense candidate so many times slower than the best of a fir
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to measure. Sizes not given come from the device."""
+class AttentionPlan:
+    """The settings of `kvsieve bench attention`. Sizes not given come from the device."""
 
     device: torch.device
     dtype: torch.dtype
@@ -49,7 +49,9 @@ class Plan:
     skip_too_large: bool  # cells that do not fit are left out and said so, else an error
 
 
-class Cell(NamedTuple):
+class Sizes(NamedTuple):
+    """One cell of the measurement."""
+
     heads: Heads
     batch: int
     context: int
@@ -58,21 +60,21 @@ class Cell(NamedTuple):
         return f"B={self.batch} T={self.context} heads {self.heads}"
 
 
-def run(plan: Plan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def run(plan: AttentionPlan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Measure every cell of the plan; one record a cell, as soon as it is there.
 
     Raises:
-        UserError: what was asked for does not exist or does not fit, found before anything is allocated.
+        UserError: before anything is allocated, for settings that do not exist or do not fit.
     """
-    families = dense.families(plan.device, list(plan.dense))
-    cells = [Cell(h, b, t) for h in plan.heads for b in plan.batches for t in plan.contexts]
+    families = baselines.families(plan.device, list(plan.dense))
+    cells = [Sizes(h, b, t) for h in plan.heads for b in plan.batches for t in plan.contexts]
     todo = []
     for cell in cells:
         if cell.context < 2:
             raise UserError(f"--context must be at least 2 tokens (one cached, one new), not {cell.context}")
         field = _contenders(plan, cell)
         try:
-            room.check(_need(plan, cell, field, families), plan.device, f"the cell {cell}")
+            memory.check(_need(plan, cell, field, families), plan.device, f"the cell {cell}")
         except UserError as error:
             if not plan.skip_too_large:
                 raise
@@ -87,24 +89,24 @@ def run(plan: Plan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
             yield sizes | attempt(lambda: _measure(plan, cell, field, families, watch))  # noqa: B023
 
 
-def _contenders(plan: Plan, cell: Cell) -> list[Contender]:
+def _contenders(plan: AttentionPlan, cell: Sizes) -> list[Contender]:
     size = cell.heads.size
     return contenders(plan.policies or default_policies(size), plan.layouts, size, cell.context)
 
 
-def _need(plan: Plan, cell: Cell, field: Sequence[Contender], families: Sequence[str]) -> int:
-    plain = room.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
+def _need(plan: AttentionPlan, cell: Sizes, field: Sequence[Contender], families: Sequence[str]) -> int:
+    plain = memory.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
     slots = cell.context + ROOM
-    held = [room.cache_bytes(c.policy, cell.batch, slots, cell.heads, plan.dtype) for c in field]
+    held = [memory.cache_bytes(c.policy, cell.batch, slots, cell.heads, plan.dtype) for c in field]
     # A policy with a budget holds the whole context for a moment, when it is filled.
     filling = 2 * plain
-    ours = plain if dense.OURS in families else 0
+    ours = plain if baselines.OURS in families else 0
     others = plain * sum(name in ("flashinfer", "flash-attn") for name in families)
     return plain + sum(held) + filling + ours + others + 2**31
 
 
 def _measure(
-    plan: Plan, cell: Cell, field: Sequence[Contender], families: Sequence[str], watch: Stopwatch
+    plan: AttentionPlan, cell: Sizes, field: Sequence[Contender], families: Sequence[str], watch: Stopwatch
 ) -> dict[str, Any]:
     tokens = Tokens.random(cell.batch, cell.context, cell.heads, plan.dtype, plan.device)
     graphs_run = plan.graphs and plan.device.type == "cuda"
@@ -158,8 +160,8 @@ def _measure(
 
 
 def _dense_candidates(
-    plan: Plan,
-    cell: Cell,
+    plan: AttentionPlan,
+    cell: Sizes,
     families: Sequence[str],
     tokens: Tokens,
     reference: PolicyStep,
@@ -182,14 +184,14 @@ def _dense_candidates(
         else:
             found[name], notes[name] = measure, {"graph": step.note}
 
-    if dense.OURS in families:
-        consider(dense.OURS, reference.run, reference.prepare)
-    repeated = cell.heads.group * room.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
-    fits = 4 * repeated < room.free_memory(plan.device)  # scaled, and in float32, on the way
-    for name, build in dense.builders(list(families), tokens, fits):
+    if baselines.OURS in families:
+        consider(baselines.OURS, reference.run, reference.prepare)
+    repeated = cell.heads.group * memory.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
+    fits = 4 * repeated < memory.free_memory(plan.device)  # scaled, and in float32, on the way
+    for name, build in baselines.builders(list(families), tokens, fits):
         try:
             attend = build(tokens)
-            if dense.agrees(attend(), expected):
+            if baselines.agrees(attend(), expected):
                 consider(name, attend, nothing)
             else:
                 notes[name] = {"not_run": "gives another result"}
@@ -203,7 +205,7 @@ def _dense_candidates(
 class _Capture:
     """A step as a CUDA graph where that is wanted and can be, and a note that says which."""
 
-    def __init__(self, plan: Plan, run: Callable[[], object], prepare: Callable[[], None]) -> None:
+    def __init__(self, plan: AttentionPlan, run: Callable[[], object], prepare: Callable[[], None]) -> None:
         self.run, self.note = run, "no GPU" if plan.device.type != "cuda" else "--eager"
         if plan.device.type != "cuda" or not plan.graphs:
             return

@@ -16,18 +16,18 @@ from transformers import PreTrainedModel
 from .. import ops, specs
 from ..errors import UserError
 from ..policy import Policy
-from . import room
-from .options import Contender, contenders, default_policies
+from . import memory
+from .contenders import Contender, contenders, default_policies
+from .model_step import Models, OurSteps, StepsWithoutAttention, StockGenerate
 from .shapes import heads_of, model_config
 from .timing import Measure, attempt, describe_failure, interleave, ratio, summary
-from .whole import Models, OurSteps, StepsWithoutAttention, StockGenerate
 
 REST, TRANSFORMERS = "without attention", "transformers"
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to measure. Sizes not given come from the device."""
+class DecodePlan:
+    """The settings of `kvsieve bench decode`. Sizes not given come from the device."""
 
     device: torch.device
     dtype: torch.dtype
@@ -44,7 +44,9 @@ class Plan:
     skip_too_large: bool  # cells that do not fit are left out and said so, else an error
 
 
-class Cell(NamedTuple):
+class Sizes(NamedTuple):
+    """One cell of the measurement."""
+
     batch: int
     context: int
     field: list[Contender]
@@ -54,11 +56,11 @@ class Cell(NamedTuple):
         return f"B={self.batch} T={self.context}"
 
 
-def run(plan: Plan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def run(plan: DecodePlan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Measure every cell of the plan; one record a cell, as soon as it is there.
 
     Raises:
-        UserError: what was asked for does not exist or does not fit, found before anything is allocated.
+        UserError: before anything is allocated, for settings that do not exist or do not fit.
     """
     config = model_config(plan.shape, plan.layers, max(plan.contexts) + plan.steps + 1)
     cells = []
@@ -81,7 +83,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
             yield sizes | attempt(lambda: _measure(plan, cell, models))  # noqa: B023
 
 
-def _planned(plan: Plan, config: Any, batch: int, context: int) -> Cell:
+def _planned(plan: DecodePlan, config: Any, batch: int, context: int) -> Sizes:
     if context < 2:
         raise UserError(f"--context must be at least 2 tokens (one cached, one new), not {context}")
     heads, layers = heads_of(config), config.num_hidden_layers
@@ -91,17 +93,17 @@ def _planned(plan: Plan, config: Any, batch: int, context: int) -> Cell:
     slots = context + plan.steps + 5
     held = [
         sum(
-            room.cache_bytes(c.policy.for_layer(layer, layers), batch, slots, heads, plan.dtype)
+            memory.cache_bytes(c.policy.for_layer(layer, layers), batch, slots, heads, plan.dtype)
             for layer in range(layers)
         )
         for c in field
     ]
-    plain = room.plain_bytes(batch, slots, heads, plan.dtype)
+    plain = memory.plain_bytes(batch, slots, heads, plan.dtype)
     fixed = _weights(config) * plan.dtype.itemsize + 3 * plain + 2**31
     stock = layers * plain
-    room.check(fixed + max([stock, *held]), plan.device, f"{plan.shape} at B={batch} T={context}")
-    together = fixed + stock + sum(held) <= room.free_memory(plan.device)
-    return Cell(batch, context, field, together)
+    memory.check(fixed + max([stock, *held]), plan.device, f"{plan.shape} at B={batch} T={context}")
+    together = fixed + stock + sum(held) <= memory.free_memory(plan.device)
+    return Sizes(batch, context, field, together)
 
 
 def _weights(config: Any) -> int:
@@ -112,7 +114,7 @@ def _weights(config: Any) -> int:
         return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
 
 
-def _measure(plan: Plan, cell: Cell, models: Models) -> dict[str, Any]:
+def _measure(plan: DecodePlan, cell: Sizes, models: Models) -> dict[str, Any]:
     makers: dict[str, Callable[[], OurSteps]] = {
         c.name: functools.partial(
             _our_steps, models.ours, c.policy, cell.batch, cell.context, plan.steps, not plan.graphs
@@ -145,7 +147,7 @@ def _our_steps(
 
 @dataclasses.dataclass
 class _Found:
-    """What was measured of each contender, by name."""
+    """Measurements of each contender, by name."""
 
     times: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     moved: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -156,8 +158,8 @@ class _Found:
 
 
 def _time(
-    plan: Plan,
-    cell: Cell,
+    plan: DecodePlan,
+    cell: Sizes,
     models: Models,
     makers: dict[str, Callable[[], OurSteps]],
     found: _Found,
@@ -185,7 +187,7 @@ def _time(
     gc.collect()
 
 
-def _record(cell: Cell, models: Models, found: _Found) -> dict[str, Any]:
+def _record(cell: Sizes, models: Models, found: _Found) -> dict[str, Any]:
     weights, dense = models.weight_bytes(), cell.field[0].name
     rest = statistics.median(found.times[REST])
     stock = found.times.get(TRANSFORMERS)

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a JSON file that names the machine."""
+"""The record of a benchmark: a JSON file that names the machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "flash-attn
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge the numbers and to measure them again."""
+    """Describe the machine: enough to judge the numbers and to measure them again."""
     versions = {}
     for name in _PACKAGES:
         try:
