@@ -74,13 +74,13 @@ class State(NamedTuple):
     tokens: torch.Tensor  # [B] int64, the newest of each row
     positions: torch.Tensor  # [B] int64, of the next token
     ended: torch.Tensor  # [B] bool
-    status: torch.Tensor  # [2] bool: some logits were not numbers; every row has ended
+    status: torch.Tensor  # [3] bool: some logits were NaN; a row has no token to choose; every row has ended
 
     @classmethod
     def at(cls, positions: torch.Tensor) -> Self:
         """A decode that begins at these positions."""
         ended = torch.zeros_like(positions, dtype=torch.bool)
-        status = torch.zeros(2, dtype=torch.bool, device=positions.device)
+        status = torch.zeros(3, dtype=torch.bool, device=positions.device)
         return cls(torch.zeros_like(positions), positions, ended, status)
 
 

@@ -44,11 +44,12 @@ def decode(
 
     Args:
         model: from `kvsieve.load` or `kvsieve.prepare`.
-        prompts: one text or several, or token ids: lists of different lengths, or a tensor `[B, P]` without padding.
+        prompts: one text or several; token ids: lists of different lengths, or a tensor `[B, P]` without padding; or
+            what a tokenizer returns for several texts, with its `attention_mask`.
         policy: None is dense.
         max_new_tokens: at most this many per row.
         temperature, top_k, top_p: given any of these, sample; else take the most likely token.
-        seed: of the sampling; row b draws from a stream of its own, `seed + b`.
+        seed: of the sampling, from 0 to 2**64 - B; row b draws from a stream of its own, `seed + b`.
         logits_processor: transformers' processors, applied before sampling.
         eos_token_id: the tokens that end a row. None: as the model says; an empty sequence: none.
         prefill_chunk: read the prompt in pieces of this many tokens (less memory, same result).
@@ -59,7 +60,8 @@ def decode(
 
     Raises:
         UserError: before anything is computed, for a prompt that is empty or too long, or parameters out of range;
-            at the prefill, if the cache is in use or holds tokens; during decoding, if the model's logits are NaN.
+            at the prefill, if the cache is in use or holds tokens; during decoding, if the model's logits are NaN or a
+            logits_processor leaves a row no token.
     """
     rows = token_lists(model, prompts)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -90,9 +92,15 @@ class Decoding:
             for step in range(at_most):
                 if step > 0:
                     self.advance()
-                broken, all_ended = self.state.status.tolist()  # the one look at the device in a step
+                # The one look at the device in a step.
+                broken, unusable, all_ended = self.state.status.tolist()
                 if broken:
                     raise self.broken(step + 1)
+                if unusable:
+                    raise UserError(
+                        f"no token can be chosen at new token {step + 1}: behind the logits_processor and the "
+                        "temperature, a row's logits are NaN or infinite"
+                    )
                 yield self.state.tokens.clone()
                 if all_ended:
                     return
@@ -134,7 +142,7 @@ class Decoding:
         state = self.state
         broken = state.status[0] | (logits.isnan().any(1) & ~state.ended).any()
         state.tokens.copy_(self.choice(logits, state.ended))
-        state.status.copy_(torch.stack([broken, state.ended.all()]))
+        state.status.copy_(torch.stack([broken, self.choice.broken, state.ended.all()]))
 
     def broken(self, token: int | None = None) -> UserError:
         """The error for logits that are not numbers, at this new token or at some."""

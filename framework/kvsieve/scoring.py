@@ -29,6 +29,7 @@ def score(
     """Natural-log probability of every token of `continuations[b]` after `prompts[b]`: one float32 tensor a row.
 
     The tokens are fed one at a time through the decode path, so that the policy acts on all but the first.
+    Both arguments take every form that `decode` takes.
 
     Raises:
         UserError: as `decode`.
