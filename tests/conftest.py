@@ -4,6 +4,7 @@ Without a GPU, Triton interprets its kernels; it asks once, when they are define
 """
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -48,3 +49,33 @@ def recorded(monkeypatch):
     monkeypatch.setattr(graph, "StepGraph", Recorded)
     Recorded.captured = 0
     return Recorded
+
+
+def lay_out(folder, name, code, entry_points, metadata):
+    """Put a package where an installer would: its module beside a dist-info folder."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(metadata)
+    (info / "entry_points.txt").write_text(entry_points)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a package on sys.path, before all others."""
+
+    def put(name, code, version="1.0", entry=None, point=None):
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        lay_out(tmp_path, name, code, f"[kvsieve]\n{point or name} = {entry or name}\n", metadata)
+        plugins.reload()
+
+    from kvsieve import plugins
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield put
+    monkeypatch.undo()
+    for module in [
+        name for name, found in sys.modules.items() if str(tmp_path) in str(getattr(found, "__file__", ""))
+    ]:
+        del sys.modules[module]
+    plugins.reload()

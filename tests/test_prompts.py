@@ -130,7 +130,10 @@ def mapping(ids=((5, 6),), **more):
         ([[5, True]], r"prompt 0, token 1 is True \(bool\)"),
         ([[5, "a"]], r"prompt 0, token 1 is 'a' \(str\)"),
         ([[[5, 6]]], "prompt 0, token 0 is of type list"),
-        ([[5], [6, 61]], r"prompt 1 has a token id outside the vocabulary \(0 to 60\): 61 \(int\) at token 1"),
+        (
+            [[5], [6, 61]],
+            r"prompt 1 has a token id outside the vocabulary \(0 to 60\): 61 \(int\) at token 1",
+        ),
         ([[5, -1]], r"prompt 0 has a token id outside .*: -1 \(int\) at token 1"),
         ([[10**6000]], r"prompt 0 has a token id outside .*: a very large number \(int\) at token 0"),
         ({"texts": ["a"]}, r"a dict with 'texts' \(str\); it needs 'input_ids'"),
@@ -139,16 +142,22 @@ def mapping(ids=((5, 6),), **more):
         ({"input_ids": None}, "input_ids: one list of whole numbers per row is needed, not None"),
         ({"input_ids": ["text"]}, "input_ids: one list of whole numbers per row is needed"),
         (mapping(attention_mask=[[1]]), "input_ids and attention_mask must be of one shape"),
-        (mapping(attention_mask=[[1, 2]]), r"prompt 0: attention_mask is 2 \(int\) at column 1; it must be 0 or 1"),
+        (
+            mapping(attention_mask=[[1, 2]]),
+            r"prompt 0: attention_mask is 2 \(int\) at column 1; it must be 0 or 1",
+        ),
         (mapping(attention_mask=[[1, 1.0]]), r"attention_mask is 1.0 \(float\) at column 1"),
         (mapping(attention_mask=[[0, 0]]), "prompt 0 is empty: its attention_mask is 0 everywhere"),
         (mapping([[5, 6, 7]], attention_mask=[[1, 0, 1]]), "0 at column 1, between real tokens"),
-        (torch.tensor([[5, 6], [7, 0]]), "prompt 1 ends with the pad token 0, and no mask says what is padding"),
+        (
+            torch.tensor([[5, 6], [7, 0]]),
+            "prompt 1 ends with the pad token 0, and no mask says what is padding",
+        ),
         (torch.tensor([[5, 6], [0, 7]]), "prompt 1 begins with the pad token 0"),
         (mapping([[5, 6], [0, 7]]), "prompt 1 begins with the pad token 0"),
         ("text", "prompt 0 is text, but the model has no tokenizer"),
     ],
-)  # fmt: skip
+)
 def test_anything_else_is_refused_by_name_and_place(model, prompts, message):
     for refused in (
         lambda: kvsieve.decode(model, prompts, max_new_tokens=1),
@@ -193,8 +202,8 @@ def test_a_pad_token_of_minus_one_is_none(model, monkeypatch):
 
 # ---------------------------------------------------------------- generated junk
 DTYPES = [
-    torch.int64, torch.int32, torch.uint8, torch.uint16, torch.bool, torch.float32, torch.bfloat16, torch.complex64,
-    torch.float8_e4m3fn,
+    torch.int64, torch.int32, torch.uint8, torch.uint16, torch.bool,
+    torch.float32, torch.bfloat16, torch.complex64, torch.float8_e4m3fn,
 ]  # fmt: skip
 SHAPES = st.lists(st.integers(0, 3), max_size=4)
 

@@ -40,13 +40,17 @@ def decode(**options):
         ("top_k", True, "a whole number of at least 1, not True"),
         ("top_k", 2.0, "a whole number of at least 1, not 2.0"),
         ("seed", -1, r"a whole number from 0 to 2\*\*64 - 2, not -1"),
-        ("seed", 2**64 - 1, r"a whole number from 0 to 2\*\*64 - 2, not 18446744073709551615: row b of 2 draws"),
+        (
+            "seed",
+            2**64 - 1,
+            r"a whole number from 0 to 2\*\*64 - 2, not 18446744073709551615: row b of 2 draws",
+        ),
         ("seed", 10**30, "a whole number from 0"),
         ("seed", 1.0, "a whole number from 0 .*not 1.0"),
         ("seed", True, "a whole number from 0 .*not True"),
         ("seed", None, "a whole number from 0 .*not None"),
     ],
-)  # fmt: skip
+)
 def test_an_option_out_of_its_range_is_refused_before_any_work(option, value, legal):
     with pytest.raises(UserError, match=f"sampling: {option} must be {legal}"):
         kvsieve.decode(tiny_llama(), PROMPTS, max_new_tokens=1, **{option: value})

@@ -284,7 +284,8 @@ def _list(registered: Iterable[Registered], problems: list[str]) -> None:
         paper = getattr(one.cls, "paper", "")
         console.print(one.name, style="bold", end="")
         console.print(f"  ({', '.join(filter(None, [origin, paper]))})")
-        console.print(f"    {(inspect.getdoc(one.cls) or '').splitlines()[0]}", style="dim")
+        summary, _, _ = (inspect.getdoc(one.cls) or "").partition("\n")
+        console.print(f"    {summary}", style="dim")
         hints = typing.get_type_hints(one.cls)
         for field in dataclasses.fields(one.cls):
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -136,8 +136,9 @@ def _token_ids(model: PreTrainedModel, row: Any, name: str, what: str, vocabular
         if not is_id(token):
             raise UserError(f"{name}, token {place} is {shown(value)}; token ids are whole numbers")
         if not 0 <= token < vocabulary:
+            legal = f"0 to {vocabulary - 1}"
             raise UserError(
-                f"{name} has a token id outside the vocabulary (0 to {vocabulary - 1}): {shown(token)} at token {place}"
+                f"{name} has a token id outside the vocabulary ({legal}): {shown(token)} at token {place}"
             )
         ids.append(int(token))
     if not ids:

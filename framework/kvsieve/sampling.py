@@ -1,4 +1,4 @@
-"""Choose the next token of each row: the likeliest, one drawn with transformers' processors, or a given one."""
+"""Choose the next token of each row: the likeliest, one that is drawn, or a given one."""
 
 from __future__ import annotations
 
@@ -157,8 +157,8 @@ def _check_options(temperature: object, top_k: object, top_p: object, seed: obje
     """Raise UserError for an option that is not of its type or out of its range."""
     if temperature is not None and not (_is_finite(temperature) and temperature >= _COLDEST):
         raise UserError(
-            f"sampling: temperature must be a finite number of at least {_COLDEST:g}, not {temperature!r}; leave it out to "
-            "take the most likely token"
+            f"sampling: temperature must be a finite number of at least {_COLDEST:g}, not {temperature!r}; "
+            "leave it out to take the most likely token"
         )
     if top_k is not None and not (_is_whole(top_k) and top_k >= 1):
         raise UserError(f"sampling: top_k must be a whole number of at least 1, not {top_k!r}")
@@ -166,7 +166,8 @@ def _check_options(temperature: object, top_k: object, top_p: object, seed: obje
         raise UserError(f"sampling: top_p must be a number from 0 to 1, not {top_p!r}")
     if not (_is_whole(seed) and 0 <= seed <= 2**64 - rows):
         raise UserError(
-            f"sampling: seed must be a whole number from 0 to 2**64 - {rows}, not {seed!r}: row b of {rows} draws from seed + b"
+            f"sampling: seed must be a whole number from 0 to 2**64 - {rows}, not {seed!r}: "
+            f"row b of {rows} draws from seed + b"
         )
 
 

@@ -45,6 +45,8 @@ def build(cls: type[Policy], parameters: Mapping[str, Any]) -> Policy:
         raise
     except ValueError as error:
         raise UserError(f"policy {name}: {error}") from error
+    except Exception as error:  # a plugin's __post_init__ may raise anything
+        raise UserError(f"policy {name}: {type(error).__name__}: {error}") from error
 
 
 def policy_from_spec(spec: str | Mapping[str, Any] | Policy) -> Policy:

@@ -215,20 +215,29 @@ def test_perplexity_on_the_decode_path_is_that_of_a_plain_forward(compare, model
         assert float(row["score"]) == pytest.approx(sum(expected) / 2, rel=1e-4)
 
 
-def test_hooks_of_plugins_are_called_and_may_fail(compare, monkeypatch):
-    calls = []
+LISTENING = """
+import pathlib
+import kvsieve
 
-    class Relay:
-        def run_started(self, folder, cells):
-            calls.append(len(cells))
+@kvsieve.hookimpl
+def run_started(folder, cells):
+    pathlib.Path(folder, "started.txt").write_text(str(len(cells)))
+    cells.clear()
 
-        def run_finished(self, folder, summary):
-            raise RuntimeError("nobody at home")
+@kvsieve.hookimpl
+def run_finished(folder, summary):
+    pathlib.Path(folder, "finished.txt").write_text(str(len(summary)))
+    raise RuntimeError("nobody at home")
+"""
 
-    monkeypatch.setattr(plugins, "hook", Relay)
-    compare("tasks: [needle: {context: 120, samples: 1}]\npolicies: [dense]\n")
-    assert calls == [1]
-    assert "a plugin failed in run_finished: RuntimeError: nobody" in compare.console.export_text()
+
+def test_hooks_of_plugins_are_called_and_may_fail(compare, install):
+    install("listening", LISTENING)
+    outcome = compare("tasks: [needle: {context: 120, samples: 1}]\npolicies: [dense]\n")
+    assert [(outcome.folder / name).read_text() for name in ("started.txt", "finished.txt")] == ["1", "1"]
+    assert len(lines(outcome.folder)) == 1
+    failed = "plugin 'listening' of listening 1.0 (listening) failed in run_finished: RuntimeError: nobody"
+    assert failed in compare.console.export_text()
 
 
 def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):

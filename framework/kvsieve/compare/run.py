@@ -162,9 +162,5 @@ def _append(path: Path, text: str) -> None:
 
 def _tell(console: Console, hook: str, **arguments: Any) -> None:
     """Call a run-level hook; a plugin that fails in it is reported and spoils nothing."""
-    try:
-        getattr(plugins.hook(), hook)(**arguments)
-    except Exception as error:
-        console.print(
-            f"a plugin failed in {hook}: {type(error).__name__}: {error}", style="yellow", markup=False
-        )
+    for problem in plugins.tell(hook, **arguments):
+        console.print(problem, style="yellow", markup=False)
