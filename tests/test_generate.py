@@ -120,6 +120,34 @@ def test_beams_take_their_slots_along(model, policy):
     torch.testing.assert_close(out.sequences_scores, expected, atol=1e-4, rtol=0)
 
 
+# ---------------------------------------------------------------- embeddings instead of tokens
+@each_policy
+def test_embeddings_give_what_their_tokens_give(model, policy):
+    embeds = model.get_input_embeddings()(IDS).detach()
+    cache = KVCache(model, policy)
+    got = generate(model, None, cache, inputs_embeds=embeds, attention_mask=MASK)
+    assert torch.equal(got, generate(model, IDS, KVCache(model, policy), attention_mask=MASK)[:, 13:])
+    whole = model.get_input_embeddings()(PROMPT).detach()
+    got = generate(model, None, KVCache(model, policy), inputs_embeds=whole)
+    assert torch.equal(got, generate(model, PROMPT, KVCache(model, policy))[:, 13:])
+
+
+def test_embeddings_padded_on_the_right_or_in_chunks_are_refused_before_any_work(model, monkeypatch):
+    embeds = model.get_input_embeddings()(RIGHT_IDS).detach()
+    cache = KVCache(model)
+    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("work was done"))
+    for ids in (None, RIGHT_IDS):
+        with pytest.raises(
+            UserError, match="padded on the right cannot come with inputs_embeds: pad on the left"
+        ):
+            generate(model, ids, cache, inputs_embeds=embeds, attention_mask=RIGHT_MASK)
+    with pytest.raises(UserError, match="cannot read inputs_embeds in chunks: leave prefill_chunk_size out"):
+        generate(model, None, cache, inputs_embeds=embeds, prefill_chunk_size=4)
+    small = KVCache(model, make_policy("dense"), capacity=14)
+    with pytest.raises(UserError, match="14"):
+        generate(model, None, small, inputs_embeds=embeds)
+
+
 # ---------------------------------------------------------------- streaming
 @each_policy
 def test_streaming_gives_the_tokens_as_they_come(model, policy, capsys):
