@@ -1,6 +1,7 @@
 """Plugin packages, each broken in a way of its own, and the words that must name the reason.
 
-An entry_points.txt that cannot be parsed is not among them: torch reads all of them when it is imported, and fails.
+An entry_points.txt that cannot be parsed is not among them: torch reads all of them when it is imported, and
+fails.
 """
 
 from typing import NamedTuple

@@ -65,8 +65,8 @@ def _rows(model: PreTrainedModel, prompts: Any, what: str) -> Sequence[Any]:
         raise UserError(f"the {what}s are {shown(prompts)}; give {_ROWS}")
     if len(prompts) > 0 and (is_id(prompts[0]) or isinstance(prompts[0], bool | float)):
         raise UserError(
-            f"the {what}s are a flat list that begins with {shown(prompts[0])}; give one list of token ids per "
-            "row: [[1, 2, 3]], not [1, 2, 3]"
+            f"the {what}s are a flat list that begins with {shown(prompts[0])}; give one list of token ids "
+            "per row: [[1, 2, 3]], not [1, 2, 3]"
         )
     return prompts
 
@@ -102,8 +102,8 @@ def _refuse_padding(model: PreTrainedModel, rows: list[list[Any]], what: str) ->
             if token and is_id(token[0]) and int(token[0]) in pads:
                 raise UserError(
                     f"{what} {b} {side} with the pad token {int(token[0])}, and no mask says what is "
-                    f"padding: give {{{_IDS!r}: ids, {_MASK!r}: mask}}, as a tokenizer returns it, or lists of "
-                    "token ids without padding"
+                    f"padding: give {{{_IDS!r}: ids, {_MASK!r}: mask}}, as a tokenizer returns it, or lists "
+                    "of token ids without padding"
                 )
 
 

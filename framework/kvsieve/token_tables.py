@@ -66,8 +66,8 @@ def without_padding(rows: list[list[Any]], mask: list[list[Any]], what: str) -> 
         if not all(flags[first:end]):
             hole = flags.index(False, first)
             raise UserError(
-                f"{what} {b}: attention_mask is 0 at column {hole}, between real tokens; padding stands before "
-                "or after them"
+                f"{what} {b}: attention_mask is 0 at column {hole}, between real tokens; padding stands "
+                "before or after them"
             )
         kept.append(row[first:end])
     return kept

@@ -128,8 +128,8 @@ def check_complete(name: object, missing: Collection[str]) -> None:
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise UserError(
-            f"model {short(name)!r} could not be loaded: its files lack {len(missing)} of the weights that its "
-            f"config.json asks for, such as {some}"
+            f"model {short(name)!r} could not be loaded: its files lack {len(missing)} of the weights that "
+            f"its config.json asks for, such as {some}"
         )
 
 

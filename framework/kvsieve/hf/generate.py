@@ -21,8 +21,8 @@ from ..errors import UserError
 def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Generate as transformers does; without a `KVCache` as `past_key_values` this is its `generate`.
 
-    Token ids may be padded on either side, `inputs_embeds` on the left. The columns returned are transformers':
-    the prompt as given, then the new tokens.
+    Token ids may be padded on either side, `inputs_embeds` on the left. The columns returned are
+    transformers': the prompt as given, then the new tokens.
 
     Raises:
         UserError: a 4-dimensional mask, a cache without room, `inputs_embeds` padded on the right or read in

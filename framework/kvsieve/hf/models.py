@@ -48,8 +48,8 @@ def load(
 
     Raises:
         UserError: before any weight is read, a device or type that cannot be used, or a model that is not
-            found, not reachable, without safetensors or of a kind that cannot be served; then, broken or missing
-            weights.
+            found, not reachable, without safetensors or of a kind that cannot be served; then, broken or
+            missing weights.
     """
     if tensor_parallel:
         parallel.check_launch(device, device_map)
