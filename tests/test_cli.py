@@ -179,6 +179,12 @@ def test_generate_streams_what_the_model_says(kvsieve, model_folder):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_generate_refuses_standard_input_that_is_not_utf8(kvsieve, model_folder):
+    result = kvsieve("generate", "--model", model_folder, "-", input="café".encode("latin-1"))
+    assert result.exit_code == 2
+    assert "standard input is not UTF-8 text: byte 3 is 0xe9" in result.stderr
+
+
 def test_generate_refuses_an_empty_prompt(kvsieve, model_folder):
     result = kvsieve("generate", "--model", model_folder, "")
     assert result.exit_code == 2

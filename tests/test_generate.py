@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, LlamaForCausalLM, TextStreamer
 
 import kvsieve
 from kvsieve import KVCache, UserError, make_policy
@@ -146,6 +146,23 @@ def test_embeddings_padded_on_the_right_or_in_chunks_are_refused_before_any_work
     small = KVCache(model, make_policy("dense"), capacity=14)
     with pytest.raises(UserError, match="14"):
         generate(model, None, small, inputs_embeds=embeds)
+
+
+# ---------------------------------------------------------------- caches that do not fit
+def test_a_cache_with_fewer_layers_than_the_model_is_refused(model):
+    fewer = copy.deepcopy(model.config)
+    fewer.num_hidden_layers = 1
+    cache = KVCache(kvsieve.prepare(LlamaForCausalLM(fewer)))
+    with pytest.raises(UserError, match="the cache has 1 layers, and the model asks for layer 1"):
+        generate(model, PROMPT, cache)
+
+
+def test_a_cache_cannot_be_cropped(model):
+    cache = KVCache(model)
+    generate(model, PROMPT, cache)
+    with pytest.raises(UserError, match="a KVCache cannot be cropped"):
+        cache.crop(5)
+    assert cache.get_seq_length() == 13 + 9
 
 
 # ---------------------------------------------------------------- streaming

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import io
 import sys
 import typing
 from collections.abc import Iterable
@@ -210,13 +211,23 @@ def generate(
     loaded = models.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_standard_input() if prompt == "-" else prompt
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "eager": eager}
     try:
         _stream(loaded, text, choice, max_new_tokens, options)
     except KeyboardInterrupt:
         typer.echo()
         raise typer.Exit(130) from None
+
+
+def _read_standard_input() -> str:
+    try:
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"standard input is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}; convert "
+            "it, as in: iconv -f latin1 -t utf8 file | kvsieve generate -"
+        ) from None
 
 
 def _stream(

@@ -38,7 +38,8 @@ def check(kind: str, cls: Any) -> None:
     if "__dataclass_fields__" not in vars(cls) or not untyped.__dataclass_params__.frozen:
         raise TypeError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True)")
     _check_fields(cls, base)
-    name = getattr(cls, "name", None)
+    below = cls.__mro__[: cls.__mro__.index(base)] or (base,)  # the base's name is no subclass's
+    name = next((vars(kind)["name"] for kind in below if "name" in vars(kind)), None)
     if not _is_name(name):
         raise TypeError(
             f"{cls.__name__} needs a class attribute name: ClassVar[str], an identifier of at most "
