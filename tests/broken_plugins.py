@@ -47,6 +47,11 @@ def field(line: str) -> str:
     return POLICY.replace("n: int = 4", line)
 
 
+def method(line: str) -> str:
+    """The policy with this method."""
+    return field(f"n: int = 4\n    {line}")
+
+
 def without(text: str, instead: str = "") -> str:
     assert text in POLICY
     return POLICY.replace(text, instead)
@@ -163,6 +168,20 @@ BROKEN = [
     ),
     Broken("b_private", field("_n: int = 4"), "First._n cannot be given"),
     Broken("b_no_init", field("n: int = field(default=4, init=False)"), "First.n cannot be given"),
+    Broken(
+        "b_priority", method("def priority(self, kv): ..."), "First has `priority`, but does not declare how"
+    ),
+    Broken(
+        "b_on_attend",
+        method("def on_attend(self, kv, mass): ..."),
+        "First has `on_attend`, but does not observe",
+    ),
+    Broken(
+        "b_on_attention", method("def on_attention(self, kv, mass): ..."), "First.on_attention is no hook"
+    ),
+    Broken(
+        "b_near", method("def selct(self, query, kv): ..."), "First.selct would never be called: did you mean"
+    ),
     Broken(
         "b_task", TASK.replace("(Task)", ""), "Asked'> is not a subclass of kvsieve.compare.tasks.base.Task"
     ),

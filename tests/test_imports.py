@@ -84,7 +84,7 @@ ORDER = [
     "prompts sampling",
     "loop",
     "scoring",
-    "registration",
+    "entry_points registration",
     "plugins",
     "specs",
     "testing",

@@ -225,8 +225,8 @@ def _read_standard_input() -> str:
         return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"standard input is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}; convert "
-            "it, as in: iconv -f latin1 -t utf8 file | kvsieve generate -"
+            f"standard input is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}; "
+            "convert it, as in: iconv -f latin1 -t utf8 file | kvsieve generate -"
         ) from None
 
 

@@ -44,8 +44,8 @@ def decode(
 
     Args:
         model: from `kvsieve.load` or `kvsieve.prepare`.
-        prompts: one text or several; token ids: lists of different lengths, or a tensor `[B, P]` without padding; or
-            what a tokenizer returns for several texts, with its `attention_mask`.
+        prompts: one text or several; token ids: lists of different lengths, or a tensor `[B, P]` without
+            padding; or what a tokenizer returns for several texts, with its `attention_mask`.
         policy: None is dense.
         max_new_tokens: at most this many per row.
         temperature, top_k, top_p: given any of these, sample; else take the most likely token.
@@ -60,8 +60,8 @@ def decode(
 
     Raises:
         UserError: before anything is computed, for a prompt that is empty or too long, or parameters out of range;
-            at the prefill, if the cache is in use or holds tokens; during decoding, if the model's logits are NaN or a
-            logits_processor leaves a row no token.
+            at the prefill, if the cache is in use or holds tokens; during decoding, if the model's logits are NaN or
+            a logits_processor leaves a row no token.
     """
     rows = token_lists(model, prompts)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -98,8 +98,8 @@ class Decoding:
                     raise self.broken(step + 1)
                 if unusable:
                     raise UserError(
-                        f"no token can be chosen at new token {step + 1}: behind the logits_processor and the "
-                        "temperature, a row's logits are NaN or infinite"
+                        f"no token can be chosen at new token {step + 1}: behind the logits_processor and "
+                        "the temperature, a row's logits are NaN or infinite"
                     )
                 yield self.state.tokens.clone()
                 if all_ended:

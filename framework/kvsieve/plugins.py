@@ -13,34 +13,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib
-import importlib.metadata
-import importlib.util
-import os
-import re
 import signal
 import sys
 import threading
 import traceback
 import typing
 from collections.abc import Callable, Iterator
-from importlib.machinery import PathFinder
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pluggy
 
-from . import __version__ as kvsieve_version
-from . import hooks, registration
+from . import entry_points, hooks, registration
+from .entry_points import Origin
 from .errors import UserError, unknown
 
 if typing.TYPE_CHECKING:
     from .policy import Policy
 
-GROUP = "kvsieve"
-_US = "kvsieve"  # our distribution's name
-_BUILTIN = {"builtin": "kvsieve_policies", "builtin_tasks": "kvsieve.compare.tasks"}  # as in pyproject.toml
 _KINDS = ("policies", "tasks")
 _HOOKS = [name for name in vars(hooks) if name.startswith(("register_", "run_"))]
 _LONGEST_PROBLEM = 500
@@ -54,25 +43,13 @@ class Registered(NamedTuple):
     plugin: str
     distribution: str
     version: str
-    builtin: bool = (
-        False  # it ships with kvsieve itself, whatever the plugin and its distribution call themselves
-    )
-
-
-class _Origin(NamedTuple):
-    plugin: str
-    distribution: str
-    version: str
-    target: str
+    # It ships with kvsieve itself, whatever the plugin and its distribution call themselves.
     builtin: bool = False
-
-    def __str__(self) -> str:
-        return f"plugin {self.plugin!r} of {self.distribution} {self.version} ({self.target})"
 
 
 class _Registry(NamedTuple):
     manager: pluggy.PluginManager
-    origins: list[tuple[object, _Origin]]  # of the plugins in the manager
+    origins: list[tuple[object, Origin]]  # of the plugins in the manager
     policies: dict[str, Registered]
     tasks: dict[str, Registered]
     problems: list[str]
@@ -115,6 +92,8 @@ def tell(hook: str, **arguments: Any) -> list[str]:
     manager, failed = _registry().manager, []
     with _tell_interrupts_apart():
         for plugin, origin in _registry().origins:
+            if not _implements(manager, hook, plugin):
+                continue
             try:
                 _caller(manager, hook, plugin)(**copy.deepcopy(arguments))
             except _CtrlC:
@@ -131,20 +110,17 @@ def reload() -> None:
 
 @functools.cache
 def _registry() -> _Registry:
-    manager = pluggy.PluginManager(GROUP)
+    manager = pluggy.PluginManager(entry_points.GROUP)
     manager.add_hookspecs(hooks)
     registry = _Registry(manager, [], {}, {}, [])
     # What a plugin prints must not end up in the output of a command.
     with _tell_interrupts_apart(), contextlib.redirect_stdout(sys.stderr):
-        for name, module in _BUILTIN.items():
-            origin = _Origin(name, _US, kvsieve_version, module, builtin=True)
-            _add(registry, origin, functools.partial(_load_builtin, module))
-        for origin, point in _announced():
-            _add(registry, origin, functools.partial(_load_announced, origin, point))
+        for origin, load in entry_points.found():
+            _add(registry, origin, load)
     return registry
 
 
-def _add(registry: _Registry, origin: _Origin, load: Callable[[], object]) -> None:
+def _add(registry: _Registry, origin: Origin, load: Callable[[], object]) -> None:
     """Load a plugin and register what it offers, or report why not."""
     manager, report = registry.manager, functools.partial(_report, registry.problems, origin)
     entered: object = None
@@ -174,7 +150,7 @@ def _add(registry: _Registry, origin: _Origin, load: Callable[[], object]) -> No
     registry.tasks.update(offered[1])
 
 
-def _registered_by(registry: _Registry, origin: _Origin, plugin: object, kind: str) -> dict[str, Registered]:
+def _registered_by(registry: _Registry, origin: Origin, plugin: object, kind: str) -> dict[str, Registered]:
     """The classes of one kind that a plugin registers; those that are refused are reported."""
     hook, known = f"register_{kind}", registry.policies if kind == "policies" else registry.tasks
     offered: dict[str, Registered] = {}
@@ -193,8 +169,7 @@ def _registered_by(registry: _Registry, origin: _Origin, plugin: object, kind: s
             offered[name] = Registered(name, cls, *origin[:3], origin.builtin)
 
     _caller(registry.manager, hook, plugin)(register=register)
-    implements = any(one.plugin is plugin for one in getattr(registry.manager.hook, hook).get_hookimpls())
-    if implements and not offered and not refused:
+    if _implements(registry.manager, hook, plugin) and not offered and not refused:
         _report(registry.problems, origin, f"its {hook} registers nothing")
     return offered
 
@@ -204,58 +179,12 @@ def _caller(manager: pluggy.PluginManager, hook: str, plugin: object) -> Callabl
     return manager.subset_hook_caller(hook, [other for other in manager.get_plugins() if other is not plugin])
 
 
+def _implements(manager: pluggy.PluginManager, hook: str, plugin: object) -> bool:
+    return any(one.plugin is plugin for one in getattr(manager.hook, hook).get_hookimpls())
+
+
 def _is_unmarked(manager: pluggy.PluginManager, plugin: object, hook: str) -> bool:
     return callable(getattr(plugin, hook, None)) and manager.parse_hookimpl_opts(plugin, hook) is None
-
-
-# ---------------------------------------------------------------- where plugins are
-def _load_builtin(module: str) -> ModuleType:
-    """Import what ships with kvsieve from beside this package; elsewhere the name may be a stranger's."""
-    top = module.partition(".")[0]
-    package = Path(__file__).parent
-    homes = [package.parent, package.parent.parent / "policies"]  # installed together; in a source tree
-    spec = PathFinder.find_spec(top, [str(home) for home in homes])
-    if spec is None or spec.origin is None or spec.loader is None:
-        raise ImportError(
-            f"{top} is in none of {', '.join(map(str, homes))}: kvsieve is not installed completely"
-        )
-    loaded = sys.modules.get(top)
-    if loaded is None:
-        sys.modules[top] = loaded = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(loaded)
-        except BaseException:
-            del sys.modules[top]
-            raise
-    if not os.path.samefile(loaded.__file__ or "", spec.origin):
-        raise ImportError(
-            f"{top} was imported from {loaded.__file__}; the one that ships with kvsieve is {spec.origin}"
-        )
-    return importlib.import_module(module)
-
-
-def _announced() -> list[tuple[_Origin, importlib.metadata.EntryPoint]]:
-    """The entry points of other packages, in a fixed order."""
-    found = []
-    for point in importlib.metadata.entry_points(group=GROUP):
-        name, version = (str(point.dist.name), str(point.dist.version)) if point.dist else ("unknown", "")
-        ours = _normal(name) == _US and _BUILTIN.get(point.name) == point.value
-        if not ours:
-            found.append((_Origin(point.name, name, version, point.value), point))
-    return sorted(found)
-
-
-def _load_announced(origin: _Origin, point: importlib.metadata.EntryPoint) -> object:
-    if _normal(origin.distribution) == _US:
-        raise ImportError(f"not loaded: its distribution calls itself {_US}, and this is no part of it")
-    if not point.pattern.match(point.value):
-        raise ImportError(f"{point.value!r} is neither a module nor module:object")
-    return point.load()
-
-
-def _normal(name: str) -> str:
-    """A distribution's name as installers compare it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 # ---------------------------------------------------------------- what plugins raise
@@ -284,7 +213,7 @@ def _tell_interrupts_apart() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _report(problems: list[str], origin: _Origin, what: str) -> None:
+def _report(problems: list[str], origin: Origin, what: str) -> None:
     problems.append(f"{origin}: {' '.join(what.split())}"[:_LONGEST_PROBLEM])
 
 
