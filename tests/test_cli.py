@@ -120,7 +120,7 @@ def test_an_interruption_says_how_to_go_on(kvsieve, config, monkeypatch):
         (["validate", "wrong.yaml"], "wrong.yaml:1:8: modle: unknown key 'modle'"),
         (["report", "."], "is not the folder of a run"),
         (["generate", "--policy", "sparc", "x"], "unknown policy 'sparc'; did you mean 'sparq'?"),
-        (["generate", "--policy", "sparq", "-p", "r=x", "x"], "sparq.r: Input should be a valid integer"),
+        (["generate", "--policy", "sparq", "-p", "r=x", "x"], "sparq.r: must be an integer (got 'x')"),
         (["generate", "--policy", "sparq", "-p", "r", "x"], "-p r: write a parameter as NAME=VALUE"),
         (["generate", "--policy", "sparq", "-p", "r=[1, 2]", "x"], "only one can be run here"),
         (["generate", "--compression", "9", "x"], "above 0 and up to 1, such as 1/8"),

@@ -123,7 +123,7 @@ def test_a_misspelt_hook_is_reported(install):
             "local_window.sinks must be from 0 to budget - 1 = 3, not 4",
         ),
         ("local_window", {"budget": 0}, "local_window.budget must be at least 1 token, not 0"),
-        ("dense_layers", {"layers": [0]}, "dense_layers.inner must be given"),
+        ("dense_layers", {"layers": [0]}, "dense_layers.inner: must be given"),
         ("dense_layers", {"layers": [0], "inner": {"spark": {}}}, "unknown policy 'spark'"),
         (
             "dense_layers",

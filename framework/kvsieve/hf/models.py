@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..cache.kv_cache import ATTENTION
 from ..errors import UserError
+from ..reference_model import FOLDER as REFERENCE_FOLDER
+from ..reference_model import NAME as REFERENCE
 from . import generate, interface, parallel
 
-REFERENCE = "reference"
-REFERENCE_FOLDER = Path(__file__).parent.parent / "reference_model" / "model"
 _SECONDS_TO_REACH_THE_HUB = 10
 
 Model = TypeVar("Model", bound=PreTrainedModel)
