@@ -113,9 +113,9 @@ class PolicySpec:
         ratio = float(self.compression)
         try:
             policy = _make(functools.partial(self.cls.for_compression, ratio, head_size, context))
+            return _make(functools.partial(dataclasses.replace, policy, **given))
         except UserError as error:
             raise UserError(f"compression {self.compression} at context {context}: {error}") from None
-        return _make(functools.partial(dataclasses.replace, policy, **given))
 
     def entry(self) -> Any:
         """The entry that gives this spec again."""

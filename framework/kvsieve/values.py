@@ -54,14 +54,14 @@ def read_value(kind: Any, given: Any, loc: Loc, mistakes: list[Mistake]) -> Any:
     """The value as `kind`, or NOTHING, with the reason in `mistakes`: it names the item of a list that is wrong."""
     try:
         text = json.dumps(_plain(given))
-    except _Refused:
-        mistakes.append(Mistake(loc, f"must be {describe(kind)}", given))
+    except _Refused as refused:
+        mistakes.append(Mistake(loc, str(refused) or f"must be {describe(kind)}", given))
         return NOTHING
     try:
         # As JSON, strictly: a list may become a tuple, but "16" never a number.
         return _adapter(kind).validate_json(text, strict=True)
     except pydantic.ValidationError as error:
-        found = {_item(kind, detail["loc"]) for detail in error.errors()[:_MOST_MISTAKES_OF_A_VALUE]}
+        found = {_item(kind, given, detail["loc"]) for detail in error.errors()[:_MOST_MISTAKES_OF_A_VALUE]}
         for items in sorted(found):
             message = f"must be {describe(_kind_of_item(kind, items))}{_hint(kind, given)}"
             mistakes.append(Mistake((*loc, *items), message, _pick(given, items)))
@@ -100,9 +100,10 @@ def describe(kind: Any) -> str:  # noqa: PLR0911
 
 def describe_limited(kind: Any, limits: Iterable[Any]) -> str:
     """What is legal within bounds: `an integer from 0 to 7`, `a number above 0`."""
+    each = [part for limit in limits for part in getattr(limit, "metadata", [limit])]
     bounds = {
         name: getattr(limit, name)
-        for limit in limits
+        for limit in each
         for name in ("ge", "gt", "le", "lt", "min_length")
         if getattr(limit, name, None) is not None
     }
@@ -144,7 +145,7 @@ def _plain(value: Any) -> Any:  # noqa: PLR0911
         return value
     if isinstance(value, numbers.Integral):
         if not -(2**63) <= int(value) < 2**63:
-            raise _Refused
+            raise _Refused("an integer of more than 64 bits")
         return int(value)
     if isinstance(value, numbers.Real):
         if math.isnan(value):
@@ -166,12 +167,13 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
 
 
-def _item(kind: Any, loc: tuple[Any, ...]) -> Loc:
+def _item(kind: Any, given: Any, loc: tuple[Any, ...]) -> Loc:
     """The indexes of the wrong item, from pydantic's place, in which the names of alternatives stand too."""
     items: Loc = ()
     for part in loc:
-        if isinstance(part, int) and is_list(kind):
-            items, kind = (*items, part), _kind_of_item(kind, (part,))
+        # An item that is missing is a mistake of the list.
+        if isinstance(part, int) and is_list(kind) and part < len(given):
+            items, kind, given = (*items, part), _kind_of_item(kind, (part,)), list(given)[part]
     return items
 
 

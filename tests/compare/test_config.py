@@ -178,3 +178,33 @@ def test_the_shipped_configurations_are_right():
         assert path.read_text().startswith("# yaml-language-server: $schema=./schema.json\n")
         if path.stem != "my_policy":  # names a policy of the example package, which need not be installed
             config.load(path)
+
+
+def test_a_misspelt_section_does_not_hide_the_mistakes_beneath_it(write):
+    text = "model: reference\ntasks: [needle]\npolices:\n  - sparq: {kk: 3}\n"
+    assert [line.split(": ", 2)[1:] for line in mistakes(write, text)] == [
+        ["policies is missing"],
+        ["polices", "unknown key 'polices'; did you mean 'policies'? Legal: "
+         + ", ".join(sorted(config.Settings.model_fields))],
+        ["polices.0.sparq.kk", "unknown parameter of sparq 'kk'; did you mean 'k'? Legal: "
+         "block, compression, group_score, k, layout, local, mean_value, mean_value_limit, r"],
+    ]  # fmt: skip
+
+
+def test_what_is_listed_twice_is_measured_once_and_said(load):
+    found = load("""\
+        tasks: [needle, needle: {context: 1024}]
+        policies:
+          - sparq
+          - sparq: {k: [128, 64, 64]}
+          - sparq: {compression: 1/8}
+          - sparq: {compression: 0.125}
+        """)
+    assert len(found.tasks) == 1
+    assert len(found.policies) == 3
+    assert [line.partition("test.yaml:")[2] for line in found.remarks] == [
+        "2:17: tasks.1.needle: the same as tasks.0; it is measured once",
+        "5:5: policies.1.sparq: the same as policies.0; it is measured once",
+        "5:5: policies.1.sparq: its lists make the same one twice; it is measured once",
+        "7:5: policies.3.sparq: the same as policies.2.sparq; it is measured once",
+    ]

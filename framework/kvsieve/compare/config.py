@@ -76,7 +76,7 @@ class Config:
         tasks = [{task.name: dataclasses.asdict(task)} for task, _ in self.tasks]
         policies = [spec.entry() for spec in self.policies]
         everything = settings | {"tasks": tasks, "policies": policies}
-        return yaml.dump(everything, Dumper=_Plain, sort_keys=False, width=110, default_flow_style=None)
+        return dump(everything)
 
     def check_output(self, folder: Path) -> None:
         """Refuse to read texts from the folder that the run writes to.
@@ -93,6 +93,13 @@ class Config:
                 if path.resolve().is_relative_to(own)
             ]
         )
+
+
+def dump(data: Any) -> str:
+    """Plain data as YAML that `yaml_source` reads as the same."""
+    return yaml.dump(
+        data, Dumper=_Plain, sort_keys=False, width=110, default_flow_style=None, allow_unicode=True
+    )
 
 
 class _Plain(yaml.SafeDumper):

@@ -23,7 +23,7 @@ MOST_BYTES = 64 * 1024
 MOST_DEPTH = 32
 # Values in the file, those that an alias repeats counted again.
 MOST_VALUES = 20_000
-MOST_DIGITS = 18
+MOST_DIGITS = 19
 # Of a key or a value: as long as a path may be.
 MOST_CHARACTERS = 4096
 MOST_SHOWN = 100
@@ -132,10 +132,13 @@ def unquoted(text: str) -> Any:
     """The value of a text without quotes."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
-    if _INTEGER.fullmatch(text) and len(text) <= MOST_DIGITS + 1:
+    if _INTEGER.fullmatch(text) and len(text.lstrip("+-")) <= MOST_DIGITS:
         return int(text)
-    if _NUMBER.fullmatch(text) and math.isfinite(float(text)):
-        return float(text)
+    if _NUMBER.fullmatch(text):
+        value = float(text)
+        # What overflows, or is rounded to 0, stays text, so that it is shown as written.
+        if math.isfinite(value) and (value != 0 or not re.search("[1-9]", re.split("[eE]", text)[0])):
+            return value
     return text
 
 
@@ -182,7 +185,9 @@ class _Reader:
         self.places.setdefault(loc, self._mark(event))
         self.values += 1
         if self.values > MOST_VALUES:
-            self._stop(event, f"more than {MOST_VALUES} values, those that aliases repeat counted again")
+            self._stop(
+                event, f"more than {MOST_VALUES} keys and values, those that aliases repeat counted again"
+            )
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event)
         if depth > MOST_DEPTH:
@@ -212,7 +217,7 @@ class _Reader:
             return text.encode(errors="replace").decode()
         if not event.implicit[0]:
             return text
-        if _INTEGER.fullmatch(text) and len(text) > MOST_DIGITS + 1:
+        if _INTEGER.fullmatch(text) and len(text.lstrip("+-")) > MOST_DIGITS:
             self._note(event, loc, f"a number of more than {MOST_DIGITS} digits")
         return unquoted(text)
 
@@ -264,7 +269,9 @@ class _Reader:
         value, values = anchored
         self.values += values
         if self.values > MOST_VALUES:
-            self._stop(event, f"more than {MOST_VALUES} values, those that aliases repeat counted again")
+            self._stop(
+                event, f"more than {MOST_VALUES} keys and values, those that aliases repeat counted again"
+            )
         return copy.deepcopy(value)
 
     def _note(self, event: _Event, loc: Loc, message: str) -> None:
