@@ -32,7 +32,7 @@ def through_generate(key, value, folder):
 
 
 def through_the_parameters_of_generate(key, value, folder):
-    policy_from_options("sparq", None, [config.dump({key: value}).strip().replace(": ", "=")])
+    policy_from_options("sparq", None, [config.dump({key: value}).strip().strip("{}").replace(": ", "=")])
 
 
 def through_bench(key, value, folder):
