@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field
 
 from kvsieve import Policy, UserError, make_policy, specs, values
-from kvsieve.bench.options import contenders
+from kvsieve.bench.contenders import contenders
 from kvsieve.compare import config
 from kvsieve.compare.sweep import policy_from_options
 
