@@ -284,7 +284,7 @@ def test_a_wrapper_forwards_everything(inner):
 def test_a_plain_dense_policy_inside_a_wrapper_survives_its_spec():
     made = make_policy("dense_layers", layers=[0], inner=Policy())
     assert made.spec() == {"dense_layers": {"layers": [0], "inner": {"dense": {}}}}
-    assert specs.policy_from_spec(made.spec()) == made
+    assert specs.make_policy(made.spec()) == made
 
 
 def test_a_layout_is_what_the_policy_declares():

@@ -107,7 +107,7 @@ def test_shown_yaml_is_a_comparison(tmp_path):
             path = tmp_path / "shown.yaml"
             path.write_text(code)
             try:
-                config.load(path)
+                config.load(path, trust_task_code=True)
             except UserError as error:
                 pytest.fail(f"{document}: {error}")
 

@@ -263,7 +263,8 @@ def test_from_the_command_line(model_folder, task_folder, tmp_path):
         "-p",
         "local=2",
     ]
-    arguments += ["--tasks", "tiny_choice,tiny_words", "--include-path", task_folder, "--limit", "2"]
+    arguments += ["--tasks", "tiny_choice,tiny_words", "--include-path", task_folder, "--trust-task-code"]
+    arguments += ["--limit", "2"]
     result = CliRunner().invoke(app, [*map(str, arguments), "--out", str(tmp_path / "out" / "results.json")])
     assert result.exit_code == 0, result.output
     assert "|tiny_choice|" in result.stdout
@@ -280,7 +281,9 @@ def test_a_mistake_is_a_message(model_folder, task_folder, tmp_path):
         assert result.exit_code == 2, result.output
         return result.stderr
 
-    assert "no such folder" in fails("--tasks", "x", "--include-path", tmp_path / "nowhere")
+    nowhere = ["--tasks", "x", "--include-path", tmp_path / "nowhere"]
+    assert "run code: if you trust them, give --trust-task-code, too" in fails(*nowhere)
+    assert "no such folder" in fails(*nowhere, "--trust-task-code")
     assert "unknown policy 'sparc'" in fails("--tasks", "x", "--policy", "sparc")
 
 
@@ -309,7 +312,9 @@ def compare(tmp_path, model, model_folder, task_folder):
         path = tmp_path / "test.yaml"
         entries = "".join(f"  - lm_eval: {{include_path: {task_folder}, {task}}}\n" for task in tasks)
         path.write_text(f"model: {model_folder}\nbatch_size: 2\ntasks:\n{entries}policies: {policies}\n")
-        outcome = compare(config.load(path), tmp_path / "out", Console(quiet=True), model)
+        outcome = compare(
+            config.load(path, trust_task_code=True), tmp_path / "out", Console(quiet=True), model
+        )
         assert outcome.failures == {}
         return {(row["task"], row["policy"]): row for row in outcome.rows}
 

@@ -224,7 +224,7 @@ def test_run_hooks_of_every_plugin_are_called_with_copies_and_may_fail(install, 
             "local_window.sinks must be from 0 to budget - 1 = 3, not 4",
         ),
         ("local_window", {"budget": 0}, "local_window.budget must be at least 1 token, not 0"),
-        ("dense_layers", {"layers": [0]}, "dense_layers.inner must be given"),
+        ("dense_layers", {"layers": [0]}, "dense_layers.inner: must be given"),
         ("dense_layers", {"layers": [0], "inner": {"spark": {}}}, "unknown policy 'spark'"),
         (
             "dense_layers",

@@ -163,7 +163,7 @@ class Policy:
         """Raise UserError if these parameters cannot serve a model with this head size."""
 
     def spec(self) -> dict[str, Any]:
-        """Return `{name: parameters}`, plain data from which specs.policy_from_spec makes an equal policy."""
+        """Return `{name: parameters}`, plain data from which specs.make_policy makes an equal policy."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, Policy):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-import yaml
-
 from ..cache.layouts import KINDS, KeyLayout
-from ..compare.choices import read_policies
+from ..compare.sweep import policies_from_option
 from ..errors import UserError, unknown
 from ..policy import Policy
 
@@ -47,29 +45,13 @@ def contenders(
             raise UserError(unknown("layout", layout, KINDS))
     found: dict[str, Contender] = {}
     for text in policies:
-        for entry, policy in _read(text, head_size, context):
+        for spec in policies_from_option(text):
+            policy, entry = spec.build(head_size, context), spec.entry()
             policy.check(head_size)
             for version in _versions(policy, layouts, entry):
                 contender = Contender(_label(entry), version, version.key_layout.kind)
                 found.setdefault(contender.name, contender)
     return list(found.values())
-
-
-def _read(text: str, head_size: int, context: int) -> list[tuple[Any, Policy]]:
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError:
-        data = None
-    if not isinstance(data, str | dict):
-        raise UserError(
-            f"--policy is a name, or one with parameters: 'sparq: {{r: 32, k: 128}}', not {text!r}"
-        )
-    mistakes: list[Any] = []
-    choices = read_policies(data, (), mistakes)
-    if mistakes:
-        lines = [f"{'.'.join(map(str, m.loc))}: {m.message}".removeprefix(": ") for m in mistakes]
-        raise UserError(f"--policy {text!r}: " + "; ".join(lines))
-    return [(choice.entry(), choice.build(head_size, context)) for choice in choices]
 
 
 def _versions(policy: Policy, layouts: Sequence[str], entry: Any) -> list[Policy]:

@@ -17,8 +17,8 @@ from .. import __version__, processes
 from ..errors import UserError
 from ..hf import parallel
 from ..policy import Policy
+from ..values import Mistake
 from .config import Config
-from .source import Mistake
 from .tasks import Task
 
 

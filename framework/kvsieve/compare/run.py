@@ -56,6 +56,7 @@ def compare(
         processes.check_alone()
     console = console or Console(stderr=True)
     folder = folder or Path("results") / config.name
+    config.check_output(folder)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     executor = executor or Here(model)
     plan = executor.plan(config, started)

@@ -11,10 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..cache.kv_cache import ATTENTION
 from ..errors import UserError
+from ..reference_model import FOLDER as REFERENCE_FOLDER
+from ..reference_model import NAME as REFERENCE
 from . import checkpoints, generate, interface, parallel, placement
-
-REFERENCE = "reference"
-REFERENCE_FOLDER = Path(__file__).parent.parent / "reference_model" / "model"
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

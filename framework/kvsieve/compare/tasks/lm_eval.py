@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, unknown
@@ -45,6 +46,13 @@ class LmEval(Task):
     @property
     def title(self) -> str:
         return self.task
+
+    def code(self) -> Mapping[str, Path]:
+        return {} if self.include_path is None else {"include_path": Path(self.include_path)}
+
+    def positions(self) -> None:
+        """Its prompts have their own lengths; `context` is only what a compression refers to."""
+        return None
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         task = self._loaded()

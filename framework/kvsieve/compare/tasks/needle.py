@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
@@ -64,6 +66,9 @@ class Needle(Task):
 
     def score(self, sample: Sample, answer: Answer) -> float:
         return float(answer.text.lstrip()[:6] == sample.reference.strip())
+
+    def files(self) -> Mapping[str, Path]:
+        return text.named(self.text)
 
     def source(self) -> str:
         return text.digest(self.text)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from . import text
-from .base import Answer, Sample, Task
+from .base import MOST_TOKENS, Answer, Sample, Task, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,7 @@ class Repetition(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("prompt", "length"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+            check_range(field, getattr(self, field), 1, MOST_TOKENS)
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         rng = self.random(seed, index)
@@ -62,6 +63,9 @@ class Repetition(Task):
             given = " " + given
         pairs = zip(given, wanted, strict=False)
         return float(next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(given), len(wanted))))
+
+    def files(self) -> Mapping[str, Path]:
+        return text.named(self.text)
 
     def source(self) -> str:
         return text.digest(self.text)
