@@ -26,5 +26,6 @@ def run_started(folder: Path, cells: list[Any]) -> None:
 
 
 @hookspec
-def run_finished(folder: Path, summary: list[dict[str, Any]]) -> None:
-    """A comparison has ended, with failures or without: its run folder and the rows of summary.csv."""
+def run_finished(folder: Path, summary: list[Any]) -> None:
+    """A comparison has ended, with failures or without: its run folder and the rows of summary.csv
+    (`kvsieve.compare.results.Row`)."""

@@ -37,6 +37,7 @@ class Task:
     name: ClassVar[str] = ""
     metric: ClassVar[str] = ""
     higher_is_better: ClassVar[bool] = True
+    chance: ClassVar[float | None] = None  # the score of a model that knows nothing; None: not known
 
     context: int = 1024  # tokens in the prompt
     samples: int = 32
@@ -58,6 +59,11 @@ class Task:
     def title(self) -> str:
         """What tables call it."""
         return self.name
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The lowest and the highest score of a sample. None: there are none, or none are known."""
+        return None
 
     def answer(
         self, model: Any, policy: Any, samples: Sequence[Sample]

@@ -1,8 +1,8 @@
 """The figure alone, as an image on a card of its own: it reads the same on a light and on a dark page."""
 
 from ...errors import UserError
+from ..results import Group, Results
 from . import chart
-from .results import Group, Results
 
 _TASKS = ["needle", "repetition"]
 _INK = {"ink": "#1b2026", "muted": "#5d6672", "line": "#e2e6ea", "paper": "#ffffff"}
