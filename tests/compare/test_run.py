@@ -286,4 +286,3 @@ def test_an_interruption_keeps_what_was_measured(compare, tmp_path, monkeypatch)
     assert len(store.read(tmp_path / "out" / "samples.jsonl")) == 3
     monkeypatch.undo()
     assert compare(SMALL).failures == {}
-

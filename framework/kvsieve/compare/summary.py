@@ -103,12 +103,13 @@ def _compared(row: Row, entry: Entry, own: Sequence[store.Record], dense: Sequen
 
 
 def _marked(rows: Sequence[Row]) -> list[Row]:
-    """Marks are given over all rows of the run together."""
+    """With the marks, for which all rows of the run count."""
     compared = [row for row in rows if row.difference is not None]
     marks = statistics.marks(
         [np.nan if row.p_value is None else row.p_value for row in compared],
         [row.difference for row in compared],
         [row.higher_is_better for row in compared],
+        [row.policy_label for row in compared],
     )
     by_row = {id(row): mark for row, mark in zip(compared, marks, strict=True)}
     return [dataclasses.replace(row, mark=by_row.get(id(row), "")) for row in rows]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .markdown import megabytes
@@ -70,7 +71,7 @@ def task_table(groups: Sequence[Group], console: Console) -> Table:
     columns = _COLUMNS if any(row.changes for group in groups for row in group.rows) else _COLUMNS[:-1]
     count = len(columns)
     table = _task_table(groups, columns)
-    while count > 3 and not _fits(table, console):
+    while count > 2 and not _fits(table, console):
         count -= 1
         table = _task_table(groups, columns[:count])
     if count < len(columns):
@@ -80,16 +81,14 @@ def task_table(groups: Sequence[Group], console: Console) -> Table:
 
 def _overview(results: Results, shown: int) -> Table:
     table = _empty("")
-    table.add_column("policy", min_width=16, max_width=44, overflow="fold")
-    table.add_column("bytes read", justify="right", min_width=5)
+    _add_policy_column(table, results.pivot)
+    table.add_column("bytes\nread", justify="right", no_wrap=True)
     for group in results.groups[:shown]:
-        table.add_column(
-            _escaped(group.column), justify="right", min_width=max(map(len, group.column.split()))
-        )
+        table.add_column(escape(group.column.replace(" ", "\n")), justify="right", no_wrap=True)
     for label, rows in results.pivot.items():
         first = next(iter(rows.values()))
         ratio = MISSING if first.bytes_ratio is None else f"{first.bytes_ratio:.2f}"
-        table.add_row(_escaped(label), ratio, *(_short(rows.get(index)) for index in range(shown)))
+        table.add_row(escape(label), ratio, *(_short(rows.get(index)) for index in range(shown)))
     return table
 
 
@@ -101,16 +100,13 @@ def _short(row: Row | None) -> str:
 
 def _task_table(groups: Sequence[Group], columns: Sequence[str]) -> Table:
     better = "higher" if groups[0].higher_is_better else "lower"
-    table = _empty(
-        f"[bold]{_escaped(groups[0].task)}[/bold]: {_escaped(groups[0].metric)}, {better} is better"
-    )
+    table = _empty(f"[bold]{escape(groups[0].task)}[/bold]: {escape(groups[0].metric)}, {better} is better")
     kept = [name for name in _ORDER if name == "context" or name in columns]
     for name in kept:
-        left = name == "policy"
-        table.add_column(
-            name, justify="left" if left else "right", no_wrap=not left, min_width=16 if left else None,
-            max_width=44 if left else None, overflow="fold" if left else "ellipsis",
-        )  # fmt: skip
+        if name == "policy":
+            _add_policy_column(table, [row.policy_label for group in groups for row in group.rows])
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for group in groups:
         best = _best(group)
         for i, row in enumerate(group.rows):
@@ -124,7 +120,7 @@ def _cells(group: Group, row: Row, best: float | None) -> dict[str, str]:
     tokens = speed(row.tokens_per_second)
     against = MISSING if row.policy == DENSE else group.difference(row) or MISSING
     return {
-        "policy": _escaped(row.policy_label),
+        "policy": escape(row.policy_label),
         "score": f"[green]{score}[/green]" if row in group.contenders and row.score == best else score,
         "95 % interval": group.interval(row) or MISSING,
         "against dense": _coloured(row, f"{against} {row.symbol or ('?' if row.mark == FEW else ' ')}"),
@@ -152,11 +148,12 @@ def _empty(title: str) -> Table:
     )  # fmt: skip
 
 
+def _add_policy_column(table: Table, labels: Iterable[str]) -> None:
+    """Long labels continue on a second line."""
+    table.add_column("policy", width=min(28, max(map(len, labels))), overflow="fold")
+
+
 def _fits(table: Table, console: Console) -> bool:
-    return console.measure(table).minimum <= console.width
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    """Whether no cell would be cut."""
+    unbounded = console.options.update(max_width=10_000)
+    return table.__rich_measure__(console, unbounded).maximum <= console.width
