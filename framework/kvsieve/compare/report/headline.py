@@ -40,8 +40,8 @@ def headline(results: Results) -> str:
     cheapest = min(good, key=lambda setting: setting.bytes_ratio)
     if most < KEPT:
         return (
-            f"No policy can be said to have kept half of the dense score {where}; closest came {cheapest.name}, with "
-            f"at least {_share(cheapest.kept)} while reading {fraction(cheapest.bytes_ratio)} of the bytes."
+            f"No policy can be said to have kept half of the dense score {where}; closest came {cheapest.name}, "
+            f"with at least {_share(cheapest.kept)} while reading {fraction(cheapest.bytes_ratio)} of the bytes."
         )
     alike = [s for s in settings if abs(s.bytes_ratio / cheapest.bytes_ratio - 1) <= SAME_BYTES]
     winners = [setting for setting in alike if setting in good]
@@ -111,19 +111,21 @@ def _settings(groups: Sequence[Group]) -> list[Setting]:
 
 def _losses(losers: Sequence[Setting], total: int) -> str:
     """In how many groups each was marked worse; of many only the range."""
-    everywhere = "" if total == 1 else f" in {total} of {total}" if total > 2 else " in both"
     if len(losers) > 3:
         least, most = (pick(len(loser.worse) for loser in losers) for pick in (min, max))
         where = f"{least} to {most}" if least < most else str(least)
         return f"the {len(losers)} others were worse than dense in {where} of {total}"
+    by_count: dict[int, list[Setting]] = {}
+    for loser in losers:
+        by_count.setdefault(len(loser.worse), []).append(loser)
     parts = []
-    for loser in sorted(losers, key=lambda loser: len(loser.worse)):
-        if not loser.worse:
-            parts.append(f"{loser.name} may have kept as little as {_share(loser.kept)}")
-        elif len(loser.worse) == total:
-            parts.append(f"{loser.name} was worse than dense{everywhere}")
+    for count, alike in sorted(by_count.items()):
+        names = [loser.name for loser in alike]
+        if count:
+            where = f" in {count} of {total}" if total > 1 else ""
+            parts.append(f"{_list(names)} {_were(names)} worse than dense{where}")
         else:
-            parts.append(f"{loser.name} was worse than dense in {len(loser.worse)} of {total}")
+            parts += [f"{loser.name} may have kept as little as {_share(loser.kept)}" for loser in alike]
     return _list(parts)
 
 
@@ -138,8 +140,9 @@ def _why_nothing(results: Results, compared: Sequence[Group], groups: Sequence[G
             f"({_samples(compared)}), so nothing can be said about what a policy keeps."
         )
     if all(row.difference is None for row in results.rows):
-        return "No row of this run is compared with dense: run `kvsieve report` on its folder, which has the samples."
-    return f"No policy was compared with dense {_where(groups, len(results.groups))}, so none can be judged as a whole."
+        return "No row of this run is compared with dense; `kvsieve report` on its folder does it from the samples."
+    where = _where(groups, len(results.groups))
+    return f"No policy was compared with dense {where}, so none can be judged as a whole."
 
 
 def _samples(groups: Sequence[Group]) -> str:

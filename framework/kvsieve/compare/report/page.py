@@ -15,7 +15,7 @@ from ..results import Results, eager_notes, noise_note
 from . import chart
 from .folder import RunFolder
 from .headline import headline
-from .names import policy_name
+from .names import policy_name, readable_label
 from .table import HEADER, table
 
 _HERE = Path(__file__).parent
@@ -48,6 +48,7 @@ def render(run: RunFolder) -> str:
         columns=_columns(results),
         groups=[table(group, results) for group in results.groups],
         header=HEADER,
+        parameters=_parameters(results),
         failures=run.failures,
         notes=[note for note in [noise_note(results.rows), *eager_notes(results.rows)] if note],
         config=run.config,
@@ -90,6 +91,21 @@ def _columns(results: Results) -> int:
         for task in _distinct(group.task for group in results.groups)
     ]
     return min(len(results.groups), 2 if max(contexts) == 2 and len(contexts) > 1 else 3)
+
+
+def _parameters(results: Results) -> list[tuple[str, str]]:
+    """All parameters of every policy; once for each context where a compression means others there."""
+    found: dict[str, dict[str, str]] = {}
+    for group in results.groups:
+        for row in group.rows:
+            if row.parameters:
+                label = readable_label(row.policy, row.policy_label)
+                found.setdefault(label, {}).setdefault(row.parameters, group.context)
+    return [
+        (label if len(ways) == 1 else f"{label}, {context} tokens", parameters)
+        for label, ways in found.items()
+        for parameters, context in ways.items()
+    ]
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
