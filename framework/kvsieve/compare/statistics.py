@@ -124,7 +124,7 @@ def significant(p: Array, policies: Sequence[str]) -> Array:
 def _benjamini_hochberg(p: Array) -> Array:
     """NaN is left out, the same rows in all tables."""
     differs = np.zeros(p.shape, dtype=bool)
-    known = ~np.isnan(p).reshape(-1, p.shape[-1]).any(0)
+    known = ~np.isnan(p).any(axis=tuple(range(p.ndim - 1)))
     if known.any():
         adjusted = scipy.stats.false_discovery_control(p[..., known], axis=-1, method="bh")
         differs[..., known] = adjusted < 1 - LEVEL
