@@ -1,4 +1,4 @@
-"""Intervals cover what they promise, and a policy that is like dense is seldom marked: enumerated or simulated."""
+"""Intervals cover what they promise, and a policy like dense is seldom marked: enumerated or simulated."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ CASES = [
 
 
 def every_outcome(size):
-    """Counts lost and won `[outcomes]`, and the scores of policy and dense `[outcomes, size]` that show them."""
+    """Counts lost and won `[outcomes]`, and scores of policy and dense `[outcomes, size]` that show them."""
     lost, won = np.array([(b, c) for b in range(size + 1) for c in range(size + 1 - b)]).T
     i = np.arange(size)
     dense = i < lost[:, None]
@@ -111,7 +111,7 @@ def test_intervals_of_lengths_and_of_bits_cover_in_many_tables():
 
 
 def p_values(rng, runs, size, null, bad):
-    """p of `null` policies that are like dense and `bad` ones that are not, on five tasks: `[runs, rows]` and names."""
+    """p `[runs, rows]` of `null` policies like dense and `bad` ones that are not, on five tasks; their names."""
     shape = (runs, size)
     tasks = [
         (lambda good, q=q: (rng.random(shape) < (q if good else 0.2)).astype(float), (0, 1))
@@ -207,7 +207,3 @@ def test_equal_scores_are_no_difference():
     assert (found.mean, found.p) == (0, 1)
     found = statistics.difference(np.ones(16), np.ones(16), (0, 1), True)
     assert (round(float(found.low), 3), round(float(found.high), 3), found.p) == (-0.171, 0.171, 1)
-
-
-def test_how_much_may_be_lost_where_nothing_was():
-    assert [round(statistics.most_lost(0, n), 3) for n in (16, 32, 64)] == [0.171, 0.089, 0.046]

@@ -12,12 +12,12 @@ from ..errors import UserError
 from . import files
 from .results import Subject
 from .statistics import Limits
-from .store import Record
 
 if TYPE_CHECKING:
     from .cells import Cell
 
 NAME = "cells.json"
+Record = Mapping[str, Any]  # of samples.jsonl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ def entries(cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> l
 def policy_labels(cells: Sequence[Cell]) -> list[str]:
     """A short name for the policy of each cell, unlike those of the other policies on the same task.
 
-    The compression that was asked for, or the parameters that are not the defaults; policies of the same compression
-    get those parameters in which they differ.
+    The compression that was asked for, or the parameters that are not the defaults; policies of the same
+    compression get those parameters in which they differ.
     """
     from .cells import describe_parameters
 
@@ -98,7 +98,8 @@ def read(folder: Path, records: Sequence[Record]) -> list[Entry]:
     """The entries of a run folder. What version 0.1.0 did not write is made from the samples.
 
     Raises:
-        UserError: the folder is not one of a run, or its samples need a policy or a task that is not installed.
+        UserError: the folder is not one of a run, or its samples need a policy or a task that is not
+            installed.
     """
     if not (folder / NAME).exists():
         if not records:
@@ -157,7 +158,8 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
             cells.append(Cell(id, task, policy, None if asked is None else Fraction(asked)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{folder}: its {NAME} is missing or of an older version, and cannot be made from the samples: {error}"
+                f"{folder}: {NAME} is missing or of an older version, and cannot be made from the samples: "
+                f"{error}"
             ) from None
     try:
         model = str(yaml.safe_load(files.read(folder / "config.yaml"))["model"])

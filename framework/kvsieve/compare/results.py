@@ -1,4 +1,4 @@
-"""Results of a comparison: a row for every cell, groups of rows that may be compared, and their file summary.csv."""
+"""Results of a comparison: a row for every cell, groups of rows that may be compared, and summary.csv."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Row(Subject):
     bytes_ratio: float | None = None  # of what dense attention would have read
     bytes_written_per_step: float | None = None
     kv_bytes: float | None = None  # held per sequence
-    tokens_per_second: float | None = None  # median over the samples' batches
+    tokens_per_second: float | None = None  # median over the full batches
     tokens_per_second_min: float | None = None
     tokens_per_second_max: float | None = None
     ran_eagerly: str = ""  # on a GPU: why its steps were not one CUDA graph each
@@ -160,7 +160,7 @@ class Group:
         return f"{self.text(row.score_low)} to {self.text(row.score_high)}"
 
     def difference(self, row: Row) -> str:
-        """`-0.81 (-0.95 to -0.53)`, with two digits of the interval's half width; empty where not compared."""
+        """`-0.81 (-0.95 to -0.53)`, to two digits of the half width; empty where not compared."""
         if row.difference is None:
             return ""
         low, high = row.difference_low, row.difference_high

@@ -1,11 +1,12 @@
 """Intervals of a score and of its difference from dense on the same samples, and which differences count.
 
-Scores of a task have a `kind`: 0/1 answers, numbers within known limits, or numbers without. Arrays may have leading
-axes (many tables at once, as in the simulations of the tests); samples are the last axis.
+The formulas depend on the scores: 0/1 answers, numbers within known limits, or numbers without. Arrays may
+have leading axes (many tables at once, as in the simulations of the tests); samples are the last axis.
 
-Measured coverage of the nominal 95 % intervals of a difference (tests/compare/test_statistics.py): 0/1 and bounded
-scores at least 95.9 % for 16, 32 and 64 samples; unbounded ones 95 % if the differences are normal, 91 % at 16 samples
-and 93 % at 64 if they are skewed, less with rare outliers: take at least 32 samples of a perplexity.
+Coverage of the nominal 95 % intervals of a difference with 16, 32 and 64 samples, by enumeration and simulation
+(tests/compare/test_statistics.py): 0/1 and bounded scores above 94 %; unbounded ones 95 % if the differences are
+normal, but 89 % at 16 samples and 92 % at 64 if they are skewed (log-normal), and less with rare outliers: take at
+least 32 samples of a perplexity.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def is_binary(scores: Array) -> bool:
 
 
 def score_interval(scores: Sequence[float], limits: Limits) -> tuple[float, float] | None:
-    """The 95 % interval of the mean of a task's scores; None where the samples say nothing about their spread.
+    """The 95 % interval of a task's mean score; None where the samples say nothing about their spread.
 
-    0/1: Wilson. Within limits: t, with one pseudo sample at each limit. Otherwise: t; None for a single sample and for
-    samples that are all equal.
+    0/1: Wilson. Within limits: t, with one pseudo sample at each limit. Otherwise: t; None for a single
+    sample and for samples that are all equal.
     """
     values = np.asarray(scores, dtype=float)
     if limits in (None, (0, 1)) and is_binary(values):
@@ -63,9 +64,9 @@ def score_interval(scores: Sequence[float], limits: Limits) -> tuple[float, floa
 def difference(policy: Array, dense: Array, limits: Limits, higher_is_better: bool) -> Difference:
     """The paired difference policy - dense, `[..., n]` scores each, on the same n samples.
 
-    0/1 and within limits: t with two pseudo samples, at minus and plus the width of the limits. Otherwise: t. p is that
-    of McNemar's exact test for 0/1 scores, and that of the interval otherwise. p is NaN where no test could tell: fewer
-    than 6 samples, and fewer than 16 of scores without limits.
+    0/1 and within limits: t with two pseudo samples, at minus and plus the width of the limits. Otherwise: t.
+    p is that of McNemar's exact test for 0/1 scores, and that of the interval otherwise; NaN where no test
+    could tell: fewer than 6 samples, and fewer than 16 of scores without limits.
     """
     policy, dense = np.asarray(policy, dtype=float), np.asarray(dense, dtype=float)
     binary = limits in (None, (0, 1)) and is_binary(policy) and is_binary(dense)
@@ -88,12 +89,6 @@ def difference(policy: Array, dense: Array, limits: Limits, higher_is_better: bo
     return Difference(found.mean(-1), low, high, lost, won, p)
 
 
-def most_lost(lost: int, count: int) -> float:
-    """The largest share of 0/1 answers that may be lost, with 95 % confidence, if `lost` of `count` were."""
-    test = scipy.stats.binomtest(lost, count, alternative="less")
-    return float(test.proportion_ci(LEVEL, "exact").high)
-
-
 def marks(p: Array, mean: Array, higher_is_better: Array, policies: Sequence[str]) -> list[str]:
     """Better, worse, indistinguishable or few for each row of a run; NaN in `p` is `few`.
 
@@ -109,8 +104,8 @@ def significant(p: Array, policies: Sequence[str]) -> Array:
     """Which rows `[..., rows]` of a run differ from dense, by the procedure of Benjamini and Hochberg, twice.
 
     Over all rows of the run: of those that differ, at most 5 % are expected to be wrong. And over the rows of
-    each policy alone: a policy that is like dense stays unmarked in 95 % of runs, however bad its neighbours are
-    (they would lend it their significance otherwise: up to 12 % of simulated runs marked it). Rows whose p is
+    each policy alone: a policy like dense stays unmarked in 95 % of runs, however bad its neighbours are (they
+    would lend it their significance otherwise: up to 12 % of simulated runs marked it). Rows whose p is
     NaN do not count.
     """
     differs = _benjamini_hochberg(p)

@@ -11,20 +11,22 @@ import numpy as np
 
 from ..errors import UserError
 from . import files, manifest, statistics, store
-from .manifest import Entry
+from .manifest import Entry, Record
 from .markdown import markdown
 from .results import DENSE, Results, Row, Subject, group_key, write_csv
 
 
-def write(folder: Path) -> list[Row]:
+def write(folder: Path, records: Iterable[Record] | None = None) -> list[Row]:
     """Make both summaries of a run folder anew from its cells.json and samples.jsonl; returns the rows.
+
+    `records`: instead of those in samples.jsonl.
 
     Raises:
         UserError: the folder is not one of a run, or cannot be written to.
     """
-    records = store.read(folder / "samples.jsonl")
-    entries = manifest.read(folder, records)
-    rows = summarize(entries, records)
+    found = list(store.read(folder / "samples.jsonl") if records is None else records)
+    entries = manifest.read(folder, found)
+    rows = summarize(entries, found)
     failures = [f"{entry.label}: {entry.error}" for entry in entries if entry.error]
     try:
         write_csv(folder / "summary.csv", rows)
@@ -34,9 +36,9 @@ def write(folder: Path) -> list[Row]:
     return rows
 
 
-def summarize(entries: Sequence[Entry], records: Iterable[store.Record]) -> list[Row]:
+def summarize(entries: Sequence[Entry], records: Iterable[Record]) -> list[Row]:
     """A row for each entry that has samples, compared with the dense row of its group."""
-    by_cell: dict[str, dict[int, store.Record]] = {}
+    by_cell: dict[str, dict[int, Record]] = {}
     for record in records:
         by_cell.setdefault(record["cell"], {}).setdefault(record["sample"], record)
     found = [
@@ -54,7 +56,7 @@ def summarize(entries: Sequence[Entry], records: Iterable[store.Record]) -> list
     return _marked(rows)
 
 
-def _row(entry: Entry, records: Sequence[store.Record]) -> Row:
+def _row(entry: Entry, records: Sequence[Record]) -> Row:
     scores = [record["score"] for record in records]
     interval = statistics.score_interval(scores, _limits(entry))
     total = {
@@ -62,7 +64,8 @@ def _row(entry: Entry, records: Sequence[store.Record]) -> Row:
         for name in ("steps", "bytes_read", "bytes_written", "bytes_dense")
     }
     steps = total["steps"]
-    speeds = [speed for record in records for speed in _speeds(record)]
+    full = max(record.get("rows", 1) for record in records)
+    speeds = [speed for record in records if record.get("rows", 1) == full for speed in _speeds(record)]
     low, high = interval or (None, None)
     return Row(
         **{field.name: getattr(entry, field.name) for field in dataclasses.fields(Subject)},
@@ -77,11 +80,11 @@ def _row(entry: Entry, records: Sequence[store.Record]) -> Row:
         tokens_per_second=float(np.median(speeds)) if speeds else None,
         tokens_per_second_min=min(speeds, default=None),
         tokens_per_second_max=max(speeds, default=None),
-        ran_eagerly="; ".join(sorted({r["ran_eagerly"] for r in records if r.get("ran_eagerly")})),
+        ran_eagerly="; ".join(sorted({why for record in records if (why := _eager_because(record))})),
     )
 
 
-def _compared(row: Row, entry: Entry, own: Sequence[store.Record], dense: Sequence[store.Record]) -> Row:
+def _compared(row: Row, entry: Entry, own: Sequence[Record], dense: Sequence[Record]) -> Row:
     """With its difference from dense on the samples that both have."""
     dense_scores = {record["sample"]: record["score"] for record in dense}
     both = [(r["score"], dense_scores[r["sample"]]) for r in own if r["sample"] in dense_scores]
@@ -115,10 +118,15 @@ def _marked(rows: Sequence[Row]) -> list[Row]:
     return [dataclasses.replace(row, mark=by_row.get(id(row), "")) for row in rows]
 
 
-def _speeds(record: store.Record) -> list[float]:
+def _speeds(record: Record) -> list[float]:
     """Tokens a second of the sample's batch; of all its repetitions, if there were several."""
     found = record.get("tokens_per_second")
     return [float(one) for one in (found if isinstance(found, list) else [found]) if one is not None]
+
+
+def _eager_because(record: Record) -> str | None:
+    """Its name was `ran_eagerly` in version 0.1."""
+    return record.get("eager_because") or record.get("ran_eagerly")
 
 
 def _limits(entry: Entry) -> statistics.Limits:

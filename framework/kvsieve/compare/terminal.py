@@ -14,8 +14,8 @@ from .results import DENSE, MISSING, SYMBOLS, Group, Results, Row, eager_notes, 
 from .statistics import BETTER, FEW, WORSE
 
 MEANING = (
-    f"{SYMBOLS[WORSE]} worse, {SYMBOLS[BETTER]} better than dense on the same samples; at most 5 % of these marks are "
-    "expected to be wrong. Unmarked: no difference was shown."
+    f"{SYMBOLS[WORSE]} worse, {SYMBOLS[BETTER]} better than dense on the same samples; at most 5 % of these marks "
+    "are expected to be wrong. Unmarked: no difference was shown."
 )
 # Columns of a task's table, those left out of a narrow terminal last.
 _COLUMNS = ["policy", "score", "against dense", "bytes read", "tokens/s", "KV MB", "95 % interval", "answers"]

@@ -74,7 +74,7 @@ class Palette:
 
 
 def panel(group: Group, results: Results, palette: Palette, legend: bool = False) -> Panel:
-    """Score, with its 95% interval, against bytes read over dense, on an axis of halves; dense's interval is a band."""
+    """Score with its 95% interval against bytes read over dense, on an axis of halves; dense's is a band."""
     rows = [row for row in group.rows if row.score is not None and row.bytes_ratio]
     look = styles(results.policies)
     names = [policy_name(policy) for policy in results.policies]

@@ -24,7 +24,7 @@ def render(results: Results, suffix: str) -> bytes:
 
 def _chosen(results: Results) -> list[Group]:
     """The longest context of each of the two tasks."""
-    longest = {group.task: group for group in results.groups}  # the last of each task
+    longest = {group.rows[0].task: group for group in results.groups}  # the last of each task
     tasks = [task for task in _TASKS if task in longest] or list(longest)[:2]
     return [longest[task] for task in tasks]
 

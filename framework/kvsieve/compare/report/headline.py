@@ -40,8 +40,9 @@ def headline(results: Results) -> str:
     cheapest = min(good, key=lambda setting: setting.bytes_ratio)
     if most < KEPT:
         return (
-            f"No policy can be said to have kept half of the dense score {where}; closest came {cheapest.name}, "
-            f"with at least {_share(cheapest.kept)} while reading {fraction(cheapest.bytes_ratio)} of the bytes."
+            f"No policy can be said to have kept half of the dense score {where}; closest came "
+            f"{cheapest.name}, with at least {_share(cheapest.kept)} while reading "
+            f"{fraction(cheapest.bytes_ratio)} of the bytes."
         )
     alike = [s for s in settings if abs(s.bytes_ratio / cheapest.bytes_ratio - 1) <= SAME_BYTES]
     winners = [setting for setting in alike if setting in good]

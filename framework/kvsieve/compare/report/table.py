@@ -27,9 +27,9 @@ HEADER = [
     ),
     Column(
         "Against dense",
-        "The score minus that of dense on the same samples, with its 95% interval, and the answers that were lost and "
-        "won. ▼ worse, ▲ better: of all such marks at most 5% are expected to be wrong (Benjamini-Hochberg). few: too "
-        "few samples to tell.",
+        "The score minus that of dense on the same samples, with its 95% interval, and the answers that were "
+        "lost and won. ▼ worse, ▲ better: of all such marks at most 5% are expected to be wrong "
+        "(Benjamini-Hochberg). few: too few samples to tell.",
     ),
     Column(
         "Bytes ratio", "Bytes that attention read while decoding, over what dense attention would have read."
@@ -37,8 +37,8 @@ HEADER = [
     Column("KV memory", "Bytes held for keys, values and the policy's own data beside them."),
     Column(
         "Tokens/s",
-        "Decoded tokens a second on this machine, all rows of a batch together: the median of the batches. Grey and "
-        "noisy: the batches differ by more than 20%.",
+        "Decoded tokens a second on this machine, all rows of a batch together: the median of the batches. "
+        "Grey and noisy: the batches differ by more than 20%.",
     ),
     Column("Samples", "How many samples the score is the mean of."),
 ]
