@@ -316,7 +316,7 @@ def compare(tmp_path, model, model_folder, task_folder):
             config.load(path, trust_task_code=True), tmp_path / "out", Console(quiet=True), model
         )
         assert outcome.failures == {}
-        return {(row["task"], row["policy"]): row for row in outcome.rows}
+        return {(row.task, row.policy): row for row in outcome.rows}
 
     return run
 
@@ -332,11 +332,11 @@ def test_in_a_comparison_the_score_is_lm_evals_own_metric(compare, model, task_f
     for policy, made in (("dense", None), ("local_window", TIGHT)):
         whole = run.evaluate(model, ["tiny_choice"], made, include_path=task_folder, bootstrap_iters=0)
         row = rows["tiny_choice", policy]
-        assert row["score"] == pytest.approx(whole.results["results"]["tiny_choice"]["acc_norm,none"])
-        assert row["score_low"] <= row["score"] <= row["score_high"]
-        assert row["bytes_ratio"] == pytest.approx(whole.bytes_ratio)
-        assert (row["metric"], row["context"], row["samples"]) == ("acc_norm", 64, 3)
-    assert rows["tiny_choice", "local_window"]["kv_bytes"] < rows["tiny_choice", "dense"]["kv_bytes"]
+        assert row.score == pytest.approx(whole.results["results"]["tiny_choice"]["acc_norm,none"])
+        assert row.score_low <= row.score <= row.score_high
+        assert row.bytes_ratio == pytest.approx(whole.bytes_ratio)
+        assert (row.metric, row.context, row.samples) == ("acc_norm", 64, 3)
+    assert rows["tiny_choice", "local_window"].kv_bytes < rows["tiny_choice", "dense"].kv_bytes
 
 
 def test_a_comparison_is_quiet(compare, capfd):
@@ -358,7 +358,7 @@ def test_a_comparison_goes_on_where_it_stopped(compare, monkeypatch):
     )
     row = compare([task + "3"], "[dense]")["tiny_choice", "dense"]
     assert [requests[0].doc_id for requests in asked] == [1, 2]
-    assert row["samples"] == 3
+    assert row.samples == 3
 
 
 @pytest.mark.parametrize(

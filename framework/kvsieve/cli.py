@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .compare.config import Config
     from .compare.executors import Executor
+    from .compare.results import Row
     from .plugins import Registered
     from .specs import PolicySpec
 
@@ -338,17 +339,13 @@ def _stream(
     typer.secho("; ".join(facts), err=True, dim=True)
 
 
-def _show(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Print the table, make the report, and say where everything is."""
+def _show(folder: Path, rows: list[Row]) -> None:
+    """Print the tables, make the report, and say where everything is."""
     from .compare.report import write_report
-    from .compare.summary import eager_notes
-    from .compare.table import tables
+    from .compare.results import Results
+    from .compare.terminal import show
 
-    console = Console(highlight=False)
-    for table in tables(rows):
-        console.print(table)
-    for note in eager_notes(rows):
-        typer.echo(note)
+    show(Results(rows), Console(highlight=False))
     try:
         typer.echo(f"report: {write_report(folder)}")
     except UserError as error:

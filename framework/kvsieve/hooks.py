@@ -26,5 +26,5 @@ def run_started(folder: Path, cells: list[Any]) -> None:
 
 
 @hookspec
-def run_finished(folder: Path, summary: list[dict[str, Any]]) -> None:
-    """Called when a comparison has ended, with failures or without; `summary`: the rows of summary.csv."""
+def run_finished(folder: Path, summary: list[Any]) -> None:
+    """Called when a comparison has ended, with failures or without; `summary`: its `kvsieve.compare.results.Row`s."""

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +19,7 @@ from rich.console import Console
 
 import kvsieve
 from kvsieve import UserError, plugins
-from kvsieve.compare import cells, executors, run, store, summary
+from kvsieve.compare import cells, executors, run, store
 from kvsieve.compare.tasks import Perplexity
 
 SMALL = """\
@@ -274,20 +273,6 @@ def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
     assert [r["samples"] for r in lines(outcome.folder)] == ["60", "60"]
 
 
-def test_what_ran_eagerly_on_a_gpu_is_said_where_the_speeds_are():
-    def row(policy, why):
-        return {"policy": policy, "compression": "1/8", "parameters": "", "ran_eagerly": why}
-
-    rows = [
-        row("dense", ""),
-        row("h2o", "it looks"),
-        row("sparq", ""),
-        row("h2o", "it looks"),
-        row("odd", "it looks"),
-    ]
-    assert summary.eager_notes(rows) == ["Not as one CUDA graph a step: h2o 1/8, odd 1/8 (it looks)."]
-
-
 def test_eager_cells_are_cells_of_their_own(compare):
     text = SMALL.replace("samples: 3", "samples: 1")
     first = store.read(compare(text).folder / "samples.jsonl")
@@ -310,11 +295,3 @@ def test_an_interruption_keeps_what_was_measured(compare, tmp_path, monkeypatch)
     assert len(store.read(tmp_path / "out" / "samples.jsonl")) == 3
     monkeypatch.undo()
     assert compare(SMALL).failures == {}
-
-
-def test_intervals():
-    assert summary.interval(np.ones(8)) == (1, 1)
-    assert summary.interval(np.array([0.5])) == (0.5, 0.5)
-    low, high = summary.interval(np.array([0.0, 1.0] * 50))
-    assert 0.38 < low < 0.43
-    assert 0.57 < high < 0.62

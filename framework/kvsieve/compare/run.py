@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +13,11 @@ from transformers import PreTrainedModel
 
 from .. import plugins, processes
 from ..errors import UserError
-from . import summary
-from .cells import Cell
+from . import files, manifest, summary
 from .config import Config
 from .executors import Begun, Executor, Failed, Here, Measured, Plan, Work
 from .progress import RunProgress
+from .results import Row
 from .store import Store
 
 
@@ -26,7 +25,7 @@ class Outcome(NamedTuple):
     """What came of a run."""
 
     folder: Path
-    rows: list[dict[str, Any]]  # the lines of summary.csv
+    rows: list[Row]  # of summary.csv
     failures: dict[str, str]  # by cell id: why
 
 
@@ -64,9 +63,11 @@ def compare(
         return _take_part(executor, folder)
     cells = plan.cells
     with Store(folder / "samples.jsonl") as store:
-        _write(folder / "config.yaml", config.resolved(**plan.facts))
-        _write(folder / "environment.json", json.dumps(plan.environment, indent=2, ensure_ascii=False))
-        _write_cells(folder, config, cells, {})
+        files.write(folder / "config.yaml", config.resolved(**plan.facts))
+        files.write(
+            folder / "environment.json", json.dumps(plan.environment, indent=2, ensure_ascii=False) + "\n"
+        )
+        manifest.write(folder, cells, config.settings.model, {})
         _tell(console, "run_started", folder=folder, cells=cells)
         missing = {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells}
         work = [(cell, missing[cell.id]) for cell in cells if missing[cell.id]]
@@ -76,9 +77,9 @@ def compare(
         if found:
             console.print(f"{found} samples are already in {folder}", soft_wrap=True)
         failures = _measure(executor, work, plan, store, console)
-        _write_cells(folder, config, cells, failures)
+        manifest.write(folder, cells, config.settings.model, failures)
         rows = summary.write(folder)
-    _tell(console, "run_finished", folder=folder, summary=rows)
+    _tell(console, "run_finished", folder=folder, summary=list(rows))
     return Outcome(folder, rows, failures)
 
 
@@ -115,40 +116,6 @@ def _take_part(executor: Executor, folder: Path) -> Outcome:
     for _ in executor.measure(processes.gather(work)[0]):
         pass
     return Outcome(folder, [], {})
-
-
-def _write_cells(folder: Path, config: Config, cells: list[Cell], failures: dict[str, str]) -> None:
-    """cells.json: the lines of the summary in their order, without their numbers."""
-    lines = [
-        {
-            "cell": cell.id,
-            "label": cell.label,
-            "model": config.settings.model,
-            "task": cell.task.title,
-            "context": cell.task.context,
-            "policy": cell.policy_name,
-            "parameters": cell.parameters,
-            "compression": "" if cell.compression is None else str(cell.compression),
-            "metric": cell.task.metric,
-            "higher_is_better": cell.task.higher_is_better,
-            "samples": cell.task.samples,
-            "error": failures.get(cell.id),
-        }
-        for cell in cells
-    ]
-    _write(folder / summary.CELLS, json.dumps(lines, indent=1, ensure_ascii=False))
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one move."""
-    try:
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}; the samples measured so far are safe"
-        ) from None
 
 
 def _append(path: Path, text: str) -> None:

@@ -6,9 +6,9 @@ FOLDER holds the model; its README.md becomes the card. Text and keys are held o
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from ..compare import config, run
+from ..compare.results import Row
 
 _CARD = """---
 license: apache-2.0
@@ -25,7 +25,7 @@ retrieval and repetition written into them (seed {seed}). One file in eight is h
 `needle` asks for. Longest trained sequence: 2048 tokens; positions reach to 4096.
 
 Measured by `python -m kvsieve.reference_model.card` (`card.yaml` beside it says what). Policies other than dense read
-an eighth of dense attention's bytes. Brackets: 95 % bootstrap interval.
+an eighth of dense attention's bytes. Brackets: 95 % interval.
 
 {table}
 """
@@ -48,13 +48,13 @@ def write(folder: Path, results: Path) -> Path:
     return card
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
+def _table(rows: list[Row]) -> str:
+    policies = list(dict.fromkeys(row.policy for row in rows))
     lines = ["| task | context | " + " | ".join(policies) + " |", "|---|---|" + "---|" * len(policies)]
     cells: dict[tuple[str, int], dict[str, str]] = {}
     for row in rows:
-        shown = f"{row['score']:.3g} [{row['score_low']:.3g}, {row['score_high']:.3g}]"
-        cells.setdefault((f"{row['task']} ({row['metric']})", row["context"]), {})[row["policy"]] = shown
+        shown = f"{row.score:.3g} [{row.score_low:.3g}, {row.score_high:.3g}]"
+        cells.setdefault((f"{row.task} ({row.metric})", row.context), {})[row.policy] = shown
     for (task, context), found in cells.items():
         lines.append(f"| {task} | {context} | " + " | ".join(found[policy] for policy in policies) + " |")
     return "\n".join(lines)

@@ -41,6 +41,7 @@ class Task:
     name: ClassVar[str] = ""
     metric: ClassVar[str] = ""
     higher_is_better: ClassVar[bool] = True
+    chance: ClassVar[float | None] = None  # the score of a model that knows nothing; None: not known
 
     context: int = 1024  # tokens in the prompt
     samples: int = 32
@@ -61,6 +62,11 @@ class Task:
     def title(self) -> str:
         """What tables call it."""
         return self.name
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The lowest and the highest score of a sample. None: there are none, or none are known."""
+        return None
 
     def files(self) -> Mapping[str, Path]:
         """The text files that prompts are made of, by the parameter that names them."""

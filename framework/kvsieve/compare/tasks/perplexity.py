@@ -19,6 +19,7 @@ class Perplexity(Task):
     name = "perplexity"
     metric = "bits per byte"
     higher_is_better = False
+    chance = 8.0  # a byte has eight bits: nothing was predicted
 
     tokens: int = 128  # that are predicted after the context
     text: str | None = None  # a text file to predict; none: held-out Python sources

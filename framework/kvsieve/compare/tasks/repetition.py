@@ -18,6 +18,7 @@ class Repetition(Task):
 
     name = "repetition"
     metric = "matching characters"
+    chance = 0.0
 
     prompt: int = 64  # characters that say which passage is meant
     length: int = 64  # characters to go on with: the highest score
@@ -54,6 +55,10 @@ class Repetition(Task):
             f"repetition found no {self.prompt} + {self.length} characters that stand only once in a text of "
             f"{self.context} tokens: give a longer context, or a text that repeats itself less"
         )
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return 0.0, float(self.length)
 
     def score(self, sample: Sample, answer: Answer) -> float:
         given, wanted = answer.text, sample.reference

@@ -1,8 +1,8 @@
 """The figure alone, as an image on a card of its own: it reads the same on a light and on a dark page."""
 
 from ...errors import UserError
+from ..results import Group, Results
 from . import chart
-from .results import Group, Results
 
 _TASKS = ["needle", "repetition"]
 _INK = {"ink": "#1b2026", "muted": "#5d6672", "line": "#e2e6ea", "paper": "#ffffff"}
@@ -24,7 +24,7 @@ def render(results: Results, suffix: str) -> bytes:
 
 def _chosen(results: Results) -> list[Group]:
     """The longest context of each of the two tasks."""
-    longest = {group.task: group for group in results.groups}  # the last of each task
+    longest = {group.rows[0].task: group for group in results.groups}  # the last of each task
     tasks = [task for task in _TASKS if task in longest] or list(longest)[:2]
     return [longest[task] for task in tasks]
 
