@@ -48,3 +48,13 @@ def recorded(monkeypatch):
     monkeypatch.setattr(graph, "StepGraph", Recorded)
     Recorded.captured = 0
     return Recorded
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny random model over bytes, saved: 2 layers, 2 query heads and 1 KV head of 16 channels, 512 positions."""
+    from tests.models import save_byte_llama
+
+    folder = tmp_path_factory.mktemp("model")
+    save_byte_llama(folder)
+    return folder

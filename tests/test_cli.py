@@ -5,29 +5,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from kvsieve import plugins
 from kvsieve.cli import app
 from kvsieve.compare import executors, report, run
-from kvsieve.reference_model.tokenizer import byte_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "max_position_embeddings": 512,
-    }
-    LlamaForCausalLM(LlamaConfig(vocab_size=259, num_attention_heads=2, **shape)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
