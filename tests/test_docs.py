@@ -3,7 +3,9 @@
 `python tests/test_docs.py` writes the included files anew.
 """
 
+import ast
 import csv
+import doctest
 import re
 import shlex
 import sys
@@ -11,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+import kvsieve
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 INCLUDE = re.compile(r"(<!-- include: (\S+)[^\n]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
+# A fenced block, and the reason why it is not run: <!-- not run: REASON --> on the line above.
+PYTHON = re.compile(r"(?:<!-- not run: (.+?) -->\n)?```python\n(.*?)```", re.DOTALL)
 names = [document.name for document in DOCUMENTS]
 
 
@@ -72,14 +78,46 @@ def test_links_lead_somewhere(document):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_the_code_of_the_readme_runs(capsys):
+@pytest.fixture(scope="module")
+def space():
+    """Names that examples use without defining them; each document or docstring gets a copy."""
+    return {
+        **{name: getattr(kvsieve, name) for name in kvsieve.__all__},
+        "kvsieve": kvsieve,
+        "model": kvsieve.load("reference", device="cpu"),
+        "policy": kvsieve.make_policy("sparq", r=8, k=64, local=16),
+        "prompts": [kvsieve.corpus.held_out_text()[:200], "def main("],
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names)
+def test_the_python_of_a_document_runs(document, space, capsys):
     """In order, as a reader would: each block may use what the ones before it made."""
-    space = {}
-    for document, code in blocks("python"):
-        if document == "README.md":
-            exec(compile(code, document, "exec"), space)
-    ratio = re.search(r"(0\.\d+) of dense attention's bytes", capsys.readouterr().out)
-    assert float(ratio[1]) < 0.15
+    space = dict(space)
+    for reason, code in PYTHON.findall(INCLUDE.sub("", document.read_text())):
+        if not reason:
+            exec(compile(code, document.name, "exec"), space)
+    if document.name == "README.md":
+        ratio = re.search(r"(0\.\d+) of dense attention's bytes", capsys.readouterr().out)
+        assert float(ratio[1]) < 0.15
+
+
+def docstrings_with_examples():
+    for file in [*(ROOT / "framework").rglob("*.py"), *(ROOT / "policies").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                if ">>>" in text:
+                    yield pytest.param(text, id=f"{file.stem}.{getattr(node, 'name', '')}".strip("."))
+
+
+@pytest.mark.parametrize("docstring", list(docstrings_with_examples()))
+def test_the_examples_of_a_docstring_give_what_they_show(docstring, space):
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    example = doctest.DocTestParser().get_doctest(docstring, dict(space), "docstring", None, None)
+    said: list[str] = []
+    failed = doctest.DocTestRunner(optionflags=flags).run(example, out=said.append).failed
+    assert not failed, "".join(said)
 
 
 def test_shown_commands_exist():

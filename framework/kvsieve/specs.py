@@ -21,7 +21,9 @@ def make_policy(name: str, **parameters: Any) -> Policy:
     """The policy `name` with these parameters; a parameter that is a policy may be given as its spec.
 
     >>> make_policy("sparq", r=16, k=64)
+    SparQ(r=16, k=64, ...)
     >>> make_policy("dense_layers", layers=[0, 1], inner={"sparq": {"r": 16}})
+    DenseLayers(layers=(0, 1), inner=SparQ(r=16, ...))
 
     Raises:
         UserError: unknown name or parameter, or a bad value; the message names what is legal.
