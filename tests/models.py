@@ -13,7 +13,7 @@ from kvsieve.reference_model.tokenizer import byte_tokenizer
 
 @functools.cache
 def tiny_llama(kv_heads: int = 2, seed: int = 0) -> LlamaForCausalLM:
-    """2 layers, 4 query heads of 8 channels, vocabulary 61, 256 positions, no end token; prepared for kvsieve."""
+    """A prepared model: 2 layers, 4 query heads of 8 channels, vocabulary 61, 256 positions, no end token."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=61,

@@ -20,8 +20,8 @@ MENTION = re.compile(r"(?<![\w/.])[\w/]+(?:\.py|/)(?=[\s,;:)]|$)")
 def drawn(document: str) -> tuple[set[str], set[tuple[str, str]]]:
     """Paths that the tree of "## The house" names, and (folder, name) for the names in its descriptions.
 
-    A line is one or several names (`a.py`, `folder/`, `cache/{slots,kv}.py`) and a description; what is indented
-    is in the folder above.
+    A line is one or several names (`a.py`, `folder/`, `hf/{load,save}.py`) and a description; indented lines
+    belong to the folder above.
     """
     tree = document.partition("## The house")[2].split("```")[1]
     paths, mentions, parents = set(), set(), [(-1, "")]
@@ -52,7 +52,7 @@ def folders(path: str) -> set[str]:
 
 
 def differences(document: str, files: set[str]) -> list[str]:
-    """What the tree names but `files` (from the root) lack, and which parts of the package it leaves out."""
+    """Say what the tree names but `files` (from the root) lack, and what of the package it leaves out."""
     paths, mentions = drawn(document)
     there = files.union(*map(folders, files))
     found = [f"{path} does not exist" for path in paths - there]

@@ -99,7 +99,8 @@ def task_folder(tmp_path_factory):
     data = folder / "documents.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
     for name, body in TASKS.items():
-        head = f"task: {name}\ndataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        head = f"task: {name}\ndataset_path: json\ntest_split: test\n"
+        head += f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
         (folder / f"{name}.yaml").write_text(head + textwrap.dedent(body))
     return folder
 

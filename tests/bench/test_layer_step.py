@@ -1,4 +1,4 @@
-"""A filled cache is what a prefill leaves, the step is the one that decoding takes, and it can be taken again."""
+"""A filled cache equals one after prefill; the timed step is that of decoding and can be repeated."""
 
 import pytest
 import torch

@@ -77,7 +77,7 @@ def loop(model, rows, policy, new=NEW):
 
 
 def forwards(model, ids, mask, policy):
-    """The same by calling the model, with padding on the right: a row's next token follows its last real one."""
+    """Call the model itself, with padding on the right: a row's next token follows its last real one."""
     cache, sizes, steps = kvsieve.KVCache(model, policy), mask.sum(1), []
     with torch.no_grad():
         out = model(

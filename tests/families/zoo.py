@@ -18,7 +18,7 @@ WINDOW = 9
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One row of the table. `config` names the config class, `options` is what its tiny model is built with."""
+    """One row of the table: `config` names the config class, `options` build its tiny model."""
 
     name: str
     config: str

@@ -1,4 +1,4 @@
-"""What two processes and a single one both compute: families x policies. torchrun runs it on a folder of models."""
+"""Families x policies, computed by one process and by two; torchrun runs this module on saved models."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(folder):
-    """What each of two processes found: one start for the whole matrix."""
+    """Results of each of two processes: one start for the whole matrix."""
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'kvsieve[parallel]'")
     done = torchrun("-m", matrix.__name__, folder, timeout=300, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
