@@ -1,6 +1,6 @@
 """The documents hold what they include, link to what exists, and show code that runs.
 
-`python tests/test_docs.py` writes the included files anew.
+`python -m tests.test_docs` writes the included files anew.
 """
 
 import ast
@@ -68,7 +68,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names)
 def test_included_files_are_fresh(document):
-    assert document.read_text() == with_includes(document.read_text()), "run: python tests/test_docs.py"
+    assert document.read_text() == with_includes(document.read_text()), "run: python -m tests.test_docs"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names)

@@ -1,10 +1,12 @@
 """The package as an installer leaves it: what is in it, what it needs, and that it runs."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from email import message_from_string
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import kvsieve
 from kvsieve import UserError, ops
@@ -50,6 +53,37 @@ for package in (kvsieve, kvsieve_policies):
             print(module.name)
 """
     assert "kvsieve.hf.models" in run(sys.executable, "-c", code, cwd=ROOT).split()
+
+
+# ---------------------------------------------------------------- one set of commands
+def makefile_targets():
+    """Each target of the Makefile with its prerequisites."""
+    rules = re.findall(r"^(\w+):(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return {target: rest.split() for target, rest in rules}
+
+
+def test_the_workflow_runs_the_two_commands_of_the_readme():
+    shown = re.search(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    commands = [line.partition("#")[0].strip("$ ") for line in shown.splitlines()]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    assert steps == commands == ["make demo", "make test"]
+
+
+def test_the_workflow_and_the_metadata_agree_on_the_oldest_python():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert project["requires-python"] == f">={versions[0]}"
+    assert {f"Programming Language :: Python :: {version}" for version in versions} <= {
+        *project["classifiers"]
+    }
+
+
+def test_pre_commit_runs_what_make_test_runs_before_its_tests():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    assert hooks == [f"make --silent {target}" for target in makefile_targets()["test"] if target != "unit"]
 
 
 # ---------------------------------------------------------------- built and installed
