@@ -46,9 +46,8 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
 
 
 def test_compare_prints_the_table_and_where_the_report_is(kvsieve, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        report, "write_report", lambda folder: folder / "report.html"
-    )  # slow, and has its own tests
+    # The report is slow, and has its own tests.
+    monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")
     result = kvsieve("compare", config)
     assert result.exit_code == 0, result.output
     assert "needle: exact match, higher is better" in result.stdout

@@ -134,3 +134,16 @@ def test_a_docstring_opens_with_its_subject_or_verb(source):
     found = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, documented)]
     openings = [(getattr(node, "name", source.stem), ast.get_docstring(node) or "") for node in found]
     assert [name for name, opening in openings if CLUMSY.match(opening)] == []
+
+
+WRAPPED = re.compile(
+    r"^\s*[])}]+[:,]*  # (?!noqa|fmt|type:).*"  # `)  # a comment`
+    r"|.*[=\s]\(\n\s+.*[^,\n]  # .*\n\s*\)$",  # `x = (`, a value with its comment, `)`
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_comment_made_the_formatter_wrap_its_line(source):
+    """A comment that did not fit behind a value belongs on the line above it."""
+    assert [match[0] for match in WRAPPED.finditer(source.read_text())] == []

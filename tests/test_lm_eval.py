@@ -75,9 +75,8 @@ def no_inventory():
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    save_byte_llama(
-        folder, kv_heads=2, positions=POSITIONS, initializer_range=0.4
-    )  # so that attention matters
+    # Large weights, so that attention matters.
+    save_byte_llama(folder, kv_heads=2, positions=POSITIONS, initializer_range=0.4)
     return folder
 
 

@@ -94,9 +94,8 @@ def test_attention_numbers_hang_together(attention_run):
             assert row["graph"] == "no GPU"
         plain = 2 * 2 * (cell["context"] + ROOM) * 16 * 4
         assert dense["bytes_held"] == plain
-        by_channel = (
-            2 * 128 * -(-(cell["context"] + ROOM) // 128) * 16 * 4
-        )  # channels are whole pieces of 128 slots
+        pieces = -(-(cell["context"] + ROOM) // 128)  # channels are stored in whole pieces of 128 slots
+        by_channel = 2 * 128 * pieces * 16 * 4
         assert sparq["bytes_held"] == plain + by_channel + 2 * 16 * 4  # keys twice, and the mean value
 
 

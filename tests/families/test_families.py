@@ -132,9 +132,8 @@ class TestExactly:
     def test_padded_on_the_right(self, case, policy):
         ids, mask = padded(case.rows, "right")
         assert_same(greedy(case.model, ids, mask, kvsieve.KVCache(case.model, policy)), each_alone(case))
-        if (
-            len(case.family.policy_layers) == case.family.layers
-        ):  # else stock's own layers count the padding in
+        # Stock's own layers would count the padding in.
+        if len(case.family.policy_layers) == case.family.layers:
             assert_same(forwards(case.model, ids, mask, policy), each_alone(case))
 
 
@@ -157,9 +156,8 @@ def test_windowed_layers_are_metered(case):
     with transfer.measure() as meter:
         list(kvsieve.decode(case.model, case.rows, max_new_tokens=FEW, eos_token_id=(), cache=cache))
     policy_layer = cache.policy_layers[0]
-    number = (
-        2 * policy_layer.kv.lengths.shape[1] * policy_layer.kv.head_size * 4
-    )  # bytes of a token: keys and values
+    # Bytes of a token: keys and values.
+    number = 2 * policy_layer.kv.lengths.shape[1] * policy_layer.kv.head_size * 4
     full, windowed = 0, 0
     for length in LENGTHS:
         for step in range(1, FEW):  # the first new token comes from the prefill

@@ -105,9 +105,8 @@ def test_windows_in_every_layer_leave_nothing_to_a_policy_until_they_are_lifted(
         kvsieve.KVCache(model, make_policy("sparq", r=4, k=8, local=4))
     prompt = torch.arange(3, 17)[None]
     expected = stock.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert torch.equal(
-        model.generate(prompt, max_new_tokens=12, do_sample=False), expected
-    )  # without a KVCache it works
+    without_kv_cache = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert torch.equal(without_kv_cache, expected)
     model.config.sliding_window = None  # as the message says: within the window it changes nothing
     cache = kvsieve.KVCache(model, make_policy("sparq", r=4, k=64, local=4))
     assert torch.equal(
