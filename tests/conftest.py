@@ -24,6 +24,16 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A saved random model of bytes: 2 layers, 2 query heads and 1 KV head of 16 channels, 512 positions."""
+    from tests.models import save_byte_llama
+
+    folder = tmp_path_factory.mktemp("model")
+    save_byte_llama(folder)
+    return folder
+
+
 class Recorded:
     """Stands for `StepGraph` on a CPU: "captures" the third step and replays that function."""
 
@@ -49,13 +59,3 @@ def recorded(monkeypatch):
     monkeypatch.setattr(graph, "StepGraph", Recorded)
     Recorded.captured = 0
     return Recorded
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    """A saved random model of bytes: 2 layers, 2 query heads and 1 KV head of 16 channels, 512 positions."""
-    from tests.models import save_byte_llama
-
-    folder = tmp_path_factory.mktemp("model")
-    save_byte_llama(folder)
-    return folder
