@@ -6,6 +6,7 @@
 import ast
 import csv
 import doctest
+import importlib
 import re
 import shlex
 import sys
@@ -103,18 +104,23 @@ def test_the_python_of_a_document_runs(document, space, capsys):
 
 
 def docstrings_with_examples():
-    for file in [*(ROOT / "framework").rglob("*.py"), *(ROOT / "policies").rglob("*.py")]:
+    """(module, docstring) of every docstring that shows what a call returns."""
+    for root, file in [
+        (top, file) for top in ("framework", "policies") for file in (ROOT / top).rglob("*.py")
+    ]:
+        module = ".".join(file.relative_to(ROOT / root).with_suffix("").parts).removesuffix(".__init__")
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 text = ast.get_docstring(node) or ""
                 if ">>>" in text:
-                    yield pytest.param(text, id=f"{file.stem}.{getattr(node, 'name', '')}".strip("."))
+                    yield pytest.param(module, text, id=f"{module}.{getattr(node, 'name', '')}".strip("."))
 
 
-@pytest.mark.parametrize("docstring", list(docstrings_with_examples()))
-def test_the_examples_of_a_docstring_give_what_they_show(docstring, space):
+@pytest.mark.parametrize(("module", "docstring"), list(docstrings_with_examples()))
+def test_the_examples_of_a_docstring_give_what_they_show(module, docstring, space):
+    names = {**vars(importlib.import_module(module)), **space}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    example = doctest.DocTestParser().get_doctest(docstring, dict(space), "docstring", None, None)
+    example = doctest.DocTestParser().get_doctest(docstring, names, module, None, None)
     said: list[str] = []
     failed = doctest.DocTestRunner(optionflags=flags).run(example, out=said.append).failed
     assert not failed, "".join(said)
