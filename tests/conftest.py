@@ -1,6 +1,7 @@
-"""One torch thread: the suite runs on two cores beside other things; OpenMP's threads wait for each other.
+"""Fixtures for all tests, and settings that must come first.
 
-Without a GPU, Triton interprets its kernels; it asks once, when they are defined: this must come before.
+One torch thread: on two busy cores OpenMP's threads wait for each other. Without a GPU, Triton interprets its
+kernels; it reads its variable once, when they are defined.
 """
 
 import os
@@ -17,15 +18,25 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """Without a GPU, what needs one is skipped, however it was selected."""
+    """Skip tests that need a GPU where there is none, however they were selected."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A saved random model of bytes: 2 layers, 2 query heads and 1 KV head of 16 channels, 512 positions."""
+    from tests.models import save_byte_llama
+
+    folder = tmp_path_factory.mktemp("model")
+    save_byte_llama(folder)
+    return folder
+
+
 class Recorded:
-    """Stands for `StepGraph` on a CPU: the third step is "captured", and what is replayed is that very function."""
+    """Stands for `StepGraph` on a CPU: "captures" the third step and replays that function."""
 
     captured = 0
 
@@ -42,7 +53,7 @@ class Recorded:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Decode steps are "captured" on this machine too."""
+    """Decode steps are "captured" without a GPU too."""
     from kvsieve import graph
 
     monkeypatch.setattr(graph, "why_not", lambda cache, model: None if graph._wanted.capture else graph.EAGER)

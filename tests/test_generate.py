@@ -7,23 +7,15 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, TextStreamer
 
 import kvsieve
-from kvsieve import KVCache, UserError, make_policy
+from kvsieve import KVCache, UserError
 from kvsieve.reference_model.tokenizer import byte_tokenizer
 from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
+from tests.policies import LOOSE, TIGHT
 
-POLICIES = {
-    "dense": make_policy("dense"),
-    "sparq": make_policy("sparq", r=3, k=6, local=2),
-    "h2o": make_policy("h2o", budget=9, recent=4),
-    "local_window": make_policy("local_window", budget=9, sinks=2),
-}
-ROOMY = {  # nothing is left out: exactly dense
-    "dense": make_policy("dense"),
-    "sparq": make_policy("sparq", r=3, k=99, local=2),
-    "h2o": make_policy("h2o", budget=99, recent=4),
-    "local_window": make_policy("local_window", budget=99, sinks=2),
-}
+NAMES = ["dense", "sparq", "h2o", "local_window"]
+POLICIES = {name: TIGHT[name] for name in NAMES}
+ROOMY = {name: LOOSE[name] for name in NAMES}  # nothing is left out: exactly dense
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 each_roomy_policy = pytest.mark.parametrize("policy", ROOMY.values(), ids=ROOMY)
 PROMPT = torch.tensor(random_prompts(13))

@@ -11,22 +11,18 @@ import pytest
 import torch
 
 import kvsieve
-from kvsieve import KVCache, Policy, graph, make_policy
+from kvsieve import KVCache, Policy, graph
 from kvsieve.loop import Decoding, Runner
 from kvsieve.sampling import Sampler
 from kvsieve.testing import FindsWaits
 from tests.models import random_prompts, tiny_llama
+from tests.policies import FIRST_LAYER_DENSE, TIGHT
 
 POLICIES = {
-    "dense": make_policy("dense"),
-    "sparq": make_policy("sparq", r=3, k=8, local=2),
-    "sparq_logits": make_policy("sparq", r=3, k=8, local=2, group_score="logits", mean_value=False),
-    "sparq_double": make_policy("sparq", r=3, k=8, local=2, layout="double"),
-    "sparq_blocked": make_policy("sparq", r=3, k=8, local=2, layout="blocked"),
-    "h2o": make_policy("h2o", budget=10, recent=3),
-    "local_window": make_policy("local_window", budget=10, sinks=2),
-    "dense_layers": make_policy("dense_layers", layers=[0], inner={"h2o": {"budget": 10, "recent": 3}}),
+    name: TIGHT[name]
+    for name in ("dense", "sparq", "sparq_logits", "sparq_double", "sparq_blocked", "h2o", "local_window")
 }
+POLICIES["dense_layers"] = FIRST_LAYER_DENSE
 STEPS = 20
 
 

@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import kvsieve
@@ -26,6 +26,7 @@ from lm_eval.models.huggingface import HFLM
 
 from kvsieve.lm_eval import run
 from kvsieve.lm_eval.model import PolicyLM
+from tests.models import save_byte_llama
 
 POSITIONS = 96
 TIGHT = kvsieve.make_policy("local_window", budget=4, sinks=0)
@@ -73,15 +74,9 @@ def no_inventory():
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    wide = {"initializer_range": 0.4}  # so that attention matters
-    LlamaForCausalLM(
-        LlamaConfig(vocab_size=259, max_position_embeddings=POSITIONS, **shape, **heads, **wide)
-    ).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    # Large weights, so that attention matters.
+    save_byte_llama(folder, kv_heads=2, positions=POSITIONS, initializer_range=0.4)
     return folder
 
 
@@ -103,7 +98,8 @@ def task_folder(tmp_path_factory):
     data = folder / "documents.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
     for name, body in TASKS.items():
-        head = f"task: {name}\ndataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        head = f"task: {name}\ndataset_path: json\ntest_split: test\n"
+        head += f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
         (folder / f"{name}.yaml").write_text(head + textwrap.dedent(body))
     return folder
 

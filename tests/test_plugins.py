@@ -236,10 +236,3 @@ def test_run_hooks_of_every_plugin_are_called_with_copies_and_may_fail(install, 
 def test_mistakes_are_answered_with_what_is_legal(name, parameters, message):
     with pytest.raises(UserError, match=message):
         make_policy(name, **parameters)
-
-
-def test_importing_the_package_and_its_command_does_not_import_torch():
-    code = (
-        "import sys, kvsieve, kvsieve.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,7 @@
 >>> import kvsieve
 >>> model = kvsieve.load("reference")
 >>> policy = kvsieve.make_policy("sparq", r=8, k=64, local=16)
->>> for token_ids in kvsieve.decode(model, ["def main("], policy, max_new_tokens=32): ...
+>>> tokens = list(kvsieve.decode(model, ["def main("], policy, max_new_tokens=32))  # one [B] per step
 
 Names are loaded when first used: importing this package does not import torch.
 """

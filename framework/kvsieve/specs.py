@@ -39,8 +39,11 @@ def make_policy(
     """A policy from its name and parameters, or from its spec `{name: parameters}`, as YAML gives it.
 
     >>> make_policy("sparq", r=16, k=64)
+    SparQ(r=16, k=64, ...)
     >>> make_policy("dense_layers", layers=[0, 1], inner={"sparq": {"r": 16}})
+    DenseLayers(layers=(0, 1), inner=SparQ(r=16, ...))
     >>> make_policy("sparq", compression="1/8", head_size=64, context=4096)
+    SparQ(r=8, k=256, local=64, ...)
 
     Args:
         compression: the fraction of dense attention's bytes to read; the parameters that are not given follow from it.

@@ -96,6 +96,7 @@ def measure(meter: Meter | None = None) -> Iterator[Meter]:
     >>> with kvsieve.transfer.measure() as meter:
     ...     tokens = list(kvsieve.decode(model, prompts, policy, max_new_tokens=16))
     >>> meter.read / meter.dense_read
+    0...
     """
     meter = meter or Meter()
     before, _current.meter = _current.meter, meter

@@ -1,8 +1,6 @@
 """The two commands, from the command line to the files."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -96,9 +94,8 @@ def test_attention_numbers_hang_together(attention_run):
             assert row["graph"] == "no GPU"
         plain = 2 * 2 * (cell["context"] + ROOM) * 16 * 4
         assert dense["bytes_held"] == plain
-        by_channel = (
-            2 * 128 * -(-(cell["context"] + ROOM) // 128) * 16 * 4
-        )  # channels are whole pieces of 128 slots
+        pieces = -(-(cell["context"] + ROOM) // 128)  # channels are stored in whole pieces of 128 slots
+        by_channel = 2 * 128 * pieces * 16 * 4
         assert sparq["bytes_held"] == plain + by_channel + 2 * 16 * 4  # keys twice, and the mean value
 
 
@@ -208,11 +205,6 @@ def test_a_dense_attention_that_fails_is_noted_not_fatal(monkeypatch, tmp_path):
     (cell,) = record["cells"]
     assert cell["dense"]["sdpa broken"] == {"not_run": "RuntimeError: no kernel for this"}
     assert cell["best_dense"]["name"] == "kvsieve"
-
-
-def test_help_imports_no_torch():
-    code = "import sys; from kvsieve.cli import app; assert 'torch' not in sys.modules, 'torch was imported'"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_cell_that_fails_costs_no_other(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""What the command line may say, and what it answers to mistakes."""
+"""Options of the command line, and its answers to mistakes."""
 
 import re
 

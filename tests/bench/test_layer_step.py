@@ -1,4 +1,4 @@
-"""A filled cache is what a prefill leaves, the step is the one that decoding takes, and it can be taken again."""
+"""A filled cache equals one after prefill; the timed step is that of decoding and can be repeated."""
 
 import pytest
 import torch
@@ -8,15 +8,10 @@ from kvsieve import make_policy
 from kvsieve.bench import baselines, memory
 from kvsieve.bench.layer_step import ROOM, PolicyStep, Tokens
 from kvsieve.bench.shapes import Heads
+from tests.policies import TIGHT
 
 HEADS = Heads(4, 2, 16)
-POLICIES = [
-    make_policy("dense"),
-    make_policy("sparq", r=4, k=8, local=2, layout="double"),
-    make_policy("sparq", r=4, k=8, local=2, layout="blocked"),
-    make_policy("h2o", budget=12, recent=4),
-    make_policy("local_window", budget=12, sinks=2),
-]
+POLICIES = [TIGHT[name] for name in ("dense", "sparq_double", "sparq_blocked", "h2o", "local_window")]
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def _planned(plan: DecodePlan, config: Any, batch: int, context: int) -> Sizes:
 
 
 def _weights(config: Any) -> int:
-    """How many numbers the model's weights are, without making them."""
+    """Count the model's parameters without allocating them."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -61,7 +61,7 @@ class _Runner(loop.Runner):
 
 
 class OurSteps:
-    """The steps of `kvsieve.decode`, greedy, at `context` tokens under a policy: the loop itself, set back at times."""
+    """Greedy steps of `kvsieve.decode` at `context` tokens under a policy: the loop itself, rewound."""
 
     def __init__(
         self, model: PreTrainedModel, policy: Policy, batch: int, context: int, steps: int, eager: bool

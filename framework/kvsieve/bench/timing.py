@@ -58,7 +58,7 @@ def summary(times: Sequence[float]) -> dict[str, float | int]:
 
 
 def ratio(times: Sequence[float], against: Sequence[float], paired: bool = True) -> float:
-    """How many times faster than `against`: the median over rounds; unless paired, of the medians."""
+    """Speed-up over `against`: the median of the rounds' ratios; unless paired, the ratio of the medians."""
     if not paired:
         return statistics.median(against) / statistics.median(times)
     return statistics.median(b / a for a, b in zip(times, against, strict=True))
@@ -153,7 +153,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 class Bandwidth:
-    """The speed at which this machine copies and reads, measured in the same rounds as the steps judged by it."""
+    """Copy and read bandwidth of this machine, measured in the same rounds as the steps judged by it."""
 
     def __init__(self, watch: Stopwatch) -> None:
         size = last_level_cache(watch.device) if watch.device.type == "cpu" else 2**30

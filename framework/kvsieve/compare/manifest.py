@@ -139,7 +139,7 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
     import yaml
 
     from .. import plugins
-    from ..specs import policy_from_spec
+    from ..specs import make_policy
     from .cells import Cell
 
     by_cell: dict[str, list[Record]] = {}
@@ -154,7 +154,7 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
             samples = 1 + max(record["sample"] for record in (first, *others))
             task = plugins.tasks()[name].cls(**parameters, samples=samples)
             asked = first.get("compression")
-            policy = policy_from_spec(first["policy"])
+            policy = make_policy(first["policy"])
             cells.append(Cell(id, task, policy, None if asked is None else Fraction(asked)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(

@@ -57,7 +57,7 @@ def implementation(device: torch.device) -> ModuleType:
     """The module that runs the ops on this device.
 
     Raises:
-        UserError: the implementation that was chosen cannot run there.
+        UserError: the implementation that was chosen cannot run there, or is not installed.
     """
     on_gpu = device.type == "cuda"
     name = _choice.name or ("triton" if on_gpu else "cpu")
@@ -67,7 +67,12 @@ def implementation(device: torch.device) -> ModuleType:
             "TRITON_INTERPRET=1 before Python starts, and Triton interprets its kernels (for tests: it is slow)"
         )
     if name not in _loaded:  # kept by name: an import inside a traced step would break the trace
-        _loaded[name] = importlib.import_module(f".{name}", __name__)
+        try:
+            _loaded[name] = importlib.import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the {name} ops need {error.name}: pip install 'kvsieve[{name}]', or choose 'reference'"
+            ) from None
     return _loaded[name]
 
 

@@ -1,6 +1,6 @@
 """Measure a trained reference model and write its card: `python -m kvsieve.reference_model.card FOLDER`.
 
-FOLDER holds the model; its README.md becomes the card. Text and keys are held out: none was trained on.
+FOLDER holds the model; the card is its README.md. Text and keys are held out from training.
 """
 
 import argparse
@@ -16,23 +16,23 @@ library_name: transformers
 ---
 # kvsieve's reference model
 
-A small Llama (4 layers, width 256, 4 query and 2 KV heads of 64 channels, byte-level tokens, {size:.1f} MB in bfloat16)
-that finds and repeats things in its context. It exists to compare attention policies offline; it is no use as a
-language model.
+A small Llama (4 layers, width 256, 4 query and 2 KV heads of 64 channels, byte-level tokens, {size:.1f} MB in
+bfloat16) that retrieves and repeats parts of its context. It serves to compare attention policies offline and
+is of no use as a language model.
 
-Trained by `python -m kvsieve.reference_model.train` on {tokens:,} tokens of the Python standard library's sources with
-retrieval and repetition written into them (seed {seed}). One file in eight is held out, and so are the names that
-`needle` asks for. Longest trained sequence: 2048 tokens; positions reach to 4096.
+Trained by `python -m kvsieve.reference_model.train` on {tokens:,} tokens of the Python standard library's
+sources, with retrieval and repetition inserted (seed {seed}). One file in eight is held out, and so are the
+names that `needle` asks for. Longest training sequence: 2048 tokens; the configuration allows 4096.
 
-Measured by `python -m kvsieve.reference_model.card` (`card.yaml` beside it says what). Policies other than dense read
-an eighth of dense attention's bytes. Brackets: 95 % interval.
+Measured by `python -m kvsieve.reference_model.card` with the settings in `card.yaml`. Policies other than
+dense read an eighth of dense attention's bytes. Brackets: 95 % interval.
 
 {table}
 """
 
 
 def write(folder: Path, results: Path) -> Path:
-    """Measure the model in `folder`, keep the samples in `results`, write the card; returns its path.
+    """Measure the model in `folder`, store the samples in `results`, write the card and return its path.
 
     Raises:
         RuntimeError: a cell of the comparison failed.
