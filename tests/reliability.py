@@ -1,4 +1,4 @@
-"""Figures that a test measured and that docs/reliability.md shows: `record` writes them, this module prints the table.
+"""Figures that tests measure for docs/reliability.md: `record` writes them, this module prints the table.
 
 KVSIEVE_RELIABILITY=figures.jsonl pytest -m slow && python -m tests.reliability figures.jsonl
 """

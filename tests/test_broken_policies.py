@@ -1,4 +1,4 @@
-"""Each law catches a policy that breaks it. Every policy here looks plausible; one law finds what is wrong."""
+"""Each law catches a policy that breaks it. Every policy here looks plausible; one law finds it out."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -95,7 +95,7 @@ class LooksAtItsNeighbours(Evicting):
 
 
 class AveragesOverPadding(Evicting):
-    """Ranks by the distance from the mean of all that came, the zeros behind a short row's tokens included."""
+    """Ranks by the distance from the mean of all that came, zeros behind a short row included."""
 
     columns = {"distance": torch.float32}
 
@@ -116,7 +116,7 @@ class SwitchesTheMeterOff(Base):
 
 
 class LastPieceOnly(Evicting):
-    """A natural TOVA: the mass of the last forward, which is the last piece of a prompt, not its last query."""
+    """A natural TOVA: the mass of the last forward, which is the last piece of a prompt, not its end."""
 
     columns = {"last": torch.float32}
     observes = Observe.MASS

@@ -1,4 +1,6 @@
-"""Slots, lengths, positions and columns stay together through every sequence of appends, evictions and reorderings."""
+"""Slots, lengths, positions and columns stay together through every sequence of appends, evictions and
+reorderings.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +23,9 @@ HEADS, SIZE = 2, 4
 
 @dataclass(frozen=True)
 class Tagging(Policy):
-    """Evicts in an arbitrary but fixed order and writes each token's position into a column and a vector column."""
+    """Evicts in an arbitrary but fixed order and writes each token's position into a column and a vector
+    column.
+    """
 
     budget: int | None = None
     key_layout: KeyLayout = KeyLayout()  # noqa: RUF009  (frozen)
@@ -54,7 +58,7 @@ def tokens(rows: list[int], starts: list[int], new: int) -> torch.Tensor:
 
 
 class Slots:
-    """Drives a LayerCache and knows what must be in it: the rows' names, and how many tokens each has seen."""
+    """Drives a LayerCache and knows what must be in it: the rows' names, the tokens that each has seen."""
 
     def __init__(self, rows: int, budget: int | None, layout: str) -> None:
         self.layer = LayerCache(Tagging(budget, KeyLayout(layout)))

@@ -1,4 +1,6 @@
-"""A policy's declarations and answers are checked: a mistake is named with policy, layer, what came and what is due."""
+"""A policy's declarations and answers are checked: a mistake is named with policy, layer, what came and what
+is due.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from kvsieve import (
 )
 from kvsieve.testing import Inputs, LayerCache, rollout, strict
 from tests.models import random_prompts, tiny_llama
+from tests.policies import TIGHT
 
 
 def policy(**members) -> Policy:
@@ -269,9 +272,7 @@ class Counting(Wrapper):
 
 @pytest.mark.parametrize("inner", ["sparq", "h2o", "local_window", "dense"])
 def test_a_wrapper_forwards_everything(inner):
-    parameters = {"sparq": {"r": 4, "k": 8, "local": 2, "layout": "double"}, "h2o": {"budget": 12, "recent": 4},
-                  "local_window": {"budget": 12, "sinks": 2}, "dense": {}}[inner]  # fmt: skip
-    plain = make_policy(inner, **parameters)
+    plain = TIGHT[inner]
     wrapped = Counting(Counting(plain))
     layer = LayerCache(wrapped)
     assert torch.equal(step(wrapped, layer=layer), step(plain))

@@ -1,4 +1,6 @@
-"""model.generate() with a policy: a feature agrees with the decode loop and stock, or is refused before any work."""
+"""model.generate() with a policy: a feature agrees with the decode loop and stock, or is refused before any
+work.
+"""
 
 import copy
 
@@ -7,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, TextStreamer
 
 import kvsieve
-from kvsieve import KVCache, UserError
+from kvsieve import KVCache, UserError, make_policy
 from kvsieve.reference_model.tokenizer import byte_tokenizer
 from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama

@@ -1,5 +1,5 @@
-"""A decode step can become one CUDA graph: it never looks at the device, and traces into one graph over growing
-steps."""
+"""A decode step can become one CUDA graph: it never looks at the device, and traces into one graph over
+growing steps."""
 
 import gc
 import weakref

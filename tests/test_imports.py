@@ -10,7 +10,9 @@ PACKAGE = ROOT / "framework" / "kvsieve"
 
 
 def imported(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, also inside functions; not those for type checking only."""
+    """Absolute names of all modules that a file imports, also inside functions; not those for type checking
+    only.
+    """
     package = (
         path.relative_to(PACKAGE.parent).with_suffix("").parts if PACKAGE in path.parents else (path.stem,)
     )
@@ -63,8 +65,8 @@ def test_the_framework_never_imports_the_policies():
         assert not touches(imported(file), "kvsieve_policies"), file
 
 
-# Low to high: a module imports, beside its own folder, only what stands above it in this list. (`cache.` is the part of
-# cache/ that knows no policy; types for annotations alone do not count.)
+# Low to high: a module imports, beside its own folder, only what stands above it in this list. (`cache.` is
+# the part of cache/ that knows no policy; types for annotations alone do not count.)
 ORDER = [
     "errors",
     "hooks",

@@ -29,7 +29,9 @@ def steps(case):
 
 
 def right_padded(tensor, left_padding, new):
-    """Left-padded `[B, ., T, .]` as rollout wants it: the prompt right-padded with rubbish, then the `new` tokens."""
+    """Left-padded `[B, ., T, .]` as rollout wants it: the prompt right-padded with rubbish, then the `new`
+    tokens.
+    """
     prompt = tensor.shape[2] - new
     rows = []
     for row, padding in zip(tensor, left_padding.tolist(), strict=True):
@@ -90,7 +92,8 @@ def test_h2o_evicts_what_the_authors_evict(case):
             assert held == wanted[wanted >= padding[b]].tolist()
 
 
-# The authors' k and local_k are 16 and 4, the current token not counted (local window: k = 24 with 4 sinks, counted).
+# The authors' k and local_k are 16 and 4, the current token not counted (local window: k = 24 with 4 sinks,
+# counted).
 AUTHORS = {
     "dense": make_policy("dense"),
     "sparq_realloc": make_policy("sparq", r=8, k=17, local=5, group_score="logits"),

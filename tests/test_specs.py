@@ -107,7 +107,8 @@ def test_a_compression_within_a_nested_policy_is_of_the_same_context():
     [
         (
             {},
-            "sparq: which parameters a compression means depends on the model and the context: give head_size=",
+            "sparq: which parameters a compression means depends on the model and the context: "
+            "give head_size=",
         ),
         ({"head_size": 64}, "give head_size=... (channels per head) and context=... (tokens)"),
         ({"head_size": True, "context": 9}, "head_size: must be an integer of at least 1 (got True)"),

@@ -1,4 +1,6 @@
-"""Meter, ops and graph switches belong to a thread: several decode side by side, and each gets what it gets alone."""
+"""Meter, ops and graph switches belong to a thread: several decode side by side, and each gets what it gets
+alone.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -176,7 +176,7 @@ def validate(
 
 
 def _load(path: Path, overrides: list[str] | None, **trusted: bool) -> Config:
-    """A comparison that is right as far as files on this machine can tell; what else is worth saying is printed."""
+    """Load a comparison and check it as far as local files allow; print warnings."""
     from . import plugins
     from .compare import config as configuration
     from .compare import fit

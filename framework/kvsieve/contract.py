@@ -1,8 +1,10 @@
 """The contract, checked: what a policy declares, and what it answers.
 
-Declarations are checked when a class is registered and when a cache is made for it. Of every answer shape, type and
-device are checked, which costs nothing on the device. The values are checked in `strict` mode only, because that waits
-for the device: in the laws of kvsieve.testing, with KVSIEVE_STRICT=1 in the environment, or inside `strict()`.
+Declarations are checked when a class is registered and when a cache is made for it. Of every answer shape,
+type and device are checked, which costs nothing on the device. The values are checked in `strict` mode only,
+because that waits
+for the device: in the laws of kvsieve.testing, with KVSIEVE_STRICT=1 in the environment, or inside
+`strict()`.
 """
 
 from __future__ import annotations
@@ -62,8 +64,9 @@ def check_class(cls: Any) -> None:
     ranks, keeps = cls.priority is not Policy.priority, cls.keeps is not Policy.keeps
     if ranks and not keeps:
         raise UserError(
-            f"{name} has `priority`, but does not declare how many tokens it `keeps`, so it would never be asked: add "
-            "`keeps`, a property (or class attribute) that is the number of tokens, such as its budget"
+            f"{name} has `priority`, but does not declare how many tokens it `keeps`, so it would never be "
+            "asked: add `keeps`, a property (or class attribute) that is the number of tokens, such as its "
+            "budget"
         )
     if keeps and not ranks:
         raise UserError(f"{name} declares how many tokens it `keeps`, but has no `priority(kv)` to rank them")
@@ -90,8 +93,8 @@ def _check_names(cls: type, known: Set[str]) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
         if near:
             raise UserError(
-                f"{cls.__name__}.{name} would never be called: did you mean {near[0]!r}? If not, choose a name that is "
-                "less alike, or begin it with an underscore"
+                f"{cls.__name__}.{name} would never be called: did you mean {near[0]!r}? If not, choose a "
+                "name that is less alike, or begin it with an underscore"
             )
 
 
@@ -123,8 +126,8 @@ def check_declarations(policy: Policy) -> None:
                 refuse(f"a name in {what}", name, "a text")
             if name in RESERVED:
                 raise UserError(
-                    f"policy {policy.name}: {name!r} in {what} is the cache's own; choose another name. Reserved: "
-                    f"{', '.join(RESERVED)}"
+                    f"policy {policy.name}: {name!r} in {what} is the cache's own; choose another name. "
+                    f"Reserved: {', '.join(RESERVED)}"
                 )
             if not _is_shape(shape):
                 refuse(

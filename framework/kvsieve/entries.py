@@ -1,4 +1,6 @@
-"""An entry of plain data, a name or `{name: {parameter: value}}`, and the combinations of values it stands for."""
+"""An entry of plain data, a name or `{name: {parameter: value}}`, and the combinations of values it stands
+for.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""One decode step as one CUDA graph: forward, policy, sampling, the advance of positions, replayed without Python.
+"""One decode step as one CUDA graph: forward, policy, sampling, the advance of positions, replayed without
+Python.
 
-A graph belongs to a cache: its batch and its capacity are the shapes, its storage is what the graph reads and writes. A
-cache that is `reset()` keeps both, so that the next decode with it replays the same graph.
+A graph belongs to a cache: its batch and its capacity are the shapes, its storage is what the graph reads and
+writes. A cache that is `reset()` keeps both, so that the next decode with it replays the same graph.
 
-A step needs for that: constant shapes (`KVCache.fix_shapes`), lengths and positions in device tensors, every result
-written in place, no look at the device. A policy declares with `capturable` whether its own code keeps to it.
+A step needs for that: constant shapes (`KVCache.fix_shapes`), lengths and positions in device tensors, every
+result written in place, no look at the device. A policy declares with `capturable` whether its own code keeps
+to it.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _wanted = _Wanted()
 
 @contextlib.contextmanager
 def capturing(wanted: bool) -> Iterator[None]:
-    """Capture the decode steps inside where they can be, or none of them; in this thread. The default is to capture."""
+    """Capture the decode steps inside where they can be, or none of them; in this thread. The default is to
+    capture.
+    """
     before, _wanted.capture = _wanted.capture, wanted
     try:
         yield
@@ -69,7 +73,7 @@ def _why_not_this_layer(layer: object) -> str | None:
 
 # -------------------------------------------------------------------- the step of a decode
 class State(NamedTuple):
-    """Everything that a decode step reads and writes beside the cache, in tensors that stay where they are."""
+    """Everything that a decode step reads and writes beside the cache, in tensors that stay in place."""
 
     tokens: torch.Tensor  # [B] int64, the newest of each row
     positions: torch.Tensor  # [B] int64, of the next token
@@ -106,7 +110,8 @@ class Captured(NamedTuple):
 class Replay:
     """The steps of one decode as replays of a graph: the cache's captured one if it fits, else a new one.
 
-    `choice` and `state` are those to work in from now on: of the captured step, set to begin as the ones given.
+    `choice` and `state` are those to work in from now on: of the captured step, set to begin as the ones
+    given.
     """
 
     def __init__(self, cache: KVCache, model: PreTrainedModel, choice: Any, state: State) -> None:

@@ -27,4 +27,4 @@ def run_started(folder: Path, cells: list[Any]) -> None:
 
 @hookspec
 def run_finished(folder: Path, summary: list[Any]) -> None:
-    """Called when a comparison has ended, with failures or without; `summary`: its `kvsieve.compare.results.Row`s."""
+    """Called when a comparison has ended, even with failures; `summary`: `kvsieve.compare.results.Row`s."""

@@ -2,8 +2,8 @@
 
     for token_ids in kvsieve.decode(model, prompts, policy, max_new_tokens=256): ...
 
-A generator: streaming, timing and progress wrap the loop instead of entering it. Prefill is dense; the first new token
-comes from it, and the policy acts from the second on, as in the SparQ paper.
+A generator: streaming, timing and progress wrap the loop instead of entering it. Prefill is dense; the first
+new token comes from it, and the policy acts from the second on, as in the SparQ paper.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def decode(
 ) -> Iterator[torch.Tensor]:
     """Decode `prompts` together, yielding the next token ids `[B]` of all rows at every step.
 
-    Rows do not influence each other. A row that has ended repeats the pad token; when all have, the loop stops.
+    Rows do not influence each other. A row that has ended repeats the pad token; when all have, the loop
+    stops.
 
     Args:
         model: from `kvsieve.load` or `kvsieve.prepare`.
@@ -53,15 +54,16 @@ def decode(
         logits_processor: transformers' processors, applied before sampling.
         eos_token_id: the tokens that end a row. None: as the model says; an empty sequence: none.
         prefill_chunk: read the prompt in pieces of this many tokens (less memory, same result).
-        cache: an empty `KVCache` for this model, to look into afterwards; None makes one. It belongs to this decode
-            until the last token or `cache.reset()`. One that was `reset()` keeps its storage and its captured step.
+        cache: an empty `KVCache` for this model, to look into afterwards; None makes one. It belongs to this
+            decode until the last token or `cache.reset()`. One that was `reset()` keeps its storage and its
+            captured step.
         eager: on a GPU, run every step from Python instead of capturing it as one CUDA graph. Afterwards
             `cache.eager_because` says why the steps were run from Python, or None: they were a graph.
 
-    Raises:
-        UserError: before anything is computed, for a prompt that is empty or too long, or parameters out of range;
-            at the prefill, if the cache is in use or holds tokens; during decoding, if the model's logits are NaN or
-            a logits_processor leaves a row no token.
+    Raises: UserError: before anything is computed, for a prompt that is empty or too long, or parameters out
+        of range;
+            at the prefill, if the cache is in use or holds tokens; during decoding, if the model's logits are
+            NaN or a logits_processor leaves a row no token.
     """
     rows = token_lists(model, prompts)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:

@@ -1,8 +1,8 @@
 """The contract: what a policy may say, and when it is asked.
 
 A policy is a frozen dataclass. Its fields are its hyper-parameters and its YAML keys. The base class is dense
-attention, so a method writes only what differs. A policy object never changes: what it must remember stands in the
-cache, as a column (per slot) or a summary (per row and KV head), and moves with the tokens.
+attention, so a method writes only what differs. A policy object never changes: what it must remember stands
+in the cache, as a column (per slot) or a summary (per row and KV head), and moves with the tokens.
 
 One decode step of one layer, in order:
 
@@ -12,12 +12,13 @@ One decode step of one layer, in order:
     attend
     observe     on_attend(kv, mass)
 
-A prompt (or a chunk of one) is attended densely: append, attend, observe; when it is complete, on_prefill, and all but
-the `keeps` slots with the highest priority are dropped.
+A prompt (or a chunk of one) is attended densely: append, attend, observe; when it is complete, on_prefill,
+and all but the `keeps` slots with the highest priority are dropped.
 
 Declarations and answers are checked: see contract.py.
 
-Letters: B rows, K KV heads, G query heads per KV head, T slots in use, S slots chosen, D head size, Q new tokens.
+Letters: B rows, K KV heads, G query heads per KV head, T slots in use, S slots chosen, D head size, Q new
+tokens.
 """
 
 from __future__ import annotations
@@ -106,23 +107,26 @@ class Policy:
 
     @property
     def capturable(self) -> bool:
-        """Whether a step has constant shapes and never waits for the device, so that it can be a CUDA graph."""
+        """Whether a step has constant shapes and never waits for the device: it can then be a CUDA graph."""
         return True
 
     # ---------------------------------------------------------------- two questions
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
-        """Choose the slots to read at this decode step; None reads every live slot. Does not modify the cache.
+        """Choose the slots to read at this decode step; None reads every live slot. Does not modify the
+        cache.
 
-        `query` is `[B, K, G, D]`, rotated as the model does, not scaled. The current token is already in `kv`.
+        `query` is `[B, K, G, D]`, rotated as the model does, not scaled. The current token is already in
+        `kv`.
         """
         return None
 
     def priority(self, kv: KVView) -> torch.Tensor:
-        """Rank the slots when storage is full: `[B, K, T]`, floating; higher stays. Does not modify the cache.
+        """Rank the slots when storage is full: `[B, K, T]`, floating; higher stays. Does not modify the
+        cache.
 
-        Asked when the prompt is complete (the best `keeps` stay) and, if the policy `overwrites`, at every decode step
-        whose storage is full (the lowest is overwritten by the new token, which `kv.seen` already counts). Dead slots
-        may hold anything.
+        Asked when the prompt is complete (the best `keeps` stay) and, if the policy `overwrites`, at every
+        decode step whose storage is full (the lowest is overwritten by the new token, which `kv.seen` already
+        counts). Dead slots may hold anything.
         """
         raise NotImplementedError(
             f"{type(self).__name__} keeps {self.keeps} tokens: priority(kv) must rank them"
@@ -133,7 +137,9 @@ class Policy:
         """The new tokens stand in `kv`. May write columns and summaries."""
 
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
-        """Attention has read; `mass [B, K, T]` float32 per slot, if the policy observes it. May write columns."""
+        """Attention has read; `mass [B, K, T]` float32 per slot, if the policy observes it. May write
+        columns.
+        """
 
     def on_prefill(self, kv: KVView) -> None:
         """The prompt is complete in this layer, nothing is dropped yet. May write columns and summaries.
@@ -144,7 +150,9 @@ class Policy:
     # ---------------------------------------------------------------- configuration
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        """Make this policy with the parameters that read `ratio` of dense attention's bytes at `context` tokens."""
+        """Make this policy with the parameters that read `ratio` of dense attention's bytes at `context`
+        tokens.
+        """
         if cls is Policy:
             if ratio != 1:
                 raise UserError(f"dense attention reads everything: its compression is 1, not {ratio:g}")

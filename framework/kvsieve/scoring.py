@@ -1,4 +1,4 @@
-"""Scoring: the log-probabilities of a given text, fed through the decode path so that the policy acts on it."""
+"""Log-probabilities of a given text, fed through the decode path so that the policy acts on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def score(
     cache: KVCache | None = None,
     eager: bool = False,
 ) -> list[torch.Tensor]:
-    """Natural-log probability of every token of `continuations[b]` after `prompts[b]`: one float32 tensor a row.
+    """Natural-log probability of every token of `continuations[b]` after `prompts[b]`: one float32 tensor a
+    row.
 
     The tokens are fed one at a time through the decode path, so that the policy acts on all but the first.
     Both arguments take every form that `decode` takes.
@@ -50,7 +51,8 @@ class TokenScores(NamedTuple):
 class Scoring:
     """Feeds given continuations through the decode path; takes the arguments of `score`.
 
-    Iterate over the steps, the first of which is the prefill, to time them or to show progress; then call `result()`.
+    Iterate over the steps, the first of which is the prefill, to time them or to show progress; then call
+    `result()`.
 
     Raises:
         UserError: before anything is computed, for a prompt or continuation that is empty or too long.

@@ -1,8 +1,9 @@
 """The meter: bytes that decode steps read from and write to the KV cache, counted by the ops.
 
-Counted are keys, values, columns and summaries: what grows with the cache, as in the SparQ paper's formulas. Not
-counted are the weights, the queries, and what a step makes for itself (scores, chosen slots). A column or summary is
-counted once each way per step, however often a policy touches it. Prefill is not counted: there all policies are dense.
+Counted are keys, values, columns and summaries: what grows with the cache, as in the SparQ paper's formulas.
+Not counted are the weights, the queries, and what a step makes for itself (scores, chosen slots). A column or
+summary is counted once each way per step, however often a policy touches it. Prefill is not counted: there
+all policies are dense.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Meter:
         """Add bytes (or steps) to the sum under this name."""
         amount = torch.as_tensor(amount)
         total = self._sums.setdefault(name, torch.zeros_like(amount))
-        # In place: a captured step adds to the same tensor at every replay. The layers may be on several devices.
+        # In place: a captured step adds to the same tensor at every replay. The layers may be on several
+        # devices.
         total.add_(amount.to(total.device))
 
     def reset(self) -> None:
@@ -66,7 +68,8 @@ class Meter:
         return {k.removeprefix("read/"): int(v) for k, v in self._sums.items() if k.startswith("read/")}
 
     def over_ranks(self) -> Meter:
-        """The bytes of all processes that share a model: each counts its own heads. The steps are common to all.
+        """The bytes of all processes that share a model: each counts its own heads. The steps are common to
+        all.
 
         Every process must call it. Where there is only one, the same numbers.
         """

@@ -1,7 +1,8 @@
-"""One value of plain data (YAML, the command line, keyword arguments) as the type that a field is annotated with.
+"""One value of plain data (YAML, the command line, keyword arguments) as the type that a field is annotated
+with.
 
-Nothing is converted between kinds: `true`, `"16"` and `1.5` are no integers. An integer serves as a number, a list as a
-tuple, a text as one of the words that a field allows.
+Nothing is converted between kinds: `true`, `"16"` and `1.5` are no integers. An integer serves as a number, a
+list as a tuple, a text as one of the words that a field allows.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def shortened(name: object, most: int = 80) -> str:
 
 
 def read_value(kind: Any, given: Any, loc: Loc, mistakes: list[Mistake]) -> Any:
-    """The value as `kind`, or NOTHING, with the reason in `mistakes`: it names the item of a list that is wrong."""
+    """The value as `kind`, or NOTHING, with the reason in `mistakes`: it names the item of a list that is
+    wrong.
+    """
     try:
         text = json.dumps(_plain(given))
     except _Refused as refused:

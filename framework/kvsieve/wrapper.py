@@ -1,4 +1,4 @@
-"""Wrapper: the base of policies that change another one, `inner`, in some respect and leave the rest to it."""
+"""Wrapper: the base of policies that change another one, `inner`, and leave the rest to it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 class Wrapper(Policy):
-    """Forwards everything to `inner`; a subclass overrides what it changes, and calls `self.inner` for the rest.
+    """Forwards everything to `inner`; a subclass overrides what it changes, and calls `self.inner` for the
+    rest.
 
-    A subclass is a frozen dataclass with a field `inner: Policy`. Columns and summaries of the wrapper's own are
-    declared in `own_columns` and `own_summaries`; the cache holds them under `self.own(name)`, so that they never
-    meet those of `inner`.
+    A subclass is a frozen dataclass with a field `inner: Policy`. Columns and summaries of the wrapper's own
+    are declared in `own_columns` and `own_summaries`; the cache holds them under `self.own(name)`, so that
+    they never meet those of `inner`.
     """
 
     inner: Policy  # a field of the subclass

@@ -1,10 +1,11 @@
 """H2O, heavy-hitter oracle: keep what attention keeps coming back to (arXiv:2306.14048).
 
-The one idea: a few tokens gather most of the attention mass; keep those and the newest, drop the rest for good.
+The one idea: a few tokens gather most of the attention mass; keep those and the newest, drop the rest for
+good.
 
-Mass is summed over all prompt queries and all decode steps. Deviation, as in the SparQ authors' code: with grouped
-queries it is averaged over the group and a KV head evicts for all its query heads (the paper has no groups), and the
-budget is a number of tokens, not a share of the prompt.
+Mass is summed over all prompt queries and all decode steps. Deviation, as in the SparQ authors' code: with
+grouped queries it is averaged over the group and a KV head evicts for all its query heads (the paper has no
+groups), and the budget is a number of tokens, not a share of the prompt.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 The one idea: the newest tokens and the very first ones carry most of the attention, so keep only those.
 
-Deviation: tokens keep the positions they had in the text, as in the SparQ paper's comparison; the papers re-index them
-(StreamingLLM) or clamp distances (LM-Infinite), which matters beyond the trained context only.
+Deviation: tokens keep the positions they had in the text, as in the SparQ paper's comparison; the papers
+re-index them (StreamingLLM) or clamp distances (LM-Infinite), which matters beyond the trained context only.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,16 @@
-"""SparQ Attention: guess which tokens matter from a few channels of the keys, read those whole (arXiv:2312.04985).
+"""SparQ Attention: guess which tokens matter from a few channels of the keys, read those whole
+(arXiv:2312.04985).
 
-The one idea: the largest |q| components dominate q.k. Read only those r channels of every key, take the k tokens with
-the highest approximate scores, attend to them exactly, and let the mean value stand for all the others, weighted with
-the approximate attention that they hold.
+The one idea: the largest |q| components dominate q.k. Read only those r channels of every key, take the k
+tokens with the highest approximate scores, attend to them exactly, and let the mean value stand for all the
+others, weighted with the approximate attention that they hold.
 
-Deviations: k and local count the current token (in the authors' code it comes on top of both). `group_score` says how
-the approximate scores of the query heads in a group are added up to rank tokens: "softmax", as the paper writes, or
-"logits", as the authors' code does. `mean_value_limit` is ours: with small k the approximate attention can miss so much
-that the mean value drowns the tokens read, and the model repeats itself; 1 is the paper's, less guards against that.
+Deviations: k and local count the current token (in the authors' code it comes on top of both). `group_score`
+says how
+the approximate scores of the query heads in a group are added up to rank tokens: "softmax", as the paper
+writes, or "logits", as the authors' code does. `mean_value_limit` is ours: with small k the approximate
+attention can miss so much that the mean value drowns the tokens read, and the model repeats itself; 1 is the
+paper's, less guards against that.
 """
 
 from collections.abc import Mapping
@@ -81,6 +84,8 @@ class SparQ(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        """As the authors do: half of the bytes for the guess, r = D * ratio; half for the tokens, k = T * ratio / 2."""
+        """As the authors do: half of the bytes for the guess, r = D * ratio; half for the tokens, k = T *
+        ratio / 2.
+        """
         k = max(1, round(context * ratio / 2))
         return cls(r=max(1, round(head_size * ratio)), k=k, local=k // 4)

@@ -1,4 +1,5 @@
-"""The view: all that a policy sees of one layer's cache. Reading and writing what grows with the context is metered.
+"""The view: all that a policy sees of one layer's cache. Reading and writing what grows with the context is
+metered.
 
 Letters: B rows, K KV heads, T slots in use, D head size, Q new tokens.
 """
@@ -35,9 +36,9 @@ class Scoring(NamedTuple):
 class KVView:
     """One layer's cache as a policy sees it.
 
-    `kv["name"]` is a column `[B, K, T, ...]` or a summary `[B, K, ...]`; `kv["name"] = ...` and changing it in place
-    write it. Each is counted once per step and way, as large as it is. `kv.keys` and `kv.values` count a read of
-    every live slot; the ops cost less. The rest is free: it does not grow with D.
+    `kv["name"]` is a column `[B, K, T, ...]` or a summary `[B, K, ...]`; `kv["name"] = ...` and changing it
+    in place write it. Each is counted once per step and way, as large as it is. `kv.keys` and `kv.values`
+    count a read of every live slot; the ops cost less. The rest is free: it does not grow with D.
     """
 
     def __init__(self, slots: Slots, traffic: Traffic, in_order: bool) -> None:
@@ -55,7 +56,9 @@ class KVView:
 
     @property
     def slots_in_use(self) -> int:
-        """T: no live slot at or above it. Known without waiting for the device; with fixed shapes, the capacity."""
+        """T: no live slot at or above it. Known without waiting for the device; with fixed shapes, the
+        capacity.
+        """
         return self._slots.used
 
     @property
@@ -78,7 +81,9 @@ class KVView:
         return self._slots.live()
 
     def newest(self, n: int) -> torch.Tensor:
-        """`[B, K, T]` bool: slots that hold one of the row's newest `n` tokens, the one being written counted."""
+        """`[B, K, T]` bool: slots that hold one of the row's newest `n` tokens, the one being written
+        counted.
+        """
         return self.live() & (self.positions >= (self.seen - n)[:, None, None])
 
     def oldest(self, n: int) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""The KV cache of a whole model: a `LayerCache` for every layer on which a policy acts; the others keep their own."""
+"""The KV cache of a whole model: a `LayerCache` for every layer on which a policy acts; the others keep their
+own.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ ATTENTION = "kvsieve"  # our name among transformers' attention implementations
 class KVCache(Cache):
     """The cache of a whole model under a policy: a transformers `Cache`.
 
-    Works as `past_key_values` in `model(...)`, in `model.generate(...)` and in `kvsieve.decode`. Layers for which the
-    model brings a cache of its own (sliding windows, linear attention) keep it. `reset()` empties it and keeps the
-    storage, and the decode step that was captured with it.
+    Works as `past_key_values` in `model(...)`, in `model.generate(...)` and in `kvsieve.decode`. Layers for
+    which the model brings a cache of its own (sliding windows, linear attention) keep it. `reset()` empties
+    it and keeps the storage, and the decode step that was captured with it.
 
     Args:
         model: a model that `kvsieve.prepare` or `kvsieve.load` made ready.
@@ -92,11 +94,13 @@ class KVCache(Cache):
         return self._claim
 
     def check_claim(self, claim: object) -> None:
-        """Raise UserError if the cache was reset, and perhaps claimed by another decode, since this claim was made."""
+        """Raise UserError if the cache was reset, and perhaps claimed by another decode, since this claim was
+        made.
+        """
         if self._claim is not claim:
             raise UserError(
-                "the cache of this decode was reset while it was running: its tokens are gone. Give every decode a "
-                "cache of its own"
+                "the cache of this decode was reset while it was running: its tokens are gone. Give every "
+                "decode a cache of its own"
             )
 
     def release(self, claim: object) -> None:
@@ -105,7 +109,9 @@ class KVCache(Cache):
             self._claim = None
 
     def reset(self) -> None:
-        """Forget all tokens, and end any claim. The storage stays, and the decode step that was captured with it."""
+        """Forget all tokens, and end any claim. The storage stays, and the decode step that was captured with
+        it.
+        """
         self._claim = None
         super().reset()  # type: ignore[no-untyped-call]
 
@@ -119,23 +125,24 @@ class KVCache(Cache):
         """
         if layer_idx >= len(self.layers):
             raise UserError(
-                f"the cache has {len(self.layers)} layers, and the model asks for layer {layer_idx}: make the cache "
-                "for this model"
+                f"the cache has {len(self.layers)} layers, and the model asks for layer {layer_idx}: make "
+                "the cache for this model"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def crop(self, *args: Any) -> None:
         """Refuse to take tokens back out."""
         raise UserError(
-            "a KVCache cannot be cropped: what a policy has dropped or summed up is gone. Start a new cache, or use "
-            "transformers' own"
+            "a KVCache cannot be cropped: what a policy has dropped or summed up is gone. Start a new cache, "
+            "or use transformers' own"
         )
 
     def expect_prompt(self, columns: int) -> None:
-        """Say that the prompt is complete when the cache has been fed `columns` tokens a row, padding included.
+        """Say that the prompt is complete when the cache has been fed `columns` tokens a row, padding
+        included.
 
-        Forwards before that are chunks of it: nothing is evicted yet. Without this, one token on a cache that holds
-        some is a decode step, and anything else a whole prompt.
+        Forwards before that are chunks of it: nothing is evicted yet. Without this, one token on a cache that
+        holds some is a decode step, and anything else a whole prompt.
         """
         for layer in self._told:
             layer.prompt_end = columns
@@ -146,7 +153,9 @@ class KVCache(Cache):
             layer.fix_shapes(tokens)
 
     def places(self) -> list[tuple[int, torch.Size]]:
-        """Where in memory everything is that a step reads and writes, and its shape: as a captured one expects it."""
+        """Where in memory everything is that a step reads and writes, and its shape: as a captured one
+        expects it.
+        """
         return [place for layer in self.policy_layers for place in layer.slots.places()]
 
     def count_fed(self) -> None:
@@ -162,9 +171,9 @@ class KVCache(Cache):
     def activate_past_recording(self) -> None:
         """What assisted decoding calls first: refuse, before any work."""
         raise UserError(
-            "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes tokens back out of the cache, and a "
-            "KVCache cannot: what a policy has evicted or summed up is gone. Leave it out, or use transformers' own "
-            "cache"
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes tokens back out of the "
+            "cache, and a KVCache cannot: what a policy has evicted or summed up is gone. Leave it out, or "
+            "use transformers' own cache"
         )
 
     def check_room(self, tokens: int) -> None:
@@ -189,11 +198,11 @@ def _nothing_to_do(model: PreTrainedModel, layers: list[Any]) -> str:
     name = type(model).__name__
     windows = [layer.sliding_window for layer in layers if isinstance(layer, WindowLayer)]
     if not windows:
-        return f"{name} has no attention layer whose keys and values grow with the context: a policy would never act"
+        return f"{name} has no attention layer whose cache grows with the context: a policy would never act"
     return (
-        f"every attention layer of {name} has a sliding window ({max(windows)} tokens), which transformers' own cache "
-        "already keeps to that size: a policy would never act. For contexts within the window, where it changes "
-        "nothing, set model.config.sliding_window = None"
+        f"every attention layer of {name} has a sliding window ({max(windows)} tokens), which transformers' "
+        "own cache already keeps to that size: a policy would never act. For contexts within the window, "
+        "where it changes nothing, set model.config.sliding_window = None"
     )
 
 

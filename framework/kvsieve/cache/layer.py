@@ -68,7 +68,7 @@ class LayerCache(CacheLayerMixin):
         self.kv._scoring = scoring
 
     def begin_step(self, valid: torch.Tensor | None) -> None:
-        """A decode step begins; it is counted if a meter measures. `valid [B, 1]` False: that row has ended."""
+        """A decode step begins; counted if a meter measures. `valid [B, 1]` False: that row has ended."""
         if valid is not None:
             self.active = valid[:, 0]
         self.traffic.begin(transfer.current(), self.active)
@@ -83,7 +83,9 @@ class LayerCache(CacheLayerMixin):
         self.traffic.begin(None, None)
 
     def append_token(self) -> NewTokens:
-        """Write the incoming token of each row in the next free slot, or over the one with the lowest priority."""
+        """Write the incoming token of each row in the next free slot, or over the one with the lowest
+        priority.
+        """
         if self.lends:
             self.drop_beyond_budget()  # all have read the prompt by now
         keys, values = self._take_incoming()
@@ -112,7 +114,9 @@ class LayerCache(CacheLayerMixin):
         return NewTokens(keys, values, counts, at[..., None])
 
     def append_prompt(self, valid: torch.Tensor | None) -> NewTokens:
-        """Write the incoming Q tokens of each row after its live slots; `valid [B, Q]` bool: real ones (None: all)."""
+        """Write the incoming Q tokens of each row after its live slots; `valid [B, Q]` bool: real ones (None:
+        all).
+        """
         keys, values = self._take_incoming()
         rows, _, new, _ = keys.shape
         slots, order = self.slots, None
@@ -172,7 +176,9 @@ class LayerCache(CacheLayerMixin):
 
     # ---------------------------------------------------------------- room
     def fix_shapes(self, tokens: int) -> None:
-        """Make room for `tokens` a row, or for what is kept of them, once; decode steps then have constant shapes."""
+        """Make room for `tokens` a row, or for what is kept of them, once; decode steps then have constant
+        shapes.
+        """
         self.slots.fix(tokens if self._most is None else min(tokens, self._most))
         # The prompt is in, and from now on `fed` stands still: it cannot tell.
         self.prompt_end = None
@@ -210,26 +216,27 @@ class LayerCache(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the new tokens in hand; they are written by the attention function, which knows the padding.
 
-        It finds this layer through an attribute of the returned keys: no global state, and layers that borrow another
-        layer's keys (gemma3n) find it too.
+        It finds this layer through an attribute of the returned keys: no global state, and layers that borrow
+        another layer's keys (gemma3n) find it too.
         """
         if self.incoming is not None:
             raise UserError(
-                "a policy cannot act: the attention of the last forward did not take the keys that it cached. Either "
-                "that forward failed half-way, and a new cache is needed, or this model changes keys between cache and "
-                "attention, and only transformers' own cache can serve it"
+                "a policy cannot act: the attention of the last forward did not take the keys that it "
+                "cached. Either that forward failed half-way, and a new cache is needed, or this model "
+                "changes keys between cache and attention, and only transformers' own cache can serve it"
             )
         if not self.is_initialized or (self.fed == 0 and not self.slots.fits(key_states)):
             if key_states.shape != value_states.shape:
                 raise UserError(
-                    f"keys of {key_states.shape[3]} and values of {value_states.shape[3]} numbers a head: policies "
-                    "need the same for both. Use transformers' own cache for this model"
+                    f"keys of {key_states.shape[3]} and values of {value_states.shape[3]} numbers a head: "
+                    "policies need the same for both. Use transformers' own cache for this model"
                 )
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != self.batch_size:
             raise UserError(
-                f"the cache holds {self.batch_size} rows, but {len(key_states)} came: a new batch needs a new cache; "
-                "to continue each row several times, call cache.batch_repeat_interleave(times) first"
+                f"the cache holds {self.batch_size} rows, but {len(key_states)} came: a new batch needs a "
+                "new cache; to continue each row several times, call cache.batch_repeat_interleave(times) "
+                "first"
             )
         new = key_states.shape[2]
         if not self.slots.fixed:  # else whoever fixed the shapes counts, outside of the step
@@ -241,7 +248,7 @@ class LayerCache(CacheLayerMixin):
         return key_states, value_states
 
     def check_earlier(self, mask: torch.Tensor) -> None:
-        """Raise UserError if a mask over the tokens fed so far, `[B, T]`, hides some that are in the cache."""
+        """Raise UserError if a mask over the tokens fed so far, `[B, T]`, hides some that are cached."""
         seen = self.slots.seen
         shown = mask.sum(1).to(seen)
         if not torch.equal(shown, seen):
@@ -260,7 +267,9 @@ class LayerCache(CacheLayerMixin):
         return -1 if self.asked_capacity is None else self.asked_capacity
 
     def reset(self) -> None:
-        """Forget all tokens. The storage stays for the next batch, if it has as many rows: a captured step finds it."""
+        """Forget all tokens. The storage stays for the next batch, if it has as many rows: a captured step
+        finds it.
+        """
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
         if self.is_initialized:

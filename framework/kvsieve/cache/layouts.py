@@ -1,12 +1,13 @@
 """Key layouts: how the keys of one layer lie in memory.
 
-    single   [B, K, C, D]                   token-major: a token's key is contiguous
-    double   [B, K, C, D] and [B, K, D, C]  with a channel-major copy: a channel of all tokens is contiguous too
-    blocked  [B, K, C/n, D, n]              one copy, channel-major inside blocks of n tokens: a channel's piece of
-                                            a block fills whole memory sectors
+    single   [B, K, C, D]                   token-major: a token's key is contiguous double   [B, K, C, D] and
+                                            [B, K, D, C]  with a channel-major copy: a channel of all tokens
+                                            is contiguous too blocked  [B, K, C/n, D, n]              one
+                                            copy, channel-major inside blocks of n tokens: a channel's piece
+                                            of a block fills whole memory sectors
 
-The ops see all of them slots first, as strided views: `[B, K, T, D]`, or `[B, K, T/n, n, D]` of a blocked store.
-The key of slot t is at `(t // n, t % n)` of such a view; nothing else tells the layouts apart.
+The ops see all of them slots first, as strided views: `[B, K, T, D]`, or `[B, K, T/n, n, D]` of a blocked
+store. The key of slot t is at `(t // n, t % n)` of such a view; nothing else tells the layouts apart.
 """
 
 from dataclasses import dataclass

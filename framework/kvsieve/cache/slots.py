@@ -1,6 +1,7 @@
 """Storage of one layer: slots per row and KV head, and everything that stands in them.
 
-Rows are ragged: a row's tokens stand from slot 0 on; `lengths [B, K]` says how many slots are live. Slots have no
+Rows are ragged: a row's tokens stand from slot 0 on; `lengths [B, K]` says how many slots are live. Slots
+have no
 order once one is overwritten: `positions` says which token each one holds. Storage is finite everywhere
 (zero-filled), because 0 x NaN is NaN. Knows no policy and no transformers.
 """
@@ -33,7 +34,8 @@ class Checkpoint(NamedTuple):
 
 
 class Slots:
-    """Slots `[B, K, C, ...]` of one layer: keys as their layout has them, values, positions, columns; and summaries.
+    """Slots `[B, K, C, ...]` of one layer: keys as their layout has them, values, positions, columns; and
+    summaries.
 
     Args:
         layout: of the keys.
@@ -61,7 +63,9 @@ class Slots:
 
     # ---------------------------------------------------------------- allocate
     def allocate(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
-        """Make empty storage for keys and values like these, `[B, K, Q, D]`, with room for `capacity` tokens a row."""
+        """Make empty storage for keys and values like these, `[B, K, Q, D]`, with room for `capacity` tokens
+        a row.
+        """
         rows, heads, _, size = keys.shape
         self.dtype, self.device, self.head_size = keys.dtype, keys.device, size
 
@@ -148,7 +152,9 @@ class Slots:
         slots: torch.Tensor,
         active: torch.Tensor | None = None,
     ) -> None:
-        """Put tokens `[B, K, Q, ...]` into `slots [B, K, Q]`; their columns start at zero. `active [B]` False: not."""
+        """Put tokens `[B, K, Q, ...]` into `slots [B, K, Q]`; their columns start at zero. `active [B]`
+        False: not.
+        """
         run = ops.implementation(keys.device)
         for name, store in self._stores.items():
             if name in layouts.KEY_STORES:
@@ -170,7 +176,9 @@ class Slots:
 
     # ---------------------------------------------------------------- size
     def make_room(self, needed: int, at_most: int | None = None) -> None:
-        """Grow to at least `needed` slots; by more, so that growing (a copy) is rare, but never beyond `at_most`."""
+        """Grow to at least `needed` slots; by more, so that growing (a copy) is rare, but never beyond
+        `at_most`.
+        """
         if needed <= self.capacity:
             return
         room = self.capacity + max(256, self.capacity // 4)
@@ -193,7 +201,9 @@ class Slots:
         self.used, self.fixed = self.capacity, True
 
     def keep(self, slots: torch.Tensor) -> None:
-        """Keep `slots [B, K, n]` of each row and KV head, in this order, and free the rest; live ones come first."""
+        """Keep `slots [B, K, n]` of each row and KV head, in this order, and free the rest; live ones come
+        first.
+        """
         run, count = ops.implementation(slots.device), slots.shape[2]
         before = self._stores
         # The stores of a decode before the last reset, if they fit: a captured step finds them.
@@ -225,7 +235,9 @@ class Slots:
             self.ones = torch.ones_like(self.seen)
 
     def reset(self) -> None:
-        """Forget all tokens. The storage stays, zero-filled: a captured step finds it, and dead slots are finite."""
+        """Forget all tokens. The storage stays, zero-filled: a captured step finds it, and dead slots are
+        finite.
+        """
         self.used, self.fixed = 0, False
         home = {} if self._home is self._stores else self._home
         stores = (*self._stores.values(), *home.values(), *self.summaries.values())
@@ -234,7 +246,9 @@ class Slots:
 
     # ---------------------------------------------------------------- look from outside
     def memory(self) -> int:
-        """Bytes held for keys in all their stores, values, columns, summaries (positions, lengths not counted)."""
+        """Bytes held for keys in all their stores, values, columns, summaries (positions, lengths not
+        counted).
+        """
         held = [store for name, store in self._stores.items() if name != POSITIONS]
         return sum(t.numel() * t.element_size() for t in [*held, *self.summaries.values()])
 
@@ -248,7 +262,9 @@ class Slots:
         return {**self._stores, **self.summaries, "lengths": self.lengths, "seen": self.seen}
 
     def checkpoint(self) -> Checkpoint:
-        """Note where the rows end, to go back there with `restore`: the next token is then put in the same slot."""
+        """Note where the rows end, to go back there with `restore`: the next token is then put in the same
+        slot.
+        """
         return Checkpoint(self.used, self.lengths.clone(), self.seen.clone())
 
     def restore(self, checkpoint: Checkpoint) -> None:

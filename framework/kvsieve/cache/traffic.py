@@ -16,7 +16,8 @@ class Traffic:
         # Columns and summaries are counted once each way per step, however often a policy touches them.
         self._read: set[str] = set()
         self._written: set[str] = set()
-        # Names of all that was handed to the policy in this step; what it reads beside these is read behind the meter.
+        # Names of all that was handed to the policy in this step; what it reads beside these is read behind
+        # the meter.
         self.handed: set[str] = set()
 
     def begin(self, meter: transfer.Meter | None, active: torch.Tensor | None) -> None:

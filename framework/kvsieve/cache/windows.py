@@ -39,7 +39,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self.active, self.prompt_end = None, None
 
     def count_read(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Meter one attention over `keys`, `values [B, K, T, D]`; `mask [B, 1, 1, T]` says what a row sees."""
+        """Count one attention over `keys`, `values [B, K, T, D]`; `mask [B, 1, 1, T]`: what a row sees."""
         if self.meter is None:
             return
         if mask is None:

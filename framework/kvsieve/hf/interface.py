@@ -1,7 +1,8 @@
-"""The attention function that transformers calls in every attention module (AttentionInterface), and its masks.
+"""The attention function that transformers calls in every attention module (AttentionInterface), and its
+masks.
 
-The layer of a KVCache is found on the keys that its `update` returned; without one (no cache, or a layer whose window
-transformers keeps itself) the attention is plain.
+The layer of a KVCache is found on the keys that its `update` returned; without one (no cache, or a layer
+whose window transformers keeps itself) the attention is plain.
 """
 
 import contextlib
@@ -41,13 +42,15 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """`query [B, H, Q, D]`, `key` and `value [B, K, Q or T, D]` -> `[B, Q, H, D]`, as transformers asks.
 
-    `attention_mask` is what `attention_mask_for` returned: None, padding `[B, T]`, or a whole mask `[B, 1, Q, T]`.
+    `attention_mask` is what `attention_mask_for` returned: None, padding `[B, T]`, or a whole mask `[B, 1, Q,
+    T]`.
     """
     rows, heads, new, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
     if unknown := [name for name in _NOT_SERVED if kwargs.get(name) is not None]:
         raise UserError(
-            f"{type(module).__name__} asks attention for {_NOT_SERVED[unknown[0]]}, which kvsieve does not serve"
+            f"{type(module).__name__} asks attention for {_NOT_SERVED[unknown[0]]}, which kvsieve does not "
+            "serve"
         )
     layer = cast(LayerCache | WindowLayer | None, getattr(key, "kvsieve_layer", None))
     if not isinstance(layer, LayerCache):
@@ -131,10 +134,11 @@ def attention_mask_for(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask that reaches `attention_forward`: for plain causal attention only the padding `[B, T]`, or None.
+    """The mask that reaches `attention_forward`: for plain causal attention only the padding `[B, T]`, or
+    None.
 
-    A T x T mask is made only where the model asks for more than causal order (sliding windows), or where a cache that
-    is not ours hands out more slots than tokens.
+    A T x T mask is made only where the model asks for more than causal order (sliding windows), or where a
+    cache that is not ours hands out more slots than tokens.
     """
     plain = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
     if plain and kv_length == q_offset + q_length:
@@ -147,7 +151,8 @@ def attention_mask_for(
 
 
 def register(function: Callable[..., tuple[torch.Tensor, None]] = attention_forward) -> None:
-    """Make our name known to transformers, with this attention function; done when a model is prepared, not at import.
+    """Make our name known to transformers, with this attention function; done when a model is prepared, not
+    at import.
 
     Another function than ours is for measurements: it stands for everything that a layer does with its cache.
     """

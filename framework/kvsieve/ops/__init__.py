@@ -2,7 +2,8 @@
 runs an implementation.
 
 The implementations know nothing of caches or meters: tensors in, tensors out. Which one runs is explicit:
-`kvsieve.ops.use("reference")`, by default "triton" on a GPU and "cpu" on a CPU, and never another than was chosen.
+`kvsieve.ops.use("reference")`, by default "triton" on a GPU and "cpu" on a CPU, and never another than was
+chosen.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def implementation(device: torch.device) -> ModuleType:
     if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(
             f"the triton ops need a GPU, but the model is on {str(device)!r}: choose 'reference', or set "
-            "TRITON_INTERPRET=1 before Python starts, and Triton interprets its kernels (for tests: it is slow)"
+            "TRITON_INTERPRET=1 before Python starts, and Triton interprets its kernels (for tests: it is "
+            "slow)"
         )
     if name not in _loaded:  # kept by name: an import inside a traced step would break the trace
         try:
@@ -81,8 +83,8 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of `query [B, K, G, D]` over the selection, or over every live slot.
 
-    Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]` float32 that each slot received, averaged
-    over the group. Reads `2 * D` numbers per slot read and KV head.
+    Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]` float32 that each slot received,
+    averaged over the group. Reads `2 * D` numbers per slot read and KV head.
     """
     run, slots, scoring = implementation(query.device), kv._slots, kv._scoring._asdict()
     read = slots.lengths if selection is None else selection.counts
@@ -106,12 +108,15 @@ def attend(
 
 
 def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
-    """The r channels `[B, K, r]` in which the group's `query [B, K, G, D]` is largest: the highest sum of |q|."""
+    """The r channels `[B, K, r]` in which the group's `query [B, K, G, D]` is largest: the highest sum of
+    |q|.
+    """
     return implementation(query.device).top_channels(query, r)
 
 
 def channel_scores(query: torch.Tensor, kv: KVView, channels: torch.Tensor) -> torch.Tensor:
-    """Approximate logits `[B, K, G, T]` float32 from `channels [B, K, r]` of the keys alone; dead slots get -inf.
+    """Approximate logits `[B, K, G, T]` float32 from `channels [B, K, r]` of the keys alone; dead slots get
+    -inf.
 
     Scaled, soft-capped and tempered for the missing channels. Reads r numbers per live slot and KV head.
     """
@@ -133,7 +138,8 @@ def top_slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k live slots with the highest `ranking [B, K, T]`, the `newest` tokens forced in.
 
-    Returns slots `[B, K, k]` and how many of them are live `[B, K]`: `min(k, length)`. A set: order and ties are free.
+    Returns slots `[B, K, k]` and how many of them are live `[B, K]`: `min(k, length)`. A set: order and ties
+    are free.
     """
     run = implementation(ranking.device)
     return run.top_slots(ranking, kv.lengths, k, newest=newest, forced=_newest_by_position(kv, newest))
@@ -148,11 +154,12 @@ def top_by_channels(
     newest: int = 0,
     group_score: Literal["softmax", "logits"] = "softmax",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`channel_scores`, added up over the group, and the `top_slots` of that, in one op that stores few of them.
+    """`channel_scores`, added up over the group, and the `top_slots` of that, in one op that stores few of
+    them.
 
-    `group_score` "softmax" ranks slots by the sum of the heads' weights, "logits" by the sum of their logits. Returns
-    slots `[B, K, k]`, how many of them are live `[B, K]`, and the approximate attention weight `[B, K, G]` float32 of
-    the live slots that were left out. Reads r numbers per live slot and KV head.
+    `group_score` "softmax" ranks slots by the sum of the heads' weights, "logits" by the sum of their logits.
+    Returns slots `[B, K, k]`, how many of them are live `[B, K]`, and the approximate attention weight `[B,
+    K, G]` float32 of the live slots that were left out. Reads r numbers per live slot and KV head.
     """
     slots = kv._slots
     kv._traffic.read("channels", slots.lengths, channels.shape[2], slots.dtype)
@@ -178,6 +185,6 @@ def _newest_by_position(kv: KVView, n: int) -> torch.Tensor | None:
 def running_mean(
     mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """The mean `[B, K, D]` after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` of them in
-    all."""
+    """The mean `[B, K, D]` after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` of
+    them in all."""
     return implementation(new.device).running_mean(mean, new, counts, seen)

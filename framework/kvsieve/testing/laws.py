@@ -22,7 +22,9 @@ from .waits import FindsWaits
 
 
 def answers_fit_the_contract(tight: Policy, loose: Policy) -> None:
-    """`select` and `priority` answer with the right shapes and types, with live slots, each once, and with numbers."""
+    """`select` and `priority` answer with the right shapes and types, with live slots, each once, and with
+    numbers.
+    """
     with contract.strict():
         for policy in (tight, loose):
             rollout(policy, *Inputs.random())
@@ -35,7 +37,9 @@ def a_loose_budget_is_dense(tight: Policy, loose: Policy) -> None:
 
 
 def the_budget_is_respected(tight: Policy, loose: Policy) -> None:
-    """Storage never exceeds the budget once the prompt is in; chosen slots are live, distinct and within the count."""
+    """Storage never exceeds the budget once the prompt is in; chosen slots are live, distinct and within the
+    count.
+    """
     spy = Spy(tight.for_layer(0, 1))
     layer, inputs = LayerCache(spy), Inputs.random()
     rollout(spy, *inputs, layer=layer)
@@ -166,7 +170,9 @@ def a_step_never_waits_for_the_device(tight: Policy, loose: Policy) -> None:
 
 
 def odd_inputs_stay_finite(tight: Policy, loose: Policy) -> None:
-    """A zero query (the embedding of a pad token, say), equal keys, and prompts of one token give finite outputs."""
+    """A zero query (the embedding of a pad token, say), equal keys, and prompts of one token give finite
+    outputs.
+    """
     inputs = Inputs.random((5, 1, 40))
     zero = inputs._replace(step_queries=torch.zeros_like(inputs.step_queries))
     equal = inputs._replace(keys=torch.ones_like(inputs.keys))

@@ -36,16 +36,16 @@ def rollout(
         layer: an empty `LayerCache(policy)` to look into afterwards: `layer.kv` is what the policy sees.
         prefill_chunk: feed the prompt in pieces of this many tokens.
 
-    Raises:
-        UserError: shapes that do not fit together, or no prefill queries for a policy that observes attention mass.
+    Raises: UserError: shapes that do not fit together, or no prefill queries for a policy that observes
+        attention mass.
     """
     rows, heads, steps, size = step_queries.shape
     kv_heads, prompt = keys.shape[1], keys.shape[2] - steps
     policy = policy.for_layer(0, 1)
     if prompt < 1 or heads % kv_heads or values.shape[:3] != keys.shape[:3]:
         raise UserError(
-            f"keys {list(keys.shape)} and values {list(values.shape)} must be [B, K, P + N, D] with P >= 1, and the "
-            f"H = {heads} query heads of step_queries {list(step_queries.shape)} a multiple of K"
+            f"keys {list(keys.shape)} and values {list(values.shape)} must be [B, K, P + N, D] with P >= 1, "
+            f"and the H = {heads} query heads of step_queries {list(step_queries.shape)} a multiple of K"
         )
     if prefill_queries is None:
         if policy.observes is not Observe.NONE:

@@ -101,7 +101,7 @@ def _direct(kv: KVView) -> int:
 
 
 class _FindsUnmetered(TorchDispatchMode):
-    """Notes the stores that an operator inside touches although neither the view nor an op has counted them."""
+    """Notes the stores that an operator inside touches although neither the view nor an op counted them."""
 
     def __init__(self, kv: KVView) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -130,7 +130,8 @@ class _FindsUnmetered(TorchDispatchMode):
 def _read_uncounted(args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The tensors among the arguments of the operator that is running, if no code that counts has called it.
 
-    An op of kvsieve.ops counts what it takes from the view, not what it was given beside it. The view counts all.
+    An op of kvsieve.ops counts what it takes from the view, not what it was given beside it. The view counts
+    all.
     """
     frame: Any = sys._getframe(2)
     given: Any = (args, kwargs)

@@ -28,7 +28,8 @@ class Launch(NamedTuple):
 def decode(head_size: int, dtype: torch.dtype, scattered: bool) -> Launch:
     """For one query token: 16 or 32 KiB of keys and values a stage; 16 rows, tensor cores' least.
 
-    `scattered`: keys lie in blocks; each number of a key is loaded by an address of its own, held in registers.
+    `scattered`: keys lie in blocks; each number of a key is loaded by an address of its own, held in
+    registers.
     """
     if dtype == torch.float32:  # no tensor cores: the products live in registers
         return Launch(16, 16, 8, 2) if head_size > 64 else Launch(32, 16, 4, 2)
@@ -62,7 +63,7 @@ def score(r: int, dtype: torch.dtype) -> Launch:
 
 
 def chunk(slots: int) -> int:
-    """In chunks of how many slots a row is searched: a few dozen of them, whose best one program can search."""
+    """Slots per top-k chunk: a few dozen chunks a row, whose winners one program can search."""
     return 2048 if slots <= 2**16 else 4096
 
 
