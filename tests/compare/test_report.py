@@ -302,6 +302,12 @@ def test_the_headline_is_silent_where_dense_itself_is_at_chance():
     assert "no better than chance" in headline_of(guessing)
 
 
+def test_a_plugins_name_is_not_capitalised():
+    rows = [row("needle", context, policy, 1.0, compression)
+            for context in (512, 1024) for policy, compression in (("dense", ""), ("key_norm", "1/8"))]  # fmt: skip
+    assert headline_of(rows).startswith("key_norm kept at least 98% of the dense score in both task settings")
+
+
 def test_a_sure_loss_is_said_of_the_winner_too():
     rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "sparq", 1.0, "1/8"),
             row("perplexity", 1024, "dense", 1.62),

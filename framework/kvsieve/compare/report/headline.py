@@ -56,7 +56,9 @@ def headline(results: Results) -> str:
         sentence += f", and {_were(names)} measurably worse on {_list(worse)}"
     if losers:
         sentence += f"; for about as many bytes, {_losses(losers, len(groups))}"
-    return sentence[0].upper() + sentence[1:] + "."
+    if winners[0].name != winners[0].policy:  # a plugin's name is left as it is written in YAML
+        sentence = sentence[0].upper() + sentence[1:]
+    return sentence + "."
 
 
 def fraction(ratio: float) -> str:
@@ -167,7 +169,7 @@ def _where(groups: Sequence[Group], total: int) -> str:
         return f"on {groups[0].task} at {groups[0].context} tokens"
     if len(groups) < total:
         return f"in the {len(groups)} of {total} task settings with a dense score above chance"
-    return f"in all {total} task settings"
+    return "in both task settings" if total == 2 else f"in all {total} task settings"
 
 
 def _were(names: Sequence[str]) -> str:
