@@ -1,4 +1,4 @@
-"""Thousands of broken configurations: each is read, or refused with a message, quickly and in little memory."""
+"""Thousands of broken configurations: each is read or refused with a message, quickly, in little memory."""
 
 import random
 import resource
