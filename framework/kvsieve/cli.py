@@ -176,7 +176,7 @@ def validate(
 
 
 def _load(path: Path, overrides: list[str] | None, **trusted: bool) -> Config:
-    """Load a comparison and check it as far as local files allow; print warnings."""
+    """Load a comparison that is right as far as files here can tell; print what else is worth saying."""
     from . import plugins
     from .compare import config as configuration
     from .compare import fit

@@ -1,6 +1,4 @@
-"""An entry of plain data, a name or `{name: {parameter: value}}`, and the combinations of values it stands
-for.
-"""
+"""An entry of plain data (a name or `{name: {parameter: value}}`) and the combinations that it stands for."""
 
 from __future__ import annotations
 
@@ -161,7 +159,7 @@ def _why_unknown(cls: Any, key: str) -> str | None:
 def _read(
     field: Field | None, given: Any, loc: Loc, mistakes: list[Mistake], read_nested: ReadNested | None
 ) -> list[Any]:
-    """What one value stands for: a nested policy may be several. Without a field it is the compression."""
+    """Read one value: a nested policy may be several. Without a field it is the compression."""
     if field is None:
         try:
             return [fraction(given)]

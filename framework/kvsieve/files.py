@@ -12,10 +12,9 @@ from .errors import UserError
 def read_text(path: Path, most: int) -> str:
     """The text of a regular file of at most `most` bytes; a byte order mark is dropped.
 
-    Raises: UserError: not there, not readable, not a regular file (a pipe, a device or a folder is never
-        read), too
-            large, or not UTF-8; the message begins with the path, and with line and column where they are
-            known.
+    Raises:
+        UserError: not there, not readable, not a regular file (pipes, devices and folders are never read),
+            too large, or not UTF-8. It begins with the path, and with line and column where they are known.
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its writer.

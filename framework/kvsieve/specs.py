@@ -1,10 +1,8 @@
-"""Policies and tasks from plain data: one place, one strictness, for YAML, command line, bench and
-`make_policy`.
+"""Policies and tasks from plain data: one strictness for YAML, the command line, bench and `make_policy`.
 
 An entry is a name, or `{name: {parameter: value}}`. A parameter that is a policy is an entry itself.
 `compression` stands beside the parameters of a policy that can be asked for it, and gives those that are left
-out once head size and context are known. Where lists sweep, a list in place of one value stands for each of
-its values.
+out once head size and context are known. Where lists sweep, a list in place of a value stands for its values.
 """
 
 from __future__ import annotations
@@ -47,14 +45,15 @@ def make_policy(
     >>> make_policy("sparq", compression="1/8", head_size=64, context=4096)
     SparQ(r=8, k=256, local=64, ...)
 
-    Args: compression: the fraction of dense attention's bytes to read; the parameters that are not given
-        follow from it. head_size: channels per head of the model; needed with a compression, as `context` is.
-        context: tokens that the compression refers to. parameters: the policy's own; one that is a policy may
-        be given as its name or spec.
+    Args:
+        compression: the fraction of dense attention's bytes to read; parameters not given follow from it.
+        head_size: channels per head of the model; needed with a compression, as `context` is.
+        context: tokens that the compression refers to.
+        parameters: the policy's own; one that is a policy may be given as its name or spec.
 
-    Raises: UserError: with all that is wrong: an unknown name or parameter, a value of another kind or one
-        that the policy
-            refuses, a compression without head size and context. The message names what is legal.
+    Raises:
+        UserError: with all that is wrong: an unknown name or parameter, a value of another kind or one that
+            the policy refuses, a compression without head size and context. It names what is legal.
     """
     from .policy import Policy
 
@@ -85,7 +84,7 @@ def build(cls: type[Policy], parameters: Mapping[str, Any]) -> Policy:
 
 @dataclasses.dataclass(frozen=True)
 class PolicySpec:
-    """A checked request for a policy; `build` makes it once head size and context are known."""
+    """A policy that plain data asks for, checked; it is built once head size and context are known."""
 
     cls: type[Policy]
     # As given; a nested policy is a PolicySpec.
@@ -203,9 +202,7 @@ def _policy_specs(
 
 
 def _made(makes: Iterable[Callable[[], Made]], loc: Loc, before: int, mistakes: list[Mistake]) -> list[Made]:
-    """Make each, or record why not; errors about fields that were reported already, from `before` on, are
-    skipped.
-    """
+    """Make each or record why not; skip errors about fields that were reported already, from `before` on."""
     wrong = {str(mistake.loc[len(loc)]) for mistake in mistakes[before:] if len(mistake.loc) > len(loc)}
     made: list[Made] = []
     reasons: dict[str, None] = {}

@@ -1,5 +1,4 @@
-"""One value of plain data (YAML, the command line, keyword arguments) as the type that a field is annotated
-with.
+"""A value of plain data (YAML, the command line, keyword arguments) as the type of the field that it is for.
 
 Nothing is converted between kinds: `true`, `"16"` and `1.5` are no integers. An integer serves as a number, a
 list as a tuple, a text as one of the words that a field allows.
@@ -39,11 +38,16 @@ class Mistake(NamedTuple):
         """`policies.0.sparq.k: must be an integer (got True)`."""
         where = ".".join(shortened(part) for part in self.loc)
         given = "" if self.given is NOTHING else f" (got {_SHORT.repr(self.given)})"
-        return f"{where + ': ' if where else ''}{self.message}{given}"
+        return printable(f"{where + ': ' if where else ''}{self.message}{given}")
 
 
 class _Refused(Exception):
     """A value is no plain data."""
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(name: object, most: int = 80) -> str:
@@ -52,9 +56,7 @@ def shortened(name: object, most: int = 80) -> str:
 
 
 def read_value(kind: Any, given: Any, loc: Loc, mistakes: list[Mistake]) -> Any:
-    """The value as `kind`, or NOTHING, with the reason in `mistakes`: it names the item of a list that is
-    wrong.
-    """
+    """The value as `kind`; or NOTHING, with the reason in `mistakes`, at the item of a list that is wrong."""
     try:
         text = json.dumps(_plain(given))
     except _Refused as refused:
@@ -80,7 +82,7 @@ def is_list(kind: Any) -> bool:
 
 
 def describe(kind: Any) -> str:  # noqa: PLR0911
-    """What is legal, in words: `an integer`, `'softmax' or 'logits'`, `a list of integers`."""
+    """Say in words what is legal: `an integer`, `'softmax' or 'logits'`, `a list of integers`."""
     origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is typing.Annotated:
         return describe_limited(parts[0], parts[1:])
@@ -102,7 +104,7 @@ def describe(kind: Any) -> str:  # noqa: PLR0911
 
 
 def describe_limited(kind: Any, limits: Iterable[Any]) -> str:
-    """What is legal within bounds: `an integer from 0 to 7`, `a number above 0`."""
+    """Say in words what is legal within bounds: `an integer from 0 to 7`, `a number above 0`."""
     each = [part for limit in limits for part in getattr(limit, "metadata", [limit])]
     bounds = {
         name: getattr(limit, name)

@@ -215,8 +215,8 @@ def _files(task: Task, loc: Loc, *, trust_task_code: bool) -> list[Mistake]:
     for parameter, folder in task.code().items():
         if not trust_task_code:
             message = (
-                "tasks in a folder of their own run code, which a file alone cannot ask for: if you trust them, "
-                "give --trust-task-code on the command line, too"
+                "tasks in a folder of their own run code, which a file alone cannot ask for: if you trust "
+                "them, give --trust-task-code on the command line, too"
             )
             mistakes.append(Mistake((*loc, parameter), message, str(folder)))
     return mistakes

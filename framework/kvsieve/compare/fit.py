@@ -29,8 +29,8 @@ def check(config: Config) -> Facts | None:
         What it says, or None if it is not at hand.
 
     Raises:
-        UserError: with the place of every context beyond the model's positions, every policy that its head size does
-            not allow, and every compression that cannot be had.
+        UserError: with the place of every context beyond the model's positions, every policy that its head
+            size does not allow, and every compression that cannot be had.
     """
     mistakes: list[Mistake] = []
     if config.settings.model.startswith((".", "/", "~")) and not user_path(config.settings.model).is_dir():
@@ -90,8 +90,8 @@ def _contexts(config: Config, positions: int) -> list[Mistake]:
     return [
         Mistake(
             loc,
-            f"context {task.context} needs at least {needed} positions with its answer, and the model has {positions}: "
-            f"the longest context here is at most {positions - (needed - task.context)}",
+            f"context {task.context} needs at least {needed} positions with its answer, and the model has "
+            f"{positions}: the longest context here is at most {positions - (needed - task.context)}",
         )
         for task, loc in config.tasks
         if (needed := task.positions()) is not None and needed > positions

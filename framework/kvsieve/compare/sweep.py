@@ -21,7 +21,7 @@ def read_section(
     read: Callable[[Any, Loc, list[Mistake]], list[Made]],
     mistakes: list[Mistake],
 ) -> list[Made]:
-    """All that the entries under a key stand for; what is wrong goes to `mistakes`, and so does a budget passed."""
+    """Everything that the entries under a key stand for; mistakes, a passed budget too, go to `mistakes`."""
     entries = data.get(key)
     found: list[Made] = []
     for i, entry in enumerate(entries if isinstance(entries, list) else []):

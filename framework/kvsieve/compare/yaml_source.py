@@ -1,7 +1,8 @@
 """A YAML file as plain data that remembers where everything stood, so that mistakes are shown in place.
 
-It reads the core of YAML 1.2 (null, true and false, decimal numbers, text), as editors do that check with the JSON
-schema: `yes` and `010` are text. It refuses tags, merge keys and further documents. Budgets keep every file harmless.
+It reads the core of YAML 1.2 (null, true and false, decimal numbers, text), as editors do that check with the
+JSON schema: `yes` and `010` are text. It refuses tags, merge keys and further documents. Budgets keep every
+file harmless.
 """
 
 from __future__ import annotations
@@ -156,11 +157,8 @@ def _read(name: str, text: str, mistakes: list[Mistake]) -> _Reader:
         before = text[: error.position]
         place = f"{name}:{before.count(chr(10)) + 1}:{error.position - before.rfind(chr(10))}"
         raise UserError(f"{place}: not YAML: the character U+{error.character:04X} is not allowed") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        OverflowError,
-    ) as error:  # the last two from its escapes and directives
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        # The last two come from its escapes and directives.
         raise UserError(f"{name}: not YAML: {error}") from None
 
 
@@ -183,11 +181,7 @@ class _Reader:
 
     def _value(self, event: _Event, loc: Loc, depth: int) -> Any:
         self.places.setdefault(loc, self._mark(event))
-        self.values += 1
-        if self.values > MOST_VALUES:
-            self._stop(
-                event, f"more than {MOST_VALUES} keys and values, those that aliases repeat counted again"
-            )
+        self._count(1, event)
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event)
         if depth > MOST_DEPTH:
@@ -267,12 +261,14 @@ class _Reader:
         if anchored is None:
             self._stop(event, "an alias that contains itself")
         value, values = anchored
+        self._count(values, event)
+        return copy.deepcopy(value)
+
+    def _count(self, values: int, event: _Event) -> None:
         self.values += values
         if self.values > MOST_VALUES:
-            self._stop(
-                event, f"more than {MOST_VALUES} keys and values, those that aliases repeat counted again"
-            )
-        return copy.deepcopy(value)
+            what = f"more than {MOST_VALUES} keys and values, those that aliases repeat counted again"
+            self._stop(event, what)
 
     def _note(self, event: _Event, loc: Loc, message: str) -> None:
         self.mistakes.append(Mistake(loc, message, place=self._mark(event)))

@@ -61,7 +61,8 @@ def lm_eval(
 
     if include_path is not None and not trust_task_code:
         raise UserError(
-            "--include-path: tasks in a folder of their own run code: if you trust them, give --trust-task-code, too"
+            "--include-path: tasks in a folder of their own run code: if you trust them, "
+            "give --trust-task-code, too"
         )
     spec = policy_from_options(policy, compression, parameters or [])
     from . import require

@@ -1,4 +1,4 @@
-"""What a task is: prompts of an exact length with a known answer, and a number for how good an answer is."""
+"""The base of all tasks: prompts of an exact length with a known answer, and a score for an answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_SAMPLES = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prompt and what a perfect model says next."""
+    """One prompt and its right continuation."""
 
     prompt: list[int]  # token ids, exactly the task's context
     reference: str
@@ -25,7 +25,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """A model's answer to a sample."""
 
     text: str = ""  # what was decoded
     log_probabilities: Sequence[float] = ()  # natural log, of the sample's forced tokens
@@ -60,7 +60,7 @@ class Task:
 
     @property
     def title(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return self.name
 
     @property
@@ -73,24 +73,25 @@ class Task:
         return {}
 
     def code(self) -> Mapping[str, Path]:
-        """The folders whose code the task runs, by the parameter that names them; the user must allow them."""
+        """The folders whose code the task runs, by their parameter; the user must allow them."""
         return {}
 
     def positions(self) -> int | None:
-        """Positions that a prompt with its answer needs at least; None is not known before prompts are made."""
+        """Positions that a prompt and its answer need at least; None: not known before prompts are made."""
         return self.context + 1
 
     def answer(
         self, model: Any, policy: Any, samples: Sequence[Sample]
     ) -> tuple[Sequence[Answer], int] | None:
-        """Answers that take more than one prompt each, and the most bytes of KV cache held for them at a time.
+        """Answer samples that take more than one prompt each; and the most bytes of KV cache held at a time.
 
-        None, right for most tasks: what is decoded after a sample's prompt, or the probabilities of its forced tokens.
+        None, right for most tasks: the answer is decoded after a sample's prompt, or is the probabilities of its
+        forced tokens.
         """
         return None
 
     def score(self, sample: Sample, answer: Answer) -> float:
-        """How good the answer is, in the task's metric."""
+        """Score the answer in the task's metric."""
         raise NotImplementedError
 
     def source(self) -> str:

@@ -32,7 +32,8 @@ class Judged(Answer):
 class LmEval(Task):
     """A task of lm-evaluation-harness: its prompts and its metric, computed through our decode path.
 
-    A compression refers to `context`: say how long the task's prompts are. The samples are the task's first documents.
+    A compression refers to `context`: say how long the task's prompts are. The samples are the task's first
+    documents.
     """
 
     name = "lm_eval"

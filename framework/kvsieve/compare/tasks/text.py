@@ -1,4 +1,4 @@
-"""The text that prompts are made of, and its tokens."""
+"""Texts for prompts, and their tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(path: str | None) -> str:
 
 
 def named(path: str | None) -> dict[str, Path]:
-    """What `Task.files` says of a parameter `text`."""
+    """The answer of `Task.files` for a parameter `text`."""
     return {} if path is None else {"text": files.user_path(path)}
 
 
@@ -49,18 +49,18 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Text of token ids, nothing cleaned up and special tokens shown: what was said is what is compared."""
+    """Text of token ids: nothing cleaned up, special tokens shown, so that the exact output is compared."""
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """What a prompt begins with: the token for the beginning of a text, where the tokenizer has one."""
+    """The ids that a prompt begins with: the tokenizer's token for the beginning of a text, if it has one."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def passage(tokenizer: Any, path: str | None, size: int, rng: np.random.Generator) -> list[int]:
-    """`size` token ids of the text from a random place on; past its end it goes on from its beginning.
+    """`size` token ids of the text from a random place on; past its end it continues from its beginning.
 
     Raises:
         UserError: the whole text has fewer tokens.
