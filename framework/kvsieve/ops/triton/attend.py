@@ -1,8 +1,9 @@
 """Attention of one query token: flash decoding, split over the sequence.
 
-One program takes a piece of a row and KV head with the whole query group, so that every key and value is read once; a
-second, small kernel merges the pieces by their log-sum-exps. The grid depends on the capacity alone and lengths are
-read by pointer: the host never waits, and the cost of a step follows the lengths. Logits are kept in base 2.
+One program takes a piece of a row and KV head with the whole query group, so that every key and value is read
+once; a second, small kernel merges the pieces by their log-sum-exps. The grid depends on the capacity alone
+and lengths are read by pointer: the host never waits, and the cost of a step follows the lengths. Logits are
+kept in base 2.
 """
 
 from typing import Any
@@ -36,10 +37,11 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`reference.attend`. Slots that are not live, or not chosen, are never read.
 
-    The mass comes from the same pass: logits are stored once, G * 4 bytes a slot, and a last kernel turns them into
-    weights when the log-sum-exp of the whole row is known. Their sum over the group cannot be taken earlier, because
-    each head's weights have another divisor; reading the keys again would move D * 2 bytes a slot. For G = 4, D = 128
-    in 16 bit it is 36 bytes beside the 512 that attention reads, mostly in the L2 cache.
+    The mass comes from the same pass: logits are stored once, G * 4 bytes a slot, and a last kernel turns
+    them into weights when the log-sum-exp of the whole row is known. Their sum over the group cannot be taken
+    earlier, because each head's weights have another divisor; reading the keys again would move D * 2 bytes a
+    slot. For G = 4, D = 128 in 16 bit it is 36 bytes beside the 512 that attention reads, mostly in the L2
+    cache.
     """
     rows, heads, group, size = query.shape
     total, pairs = values.shape[2], rows * heads
@@ -134,7 +136,7 @@ def with_sinks(blend, peak, total, sinks, mask):
 
 @triton.jit
 def _places_to_read(lengths, counts, many, pair):
-    """How many places of a row are read: all its live slots, or the chosen ones, whatever their count says."""
+    """The number of places that a row reads: live slots, or chosen ones, clamped to [0, many]."""
     if counts is not None:
         places = tl.minimum(tl.maximum(tl.load(counts + pair), 0), many)
     else:
@@ -144,7 +146,7 @@ def _places_to_read(lengths, counts, many, pair):
 
 @triton.jit
 def _share(length, splits, BLOCK: tl.constexpr):
-    """How many slots each piece of a row takes: whole blocks."""
+    """The number of places in a piece of a row: whole blocks."""
     return tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
 
 

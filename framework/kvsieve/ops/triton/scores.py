@@ -1,8 +1,9 @@
 """Scores from few channels of the keys, split over the sequence; and which channels to take.
 
-One program takes a piece of a row and KV head with the whole query group, so every number of the keys is read once.
-What it reads of the keys is r numbers a slot: runs of slots in channel-major keys, whole sectors of blocks. Of
-token-major keys it reads all: r single numbers of a key touch nearly every sector of it (docs/performance.md).
+One program takes a piece of a row and KV head with the whole query group, so every number of the keys is read
+once. What it reads of the keys is r numbers a slot: runs of slots in channel-major keys, whole sectors of
+blocks. Of token-major keys it reads all: r single numbers of a key touch nearly every sector of it
+(docs/performance.md).
 """
 
 from typing import NamedTuple
@@ -65,7 +66,7 @@ def score_pieces(
     scale: float,
     softcap: float | None = None,
 ) -> Pieces:
-    """`channel_scores` for the selection: half the bytes for keys in 16 bits, and the sums that a softmax needs."""
+    """`channel_scores` for the selection: in 16 bits where keys are, with the sums that a softmax needs."""
     rows, heads, group, _ = query.shape
     total = keys.shape[2:-1].numel()
     splits = launch.splits(rows * heads, total, query.device)
@@ -125,7 +126,7 @@ def _score(
 
 
 def _holds_whole_vectors(keys: torch.Tensor) -> bool:
-    """Whether slots beyond the last, up to a multiple of 16, are storage too: blocks, and channel-major rows."""
+    """Whether slots up to a multiple of 16 are storage too: in blocks, and in channel-major rows."""
     return keys.dim() == 5 or (keys.stride(2) == 1 and keys.stride(3) % 16 == 0)
 
 
@@ -140,8 +141,9 @@ def _top_channels(
 ):
     """A channel's rank is how many are larger: D * D comparisons, no sorting.
 
-    The heads are added up one by one, never by `tl.sum`: each channel is compared with all, itself included, and a sum
-    whose order depends on the layout of threads would differ from itself and leave places unwritten.
+    The heads are added up one by one, never by `tl.sum`: each channel is compared with all, itself included,
+    and a sum whose order depends on the layout of threads would differ from itself and leave places
+    unwritten.
     """
     pair, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     size = tl.zeros([BLOCK_D], tl.float32)
@@ -222,8 +224,8 @@ def _score_piece(  # noqa: PLR0912 - variants that the compiler leaves out
             factor *= LOG2_E
 
     keys_of_channel = keys + head_start(pair, KV_HEADS, key_row, key_head) + channel[None, :] * key_channel
-    # Loads of 16 bytes need a mask that is the same for all of them: what lies beyond the last live slot is then read
-    # with it, and left out afterwards.
+    # Loads of 16 bytes need a mask that is the same for all of them: what lies beyond the last live slot is
+    # then read with it, and left out afterwards.
     readable = length
     if WHOLE:
         readable = tl.cdiv(length, 16) * 16
