@@ -47,9 +47,7 @@ def slots_of(
 
 
 def laid_out(layout: str, block: int, keys: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Keys `[B, K, T, D]` as a cache of this layout gives them to be read by channels, with NaN in dead
-    slots.
-    """
+    """Keys `[B, K, T, D]` as a cache of this layout gives them to be scored, with NaN in dead slots."""
     total = keys.shape[2]
     name, store = list(KeyLayout(layout, block).stores(keys, total + 13).items())[-1]
     store.fill_(NAN)

@@ -1,8 +1,6 @@
-"""Whatever a policy answers, no implementation reads or writes outside a row and head, or lets dead slots
-show.
+"""Whatever a policy answers, no op reads or writes outside a row and head, or lets dead slots show.
 
-Storage stands among other rows, heads and slots that hold poison. What is expected is worked out slot by
-slot.
+Storage stands among other rows, heads and slots that hold poison. Expected results come slot by slot.
 """
 
 import itertools
@@ -60,7 +58,7 @@ any_score = st.floats(-3, 3, width=32) | st.sampled_from([NAN, -NAN, math.inf, -
 
 
 def among_poison(poison: float, layout: str, numbers: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """Slots first: `numbers [B, K, T, D]` where `live [B, K, T]`; poison in all other slots and heads."""
+    """`numbers [B, K, T, D]` where `live [B, K, T]`, slots first; poison in other slots, heads and rows."""
     like = numbers.new_empty(B + 2, K + 2, 1, D)
     name, store = list(KeyLayout(layout).stores(like, T + 9).items())[-1]
     whole = slots_first(name, store.fill_(poison))

@@ -1,4 +1,4 @@
-"""Scores from few channels equal the reference in every key layout; dead slots hold NaN, never read."""
+"""Scores from few channels equal the reference in every key layout; dead slots hold NaN."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_equal_channels_are_taken_from_the_first_and_nan_is_survived():
 
 @pytest.mark.parametrize("group", [3, 4, 16])
 def test_every_place_holds_a_channel_however_sums_are_rounded(group):
-    """On a GPU threads may add up a group in another order on one side of a comparison."""
+    """On a GPU, threads may add up a group in different orders for the two sides of a comparison."""
     query = normal(2 if DEVICE == "cpu" else 500, 2, group, 64)
     query *= 10 ** normal(*query.shape, seed=1)
     channels = ops.top_channels(query, 64)

@@ -1,6 +1,4 @@
-"""Writing to storage equals the reference, in every layout and for columns; what is not written stays as it
-was.
-"""
+"""Writing to storage equals the reference, in every layout and for columns; the rest stays as it was."""
 
 import pytest
 import torch

@@ -1,14 +1,14 @@
 """CPU ops: the reference, with SparQ's hot path optimised.
 
 A CPU gains from reading less only if nothing large is allocated, copied or passed over twice. So an embedding
-bag makes
-the approximate logits: a weighted sum of chosen rows of a table, each read where it stands. In a
+bag makes the approximate logits: a weighted sum of chosen rows of a table, each read where it stands. In a
 channel-major layout a piece of a channel is such a row. Token-major keys are read whole, which beats
 gathering single numbers.
 
 Dead slots are made harmless bit by bit: `x & 0` is zero for every x, NaN included, and takes a tenth of the
 time of `masked_fill`. Attention over all slots is the exception: there dead slots must be finite, because
-masking them would copy every value. The cache sees to that.
+masking them
+would copy every value. The cache fills its storage with zeros at a reset.
 """
 
 import math
@@ -59,9 +59,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class _Workspace(threading.local):
-    """Memory that each thread uses again at its next step: allocating it anew costs more than the arithmetic
-    in it.
-    """
+    """A thread's memory, used again at every step: allocating costs more than the arithmetic in it."""
 
     def __init__(self) -> None:
         self.held: dict[str, torch.Tensor] = {}
@@ -94,9 +92,11 @@ def attend(
     tail_value: torch.Tensor | None = None,
     want_mass: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`reference.attend`. Over all slots, torch's fused attention takes the group as queries of one sequence;
-    dead slots must be finite. Chosen slots are copied as whole rows, four times as fast as number by
-    number."""
+    """`reference.attend`, but over all slots dead ones must be finite.
+
+    Over all slots, torch's fused attention takes the group as queries of one sequence. Chosen slots are
+    copied as whole rows, four times as fast as number by number.
+    """
     size = values.shape[2]
     if slots is None:
         keys = keys if keys.dim() == 4 else keys.flatten(2, 3)[:, :, :size]
@@ -202,11 +202,9 @@ def _logits(
     channels: torch.Tensor,
     live: torch.Tensor,
 ) -> torch.Tensor:
-    """The products of `chosen [B, K, G, r]`, numbers of `query [B, K, G, D]`, with the keys in `channels [B,
-    K, r]`.
+    """Logits from `chosen [B, K, G, r]`, the query in `channels [B, K, r]`, times `factor [B, K, G, 1]`.
 
-    Times `factor [B, K, G, 1]`. A float32 workspace `[B, K, G, T']`; zero where no bit of `live [B, K, T']`
-    is set.
+    A float32 workspace `[B, K, G, T']`; zero where no bit of `live [B, K, T']` is set.
     """
     if _in_pieces(keys):
         products = _bags(chosen, keys, channels, live.shape[2])
@@ -227,9 +225,7 @@ def _zero_where_not(live: torch.Tensor, numbers: torch.Tensor) -> None:
 
 
 def _bags(chosen: torch.Tensor, keys: torch.Tensor, channels: torch.Tensor, width: int) -> torch.Tensor:
-    """The products with channel-major or blocked keys, piece by piece: `[B, K, G, n, T'/n]`, n pieces of a
-    channel.
-    """
+    """The products with channel-major or blocked keys: `[B, K, G, n, T'/n]`, for n pieces of a channel."""
     rows, heads, group, r = chosen.shape
     row, head, *block, channel = keys.stride()
     piece = _piece(keys)
@@ -254,7 +250,7 @@ def _bags(chosen: torch.Tensor, keys: torch.Tensor, channels: torch.Tensor, widt
 def _top(ranking: torch.Tensor, k: int) -> torch.Tensor:
     """The places `[B, K, k]` of the k largest of `ranking [B, K, T]`.
 
-    Of 16 parts that lie over each other, the k columns with the largest maxima hold them all: only those are
+    The row is folded into 16 parts. The k columns with the largest maxima hold all winners: only those are
     sorted.
     """
     size = ranking.shape[2]
@@ -278,7 +274,7 @@ def _at(stored: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 
 def _token_major(stored: torch.Tensor) -> bool:
-    """Whether a token's vector is contiguous, one after the other, so that all storage is a table of them."""
+    """Whether all storage is a table of tokens' vectors."""
     size = stored.shape[-1]
     row, head, *token = stored.stride()
     return stored.dim() == 4 and token == [size, 1] and row % size == 0 and head % size == 0
@@ -300,6 +296,6 @@ def _width(keys: torch.Tensor, size: int) -> int:
 
 
 def _table(stored: torch.Tensor, width: int) -> torch.Tensor:
-    """The memory of `stored` as rows of `width` numbers, the first of them its own first."""
+    """The memory of `stored`, from its first number on, as rows of `width` numbers."""
     last = sum((count - 1) * stride for count, stride in zip(stored.shape, stored.stride(), strict=True))
     return stored.as_strided((last // width + 1, width), (width, 1))

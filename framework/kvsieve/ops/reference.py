@@ -1,9 +1,8 @@
-"""Every op in plain torch. This file defines what is correct; kernels are compared with it and never import
-it.
+"""Every op in plain torch. It defines what is correct; kernels are compared with it and never import it.
 
 Letters: B rows, H = K * G query heads, K KV heads, G query heads per KV head, T slots, S chosen slots, D head
-size, Q new tokens, r channels. Weights and scores are float32 whatever the cache holds. `keys` may be `[B, K,
-T, D]` of any strides, or `[B, K, T/n, n, D]`, the blocked layout, whose last block may reach beyond T.
+size, Q new tokens, r channels. Weights and scores are float32 whatever the cache holds. Keys may be
+`[B, K, T, D]` of any strides, or in blocks, `[B, K, T/n, n, D]`, of which the last may reach beyond T.
 
 Whatever a policy answers, nothing outside its row and head is read or written:
 
@@ -87,14 +86,13 @@ def prefill(
     sinks: torch.Tensor | None = None,
     want_mass: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Dense causal attention of Q new tokens: token i of a row sees the slots up to `starts + i`, its own
-    included.
+    """Dense causal attention of Q new tokens: token i of a row sees slots up to its own, `starts + i`.
 
     `query [B, K, G, Q, D]`; `keys`, `values [B, K, T, D]`, the new tokens in them; `starts [B, K]`: slots in
     use before; `counts [B]`: how many of the Q are real, the rest follow them. `fresh`: all starts are zero,
     T = Q, and what follows the real tokens is finite. Returns the output `[B, K, G, Q, D]`, zero where not
-    real, and, if wanted, the mass `[B, K, T]` summed over the real queries. Works in blocks of queries: no T
-    x T matrix.
+    real, and, if wanted, the mass `[B, K, T]` summed over the real queries. Works in blocks of queries:
+    no T x T matrix.
     """
     (rows, heads, group, new, size), total = query.shape, keys.shape[2]
     real = torch.arange(new, device=query.device) < counts[:, None]
@@ -126,9 +124,7 @@ def prefill(
 
 
 def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
-    """The r channels `[B, K, r]` in which the group's `query [B, K, G, D]` is largest: the highest sum of
-    |q|.
-    """
+    """The r channels `[B, K, r]` with the highest sum of |q| over the group's `query [B, K, G, D]`."""
     return query.float().abs().sum(2).topk(r).indices
 
 
@@ -144,8 +140,7 @@ def tempered(query: torch.Tensor, channels: torch.Tensor, scale: float) -> tuple
     chosen = chosen.masked_fill((inside != channels)[:, :, None], 0)
     norm = query.float().abs().sum(3)
     coverage = chosen.float().abs().sum(3) / norm.clamp(min=torch.finfo(torch.float32).tiny)
-    # A zero query (the embedding of a pad token, say) covers nothing of nothing: 0 / 0. Its logits are all
-    # zero.
+    # A zero query (the embedding of a pad token, say) covers nothing of nothing: 0 / 0. Its logits are zero.
     temperature = torch.where(norm > 0, coverage, 1).clamp(min=1e-6).rsqrt()
     return chosen, scale * temperature
 
@@ -159,8 +154,9 @@ def channel_scores(
     scale: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Logits from the chosen channels only, `[B, K, G, T]` float32; dead slots get -inf. Of blocks, T is all
-    they hold.
+    """Logits from the chosen channels only, `[B, K, G, T]` float32; dead slots get -inf.
+
+    For keys in blocks, T counts all slots of the blocks.
 
     `channels [B, K, r]`, scaled as `tempered` says.
     """
@@ -193,14 +189,13 @@ def top_slots(
     newest: int = 0,
     forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best live slots of `ranking [B, K, T]`, the last `newest` ones first: `[B, K, min(k, T)]`, `[B,
-    K]`.
+    """The k best live slots of `ranking [B, K, T]`, the last `newest` ones forced in.
+
+    Returns slots `[B, K, min(k, T)]` and how many of them are live `[B, K]`: `min(k, length)`. Those come
+    first; what fills the rest is below T, and dead.
 
     Where slots do not stand in the order of tokens, `forced [B, K, T]` bool marks the newest instead. A set,
-    not a
-    ranking: among equal scores any may be taken, and NaN counts as the highest. The second result is how many
-    of the
-    slots are live: `min(k, length)`. They come first; what fills the rest is below T, and dead.
+    not a ranking: among equal scores any may be taken, and NaN counts as the highest.
     """
     size = ranking.shape[2]
     slots = torch.arange(size, device=lengths.device)
@@ -244,10 +239,10 @@ def top_by_channels(
 def append(
     storage: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
 ) -> None:
-    """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`, of any strides or in
-    blocks.
+    """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`.
 
-    Nothing is written for a slot outside [0, C), nor in rows that are not `active [B]`.
+    The storage may be of any strides, and in blocks. Nothing is written for a slot outside [0, C), nor in rows
+    that are not `active [B]`.
     """
     inside = within(slots, capacity(storage))
     written = inside == slots
@@ -264,10 +259,9 @@ def append(
 
 
 def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
-    """Write `slots [B, K, S]` of `storage [B, K, C, ...]` to the first S slots of `out`, another storage, in
-    that order.
+    """Copy `slots [B, K, S]` of `storage [B, K, C, ...]` to the first S slots of another storage, `out`.
 
-    For a slot outside [0, C) zeros are written.
+    Their order is kept. A slot outside [0, C) becomes zeros.
     """
     target = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
     inside = within(slots, capacity(storage))
@@ -279,8 +273,10 @@ def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> No
 def running_mean(
     mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """The mean `[B, K, D]` float32 after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen
-    [B]` in all."""
+    """The mean `[B, K, D]` float32 after `counts [B]` more vectors `new [B, K, Q, D]`, zero beyond.
+
+    `seen [B]`: all vectors so far, these included.
+    """
     total = seen.clamp(min=1).view(-1, 1, 1)
     return mean + (new.sum(2, dtype=torch.float32) - counts.view(-1, 1, 1) * mean) / total
 
@@ -288,9 +284,7 @@ def running_mean(
 def readable(
     slots: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of `slots [B, K, S]` are read, bool: those before the count that are live. And slots, 0 for the
-    others.
-    """
+    """The slots `[B, K, S]`, 0 where not read, and a mask of those read: live, and before the count."""
     live = below(counts, slots.shape[2]) & (slots >= 0) & (slots < lengths[..., None])
     return slots * live, live
 
@@ -306,7 +300,7 @@ def below(lengths: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def capacity(storage: torch.Tensor) -> int:
-    """How many slots the storage holds, in blocks or not."""
+    """The number of slots in the storage, in blocks or not."""
     return storage.shape[2] * storage.shape[3] if storage.dim() == 5 else storage.shape[2]
 
 
@@ -331,10 +325,9 @@ def blend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `query [B, K, G, D]` over `keys, values [B, K, S, D]` where `live [B, K, S]`: output and
-    weights.
+    """Attention of `query [B, K, G, D]` over `keys, values [B, K, S, D]` where `live [B, K, S]`.
 
-    Values must be finite where not live.
+    Returns the output and the weights `[B, K, G, S]`. Values must be finite where not live.
     """
     weights = _softmax(_logits(query, keys, scale, softcap), live[:, :, None], sinks)
     return torch.matmul(weights.to(values.dtype), values), weights
@@ -360,7 +353,7 @@ def _logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: floa
 
 
 def _softmax(logits: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the last dimension that gives exactly zero where not visible, also where nothing is."""
+    """Softmax over the last dimension; exactly zero where not visible, also where nothing is."""
     logits = logits.masked_fill(~visible, _LOWEST)
     if sinks is None:
         return torch.softmax(logits, -1).masked_fill(~visible, 0)

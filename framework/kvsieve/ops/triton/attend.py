@@ -2,8 +2,8 @@
 
 One program takes a piece of a row and KV head with the whole query group, so that every key and value is read
 once; a second, small kernel merges the pieces by their log-sum-exps. The grid depends on the capacity alone
-and lengths are
-read by pointer: the host never waits, and the cost of a step follows the lengths. Logits are kept in base 2.
+and lengths are read by pointer: the host never waits, and the cost of a step follows the lengths. Logits are
+kept in base 2.
 """
 
 from typing import Any
@@ -136,7 +136,7 @@ def with_sinks(blend, peak, total, sinks, mask):
 
 @triton.jit
 def _places_to_read(lengths, counts, many, pair):
-    """Return the number of places of a row to read: all live slots, or the chosen ones, clamped to S."""
+    """The number of places that a row reads: live slots, or chosen ones, clamped to [0, many]."""
     if counts is not None:
         places = tl.minimum(tl.maximum(tl.load(counts + pair), 0), many)
     else:
@@ -146,7 +146,7 @@ def _places_to_read(lengths, counts, many, pair):
 
 @triton.jit
 def _share(length, splits, BLOCK: tl.constexpr):
-    """How many slots each piece of a row takes: whole blocks."""
+    """The number of places in a piece of a row: whole blocks."""
     return tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
 
 

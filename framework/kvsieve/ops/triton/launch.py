@@ -1,4 +1,4 @@
-"""How kernels are launched: block sizes, warps and stages by head size and type, pieces of a row.
+"""Launch parameters: block sizes, warps and stages by head size and type; pieces of a row.
 
 Plain rules, to be tuned on a machine; no autotuner, which synchronises and cannot be captured in a graph.
 """
@@ -10,10 +10,14 @@ from typing import NamedTuple
 import torch
 import triton
 
-PROGRAMS_PER_SM = 3  # of the split kernel: what an H100's shared memory lets run at once: all in one wave
-KEPT_TILE = 1024  # slots that chunks kept, looked at at once, with a score of each head: more spills
-SPARE = 16  # slots that a chunk may keep beyond the k best, so that it need not find the edge to the last bit
-SLOTS_PER_SPLIT = 128  # at least: below this, merging costs more than it spreads
+# Split programs on a multiprocessor: as many as an H100's shared memory holds, so that all run in one wave.
+PROGRAMS_PER_SM = 3
+# Slots kept by chunks in one tile of the last search, with a score of each head; a larger tile spills.
+KEPT_TILE = 1024
+# Slots that a chunk may keep beyond the k best, so that it need not find the edge to the last bit.
+SPARE = 16
+# At least; below this, merging costs more than splitting gains.
+SLOTS_PER_SPLIT = 128
 
 
 class Launch(NamedTuple):
@@ -26,9 +30,9 @@ class Launch(NamedTuple):
 
 
 def decode(head_size: int, dtype: torch.dtype, scattered: bool) -> Launch:
-    """For one query token: 16 or 32 KiB of keys and values a stage; 16 rows, tensor cores' least.
+    """For one query token: 16 or 32 KiB of keys and values a stage; 16 rows, as few as tensor cores take.
 
-    `scattered`: keys lie in blocks; each number of a key is loaded by an address of its own, held in
+    `scattered`: keys lie in blocks, and each number of a key is loaded from an address of its own, held in
     registers.
     """
     if dtype == torch.float32:  # no tensor cores: the products live in registers
@@ -47,14 +51,14 @@ def prompt(head_size: int, dtype: torch.dtype) -> Launch:
 
 
 def merge(head_size: int) -> int:
-    """How many pieces of a row are merged at once: 32 KiB of them, held in registers."""
+    """Pieces of a row merged at once: 32 KiB of them, held in registers."""
     return min(64, 2**13 // triton.next_power_of_2(head_size))
 
 
 def score(r: int, dtype: torch.dtype) -> Launch:
     """For the scores of one query token from r channels: 8 or 16 KiB of keys a stage.
 
-    The query's heads are the short side of the product, of which tensor cores take 8 at least, AMD's 16.
+    The query's heads are the short side of the product; tensor cores take at least 8 of them, AMD's 16.
     """
     hip = backend() == "hip"
     numbers = 2**11 if dtype == torch.float32 else 2**13
@@ -63,12 +67,12 @@ def score(r: int, dtype: torch.dtype) -> Launch:
 
 
 def chunk(slots: int) -> int:
-    """Slots per top-k chunk: a few dozen chunks a row, whose winners one program can search."""
+    """Slots per top-k chunk: a few dozen chunks a row, whose best slots one program can search."""
     return 2048 if slots <= 2**16 else 4096
 
 
 def splits(pairs: int, slots: int, device: torch.device) -> int:
-    """Into how many pieces each of `pairs` = B * K rows is cut, so that a small batch fills the GPU too.
+    """Pieces that each of `pairs` = B * K rows is cut into, so that a small batch fills the GPU too.
 
     Depends on sizes alone, not on lengths, which the host does not know; programs beyond a row's end return
     early.
@@ -84,15 +88,15 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def warps(threads: int) -> int:
-    """How many warps are so many threads, a power of 2."""
+    """The warps that hold so many threads, a power of 2."""
     return max(1, threads // (64 if backend() == "hip" else 32))
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU; it asked the same when they were defined."""
+    """Whether Triton interprets kernels on the CPU; Triton read the same variable when they were defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def backend() -> str:
-    """ "cuda" or "hip", or "cpu" for the interpreter."""
+    """The target: "cuda" or "hip", or "cpu" for the interpreter."""
     return "cpu" if interpreting() else str(triton.runtime.driver.active.get_current_target().backend)

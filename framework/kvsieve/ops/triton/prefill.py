@@ -1,10 +1,9 @@
 """Attention of a prompt, and the mass that each slot receives from it, without a T x T matrix.
 
 Plain causal attention of a whole prompt is torch's. Soft-capping, sinks and chunks that follow other slots
-need a flash
-kernel of our own, and so does the mass: it is the column sums of the attention weights, recomputed from the
-log-sum-exps that the first kernel leaves. Query heads of a group share rows: row i * G + g is head g of token
-i.
+need a flash kernel of our own, and so does the mass: it is the column sums of the attention weights,
+recomputed from the log-sum-exps that the first kernel leaves. Query heads of a group share rows: row i * G +
+g is head g of token i.
 """
 
 import torch

@@ -66,9 +66,7 @@ def score_pieces(
     scale: float,
     softcap: float | None = None,
 ) -> Pieces:
-    """`channel_scores` for the selection: half the bytes for keys in 16 bits, and the sums that a softmax
-    needs.
-    """
+    """`channel_scores` for the selection: in 16 bits where keys are, with the sums that a softmax needs."""
     rows, heads, group, _ = query.shape
     total = keys.shape[2:-1].numel()
     splits = launch.splits(rows * heads, total, query.device)
@@ -128,7 +126,7 @@ def _score(
 
 
 def _holds_whole_vectors(keys: torch.Tensor) -> bool:
-    """Whether slots beyond the last, up to a multiple of 16, are storage too: blocks, channel-major rows."""
+    """Whether slots up to a multiple of 16 are storage too: in blocks, and in channel-major rows."""
     return keys.dim() == 5 or (keys.stride(2) == 1 and keys.stride(3) % 16 == 0)
 
 

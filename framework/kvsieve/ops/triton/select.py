@@ -1,12 +1,11 @@
-"""Exact top-k by radix select on two levels, without looking at the device and without a row of sorted
-numbers.
+"""Exact top-k by radix select on two levels, without a host synchronisation and without sorting a row.
 
 Rankings become integers of the same order. First every chunk of a row keeps its k best, and at most a few
 more, so no winner is lost. Then one program a row and KV head takes the k best of what the chunks kept. Each
 level finds the k-th best value eight bits at a time, from a histogram of those that agree with it so far, and
 stops when no more agree than may stay; then it writes those that are not worse, in the order of slots. Of
-equal values at the edge the newest slots
-are taken: those with the highest numbers. So a result is always the same, bit for bit.
+equal values at the edge the newest slots are taken: those with the highest numbers. So a result is always the
+same, bit for bit.
 """
 
 from typing import Any
@@ -57,8 +56,7 @@ def top_by_channels(
     """`reference.top_by_channels`, in three kernels.
 
     Scores are written once and read once, in float16 where keys have 16 bits; their sum over the group is
-    never
-    stored: each head's weights have another divisor, which is known only when the whole row is scored.
+    never stored: each head's weights have another divisor, which is known only when the whole row is scored.
     """
     pieces = score_pieces(query, keys, lengths, channels, scale=scale, softcap=softcap)
     slots, counts, missed = _select(
@@ -139,22 +137,20 @@ def _select(
 
 @triton.jit
 def _ordered(x):
-    """Keys: uint32 of the order of float32, none of them _NOTHING; both zeros are one."""
+    """Keys: uint32 in the order of float32, never _NOTHING; both zeros are equal, NaN is above infinity."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     return tl.where(x < 0, ~bits, bits | 0x80000000)
 
 
 @triton.jit
 def _count_digits(key, among, shift):
-    """How many of the keys have each value of the eight bits from `shift` on."""
+    """The number of keys for each value of the eight bits from `shift` on."""
     return tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=among)
 
 
 @triton.jit
 def _digit(histogram, wanted):
-    """The digit of the `wanted`-th best, how many are still wanted among those that share it, and how many
-    do.
-    """
+    """The digit of the `wanted`-th best, the number still wanted of those that share it, and their number."""
     d = tl.arange(0, 256)
     at_least = tl.sum(histogram) - tl.cumsum(histogram, 0) + histogram
     digit = tl.max(tl.where(at_least >= wanted, d, 0))

@@ -15,8 +15,7 @@ def strides(name: str, tensor: torch.Tensor | None, dimensions: str) -> dict[str
 
 
 def slot_strides(name: str, storage: torch.Tensor) -> dict[str, int]:
-    """Launch arguments for `[B, K, C, D]`, blocks `[B, K, C/n, n, D]`, or a column `[B, K, C]`, which has one
-    channel.
+    """Launch arguments for `[B, K, C, D]`, blocks `[B, K, C/n, n, D]`, or a column `[B, K, C]` (one channel).
 
     `{name}_row`, `{name}_head`, `{name}_block`, `{name}_slot` (within a block), `{name}_channel`; and n, the
     constant `{NAME}_BLOCK`.
@@ -30,13 +29,15 @@ def slot_strides(name: str, storage: torch.Tensor) -> dict[str, int]:
 
 
 def in_block(storage: torch.Tensor) -> int:
-    """n: how many slots stand in a block."""
+    """n: the number of slots in a block."""
     return storage.shape[3] if storage.dim() == 5 else 1
 
 
 def shaped(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
-    """The tensor, contiguous, in the shape that kernels rely on. Raises RuntimeError for one that does not
-    broadcast.
+    """The tensor, contiguous, in the shape that kernels rely on.
+
+    Raises:
+        RuntimeError: it does not broadcast to that shape.
     """
     return tensor.expand(shape).contiguous()
 
@@ -49,7 +50,7 @@ def head_start(pair, heads, row_stride, head_stride):
 
 @triton.jit
 def slot_start(slot, block_stride, slot_stride, BLOCK: tl.constexpr):
-    """Offset of a slot within its row and KV head, 64 bits: storage may hold more than 2 ** 31 numbers."""
+    """Where a slot begins within its row and KV head; 64 bits, for storage of more than 2 ** 31 numbers."""
     slot = slot.to(tl.int64)
     if BLOCK == 1:
         start = slot * block_stride
