@@ -12,12 +12,10 @@ from .policy import Observe
 
 
 def attend(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Attention of the new tokens of a forward: `query [B, K, G, Q, D]` -> the same; `valid [B, Q]`: real
-    tokens.
+    """Attend to the new tokens of a forward: `query [B, K, G, Q, D]` -> the same.
 
-    Their keys and values are the ones that `layer.update` took. A layer that borrows the slots of another
-    (gemma3n)
-    brings a query only: for it nothing is appended.
+    Their keys and values are the ones that `layer.update` took; `valid [B, Q]` marks the real ones. A layer
+    that borrows the slots of another (gemma3n) brings a query only: for it nothing is appended.
     """
     if layer.forward is Forward.STEP:
         return decode_step(layer, query[:, :, :, 0], valid)[:, :, :, None]
@@ -44,8 +42,9 @@ def decode_step(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | No
 
 
 def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """A prompt, or a piece of one, densely: `query [B, K, G, Q, D]` -> the same; zero where not `valid [B,
-    Q]`.
+    """A prompt, or a piece of one, densely: `query [B, K, G, Q, D]` -> the same.
+
+    The output is zero where not `valid [B, Q]`.
     """
     policy, kv, owner = layer.policy, layer.kv, layer.incoming is not None
     if owner:

@@ -40,9 +40,7 @@ _wanted = _Wanted()
 
 @contextlib.contextmanager
 def capturing(wanted: bool) -> Iterator[None]:
-    """Capture the decode steps inside where they can be, or none of them; in this thread. The default is to
-    capture.
-    """
+    """Capture the decode steps inside where they can be (the default), or none; in this thread."""
     before, _wanted.capture = _wanted.capture, wanted
     try:
         yield

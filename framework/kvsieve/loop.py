@@ -180,9 +180,8 @@ class Runner:
         # Left-padded: the last column is every row's last token. The cache drops the padding.
         ids = [[0] * (longest - len(row)) + row for row in rows]
         self.ids = torch.tensor(ids, device=model.device)
-        self.sizes = torch.tensor(
-            [len(row) for row in rows], device=model.device
-        )  # [B], tokens of the prompts
+        # [B], tokens of the prompts.
+        self.sizes = torch.tensor([len(row) for row in rows], device=model.device)
         self.mask = torch.arange(longest, device=model.device) >= (longest - self.sizes)[:, None]
         self.ragged = any(len(row) < longest for row in rows)
         # A layer that transformers manages needs the padding at every step; ours know it from the prompt on.

@@ -66,7 +66,7 @@ def tasks() -> dict[str, Registered]:
 
 
 def problems() -> list[str]:
-    """What failed to load or to register, a line each, naming the plugin."""
+    """Failures to load or to register, a line each, naming the plugin."""
     return _registry().problems
 
 

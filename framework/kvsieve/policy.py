@@ -112,21 +112,19 @@ class Policy:
 
     # ---------------------------------------------------------------- two questions
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
-        """Choose the slots to read at this decode step; None reads every live slot. Does not modify the
-        cache.
+        """Choose the slots to read at this decode step; None reads every live one.
 
-        `query` is `[B, K, G, D]`, rotated as the model does, not scaled. The current token is already in
-        `kv`.
+        Does not modify the cache. `query` is `[B, K, G, D]`, rotated as the model does, not scaled. The
+        current token is already in `kv`.
         """
         return None
 
     def priority(self, kv: KVView) -> torch.Tensor:
-        """Rank the slots when storage is full: `[B, K, T]`, floating; higher stays. Does not modify the
-        cache.
+        """Rank the slots when storage is full: `[B, K, T]`, floating; higher stays.
 
         Asked when the prompt is complete (the best `keeps` stay) and, if the policy `overwrites`, at every
         decode step whose storage is full (the lowest is overwritten by the new token, which `kv.seen` already
-        counts). Dead slots may hold anything.
+        counts). Dead slots may hold anything. Does not modify the cache.
         """
         raise NotImplementedError(
             f"{type(self).__name__} keeps {self.keeps} tokens: priority(kv) must rank them"
@@ -137,9 +135,7 @@ class Policy:
         """The new tokens stand in `kv`. May write columns and summaries."""
 
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
-        """Attention has read; `mass [B, K, T]` float32 per slot, if the policy observes it. May write
-        columns.
-        """
+        """Attention has read; `mass [B, K, T]` float32 is what each slot received. May write columns."""
 
     def on_prefill(self, kv: KVView) -> None:
         """The prompt is complete in this layer, nothing is dropped yet. May write columns and summaries.

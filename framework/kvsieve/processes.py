@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 
 
 def gather(value: Value) -> list[Value]:
-    """What every process brings, in the order of their ranks; `[value]` where there is only one.
+    """Gather a value of every process, in the order of their ranks; `[value]` where there is only one.
 
     All processes must call it, in the same order.
     """
@@ -25,7 +25,7 @@ def gather(value: Value) -> list[Value]:
 
 
 def rank() -> int:
-    """Which of the processes this is; 0 where there is only one, and for the one that writes and prints."""
+    """The rank of this process; 0 where there is only one, and for the one that writes and prints."""
     return int(os.environ.get("RANK", "0"))
 
 

@@ -26,8 +26,9 @@ def score(
     cache: KVCache | None = None,
     eager: bool = False,
 ) -> list[torch.Tensor]:
-    """Natural-log probability of every token of `continuations[b]` after `prompts[b]`: one float32 tensor a
-    row.
+    """Natural-log probability of every token of `continuations[b]` after `prompts[b]`.
+
+    Returns one float32 tensor a row.
 
     The tokens are fed one at a time through the decode path, so that the policy acts on all but the first.
     Both arguments take every form that `decode` takes.
@@ -42,7 +43,7 @@ def score(
 
 
 class TokenScores(NamedTuple):
-    """What the model says of a given continuation, token by token."""
+    """The model's view of a given continuation, token by token."""
 
     log_probabilities: torch.Tensor  # [n] float32, natural
     likeliest: torch.Tensor  # [n] bool: greedy decoding would have chosen this token

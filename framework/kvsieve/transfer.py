@@ -68,8 +68,9 @@ class Meter:
         return {k.removeprefix("read/"): int(v) for k, v in self._sums.items() if k.startswith("read/")}
 
     def over_ranks(self) -> Meter:
-        """The bytes of all processes that share a model: each counts its own heads. The steps are common to
-        all.
+        """Add up the bytes of all processes that share a model: each counts its own heads.
+
+        The steps are common to all.
 
         Every process must call it. Where there is only one, the same numbers.
         """

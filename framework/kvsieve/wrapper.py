@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 
 class Wrapper(Policy):
-    """Forwards everything to `inner`; a subclass overrides what it changes, and calls `self.inner` for the
-    rest.
+    """Forwards everything to `inner`; a subclass overrides what it changes.
 
     A subclass is a frozen dataclass with a field `inner: Policy`. Columns and summaries of the wrapper's own
     are declared in `own_columns` and `own_summaries`; the cache holds them under `self.own(name)`, so that

@@ -84,8 +84,9 @@ class SparQ(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        """As the authors do: half of the bytes for the guess, r = D * ratio; half for the tokens, k = T *
-        ratio / 2.
+        """Spend half of the bytes on the guess and half on the tokens, as the authors do.
+
+        So r = D * ratio and k = T * ratio / 2.
         """
         k = max(1, round(context * ratio / 2))
         return cls(r=max(1, round(head_size * ratio)), k=k, local=k // 4)

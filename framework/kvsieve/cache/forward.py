@@ -4,7 +4,7 @@ import enum
 
 
 class Forward(enum.Enum):
-    """What the new tokens of a forward are."""
+    """Kinds of a forward, by what its new tokens are."""
 
     CHUNK = "a piece of a prompt; more of it follows"
     PROMPT = "a whole prompt, or its last piece"

@@ -26,7 +26,7 @@ class NewTokens(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How the model turns a product of query and key into a logit; the ops apply it."""
+    """The model's way from a product of query and key to a logit; the ops apply it."""
 
     scale: float
     softcap: float | None = None
@@ -56,9 +56,7 @@ class KVView:
 
     @property
     def slots_in_use(self) -> int:
-        """T: no live slot at or above it. Known without waiting for the device; with fixed shapes, the
-        capacity.
-        """
+        """T: no live slot at or above it. With fixed shapes, the capacity; never waits for the device."""
         return self._slots.used
 
     @property

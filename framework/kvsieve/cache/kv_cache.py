@@ -94,9 +94,7 @@ class KVCache(Cache):
         return self._claim
 
     def check_claim(self, claim: object) -> None:
-        """Raise UserError if the cache was reset, and perhaps claimed by another decode, since this claim was
-        made.
-        """
+        """Raise UserError if the cache was reset since this claim was made."""
         if self._claim is not claim:
             raise UserError(
                 "the cache of this decode was reset while it was running: its tokens are gone. Give every "
@@ -109,8 +107,9 @@ class KVCache(Cache):
             self._claim = None
 
     def reset(self) -> None:
-        """Forget all tokens, and end any claim. The storage stays, and the decode step that was captured with
-        it.
+        """Forget all tokens, and end any claim.
+
+        The storage stays, and the decode step that was captured with it.
         """
         self._claim = None
         super().reset()  # type: ignore[no-untyped-call]
@@ -138,8 +137,7 @@ class KVCache(Cache):
         )
 
     def expect_prompt(self, columns: int) -> None:
-        """Say that the prompt is complete when the cache has been fed `columns` tokens a row, padding
-        included.
+        """Say that the prompt ends after `columns` token columns, padding included.
 
         Forwards before that are chunks of it: nothing is evicted yet. Without this, one token on a cache that
         holds some is a decode step, and anything else a whole prompt.
@@ -153,9 +151,7 @@ class KVCache(Cache):
             layer.fix_shapes(tokens)
 
     def places(self) -> list[tuple[int, torch.Size]]:
-        """Where in memory everything is that a step reads and writes, and its shape: as a captured one
-        expects it.
-        """
+        """Address and shape of everything that a step reads and writes: a captured step depends on them."""
         return [place for layer in self.policy_layers for place in layer.slots.places()]
 
     def count_fed(self) -> None:
@@ -169,7 +165,7 @@ class KVCache(Cache):
             layer.active = None if active is None else active.to(layer.device)
 
     def activate_past_recording(self) -> None:
-        """What assisted decoding calls first: refuse, before any work."""
+        """Refuse assisted decoding, which calls this first, before any work."""
         raise UserError(
             "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes tokens back out of the "
             "cache, and a KVCache cannot: what a policy has evicted or summed up is gone. Leave it out, or "

@@ -60,7 +60,7 @@ class LayerCache(CacheLayerMixin):
     # ---------------------------------------------------------------- a forward
     @property
     def scoring(self) -> Scoring:
-        """How the model's attention of this layer makes logits."""
+        """The model's way from products to logits in this layer."""
         return self.kv._scoring
 
     @scoring.setter
@@ -83,9 +83,7 @@ class LayerCache(CacheLayerMixin):
         self.traffic.begin(None, None)
 
     def append_token(self) -> NewTokens:
-        """Write the incoming token of each row in the next free slot, or over the one with the lowest
-        priority.
-        """
+        """Write the incoming token of each row: in a free slot, or over the one with the lowest priority."""
         if self.lends:
             self.drop_beyond_budget()  # all have read the prompt by now
         keys, values = self._take_incoming()
@@ -114,8 +112,9 @@ class LayerCache(CacheLayerMixin):
         return NewTokens(keys, values, counts, at[..., None])
 
     def append_prompt(self, valid: torch.Tensor | None) -> NewTokens:
-        """Write the incoming Q tokens of each row after its live slots; `valid [B, Q]` bool: real ones (None:
-        all).
+        """Write the incoming Q tokens of each row after its live slots.
+
+        `valid [B, Q]` bool marks the real ones; None: all.
         """
         keys, values = self._take_incoming()
         rows, _, new, _ = keys.shape
@@ -176,9 +175,7 @@ class LayerCache(CacheLayerMixin):
 
     # ---------------------------------------------------------------- room
     def fix_shapes(self, tokens: int) -> None:
-        """Make room for `tokens` a row, or for what is kept of them, once; decode steps then have constant
-        shapes.
-        """
+        """Make room for `tokens` a row, or for the kept ones: decode steps then have constant shapes."""
         self.slots.fix(tokens if self._most is None else min(tokens, self._most))
         # The prompt is in, and from now on `fed` stands still: it cannot tell.
         self.prompt_end = None
@@ -267,9 +264,7 @@ class LayerCache(CacheLayerMixin):
         return -1 if self.asked_capacity is None else self.asked_capacity
 
     def reset(self) -> None:
-        """Forget all tokens. The storage stays for the next batch, if it has as many rows: a captured step
-        finds it.
-        """
+        """Forget all tokens. The storage stays for the next batch, if it has as many rows."""
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
         if self.is_initialized:

@@ -34,8 +34,7 @@ class Checkpoint(NamedTuple):
 
 
 class Slots:
-    """Slots `[B, K, C, ...]` of one layer: keys as their layout has them, values, positions, columns; and
-    summaries.
+    """Storage of one layer: keys as their layout has them, values, positions, columns, summaries.
 
     Args:
         layout: of the keys.
@@ -63,8 +62,9 @@ class Slots:
 
     # ---------------------------------------------------------------- allocate
     def allocate(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
-        """Make empty storage for keys and values like these, `[B, K, Q, D]`, with room for `capacity` tokens
-        a row.
+        """Make empty storage with room for `capacity` tokens a row.
+
+        Keys and values will be like these, `[B, K, Q, D]`.
         """
         rows, heads, _, size = keys.shape
         self.dtype, self.device, self.head_size = keys.dtype, keys.device, size
@@ -76,9 +76,8 @@ class Slots:
         with torch.inference_mode(False):
             self.lengths = zeros(rows, heads, dtype=torch.int64)
             self.seen = zeros(rows, dtype=torch.int64)
-            self.ones = torch.ones_like(
-                self.seen
-            )  # tokens that every row gets in a step: not made anew in each
+            # Tokens that every row gets in a step: not made anew in each.
+            self.ones = torch.ones_like(self.seen)
             stores = self.layout.stores(keys, capacity)
             self._key_stores = list(stores)
             stores[VALUES] = zeros(rows, heads, capacity, values.shape[3], dtype=values.dtype)
@@ -119,7 +118,7 @@ class Slots:
 
     @property
     def channels(self) -> torch.Tensor:
-        """As `keys`, in the store that is read by channels at the least cost."""
+        """The keys, as `keys` gives them, from the store that is read by channels at the least cost."""
         return self._in_use(self._key_stores[-1])
 
     @property
@@ -176,8 +175,9 @@ class Slots:
 
     # ---------------------------------------------------------------- size
     def make_room(self, needed: int, at_most: int | None = None) -> None:
-        """Grow to at least `needed` slots; by more, so that growing (a copy) is rare, but never beyond
-        `at_most`.
+        """Grow to at least `needed` slots, but not beyond `at_most`.
+
+        By more than needed, so that growing, which copies, is rare.
         """
         if needed <= self.capacity:
             return
@@ -201,9 +201,7 @@ class Slots:
         self.used, self.fixed = self.capacity, True
 
     def keep(self, slots: torch.Tensor) -> None:
-        """Keep `slots [B, K, n]` of each row and KV head, in this order, and free the rest; live ones come
-        first.
-        """
+        """Keep `slots [B, K, n]`, in this order, and free the rest. The live ones among them come first."""
         run, count = ops.implementation(slots.device), slots.shape[2]
         before = self._stores
         # The stores of a decode before the last reset, if they fit: a captured step finds them.
@@ -235,9 +233,7 @@ class Slots:
             self.ones = torch.ones_like(self.seen)
 
     def reset(self) -> None:
-        """Forget all tokens. The storage stays, zero-filled: a captured step finds it, and dead slots are
-        finite.
-        """
+        """Forget all tokens. The storage stays, zero-filled: dead slots must be finite."""
         self.used, self.fixed = 0, False
         home = {} if self._home is self._stores else self._home
         stores = (*self._stores.values(), *home.values(), *self.summaries.values())
@@ -246,14 +242,12 @@ class Slots:
 
     # ---------------------------------------------------------------- look from outside
     def memory(self) -> int:
-        """Bytes held for keys in all their stores, values, columns, summaries (positions, lengths not
-        counted).
-        """
+        """Bytes held for keys in all their stores, values, columns and summaries; not for positions."""
         held = [store for name, store in self._stores.items() if name != POSITIONS]
         return sum(t.numel() * t.element_size() for t in [*held, *self.summaries.values()])
 
     def places(self) -> list[tuple[int, torch.Size]]:
-        """Where in memory everything is that a step reads and writes, and its shape."""
+        """Address and shape of everything that a step reads and writes."""
         state = [*self._stores.values(), *self.summaries.values(), self.lengths, self.seen, self.ones]
         return [(tensor.data_ptr(), tensor.shape) for tensor in state]
 
@@ -262,9 +256,7 @@ class Slots:
         return {**self._stores, **self.summaries, "lengths": self.lengths, "seen": self.seen}
 
     def checkpoint(self) -> Checkpoint:
-        """Note where the rows end, to go back there with `restore`: the next token is then put in the same
-        slot.
-        """
+        """Note the lengths, so that after `restore` the next token is put in the same slot."""
         return Checkpoint(self.used, self.lengths.clone(), self.seen.clone())
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -24,7 +24,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As transformers does, with a mark on the keys by which attention finds this layer."""
+        """Take the new tokens, and mark the returned keys, by which attention finds this layer."""
         held, new = self.get_seq_length() > 0, key_states.shape[2]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         kind = kind_of_forward(new, held=held, fed=self.get_seq_length(), prompt_end=self.prompt_end)

@@ -134,7 +134,7 @@ def check_complete(name: object, missing: Collection[str]) -> None:
 
 
 def why_not_loaded(name: str | os.PathLike[str], error: Exception) -> str:
-    """What to tell a user about an exception from transformers."""
+    """Explain an exception from transformers to the user."""
     reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
     if "trust_remote_code" in reason:
         return (

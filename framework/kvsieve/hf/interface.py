@@ -134,8 +134,7 @@ def attention_mask_for(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask that reaches `attention_forward`: for plain causal attention only the padding `[B, T]`, or
-    None.
+    """Make the mask for `attention_forward`: the padding `[B, T]` or None for plain causal attention.
 
     A T x T mask is made only where the model asks for more than causal order (sliding windows), or where a
     cache that is not ours hands out more slots than tokens.
@@ -151,8 +150,7 @@ def attention_mask_for(
 
 
 def register(function: Callable[..., tuple[torch.Tensor, None]] = attention_forward) -> None:
-    """Make our name known to transformers, with this attention function; done when a model is prepared, not
-    at import.
+    """Register our name with transformers; done when a model is prepared, not at import.
 
     Another function than ours is for measurements: it stands for everything that a layer does with its cache.
     """

@@ -1,5 +1,6 @@
-"""What policies are made of. Each op takes the view `kv` of a layer's cache, counts what it reads, and
-runs an implementation.
+"""The parts that policies are made of.
+
+Each op takes the view `kv` of a layer's cache, counts what it reads, and runs an implementation.
 
 The implementations know nothing of caches or meters: tensors in, tensors out. Which one runs is explicit:
 `kvsieve.ops.use("reference")`, by default "triton" on a GPU and "cpu" on a CPU, and never another than was
@@ -108,15 +109,12 @@ def attend(
 
 
 def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
-    """The r channels `[B, K, r]` in which the group's `query [B, K, G, D]` is largest: the highest sum of
-    |q|.
-    """
+    """The r channels `[B, K, r]` with the highest sum of |q| over the group's `query [B, K, G, D]`."""
     return implementation(query.device).top_channels(query, r)
 
 
 def channel_scores(query: torch.Tensor, kv: KVView, channels: torch.Tensor) -> torch.Tensor:
-    """Approximate logits `[B, K, G, T]` float32 from `channels [B, K, r]` of the keys alone; dead slots get
-    -inf.
+    """Approximate logits `[B, K, G, T]` float32 from `channels [B, K, r]` of the keys; dead slots get -inf.
 
     Scaled, soft-capped and tempered for the missing channels. Reads r numbers per live slot and KV head.
     """
@@ -185,6 +183,8 @@ def _newest_by_position(kv: KVView, n: int) -> torch.Tensor | None:
 def running_mean(
     mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """The mean `[B, K, D]` after `counts [B]` more vectors `new [B, K, Q, D]` (zero beyond), `seen [B]` of
-    them in all."""
+    """Update a mean `[B, K, D]` with more vectors.
+
+    `counts [B]` of `new [B, K, Q, D]` are real (the rest is zero); `seen [B]` have come in all, these included.
+    """
     return implementation(new.device).running_mean(mean, new, counts, seen)

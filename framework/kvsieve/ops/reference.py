@@ -241,8 +241,8 @@ def append(
 ) -> None:
     """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`.
 
-    The storage may be of any strides, and in blocks. Nothing is written for a slot outside [0, C), nor in rows
-    that are not `active [B]`.
+    The storage may be of any strides, and in blocks. Nothing is written for a slot outside [0, C), nor in
+    rows that are not `active [B]`.
     """
     inside = within(slots, capacity(storage))
     written = inside == slots

@@ -37,9 +37,7 @@ def a_loose_budget_is_dense(tight: Policy, loose: Policy) -> None:
 
 
 def the_budget_is_respected(tight: Policy, loose: Policy) -> None:
-    """Storage never exceeds the budget once the prompt is in; chosen slots are live, distinct and within the
-    count.
-    """
+    """Storage never exceeds the budget after the prompt; chosen slots are live, distinct and as counted."""
     spy = Spy(tight.for_layer(0, 1))
     layer, inputs = LayerCache(spy), Inputs.random()
     rollout(spy, *inputs, layer=layer)
@@ -170,9 +168,7 @@ def a_step_never_waits_for_the_device(tight: Policy, loose: Policy) -> None:
 
 
 def odd_inputs_stay_finite(tight: Policy, loose: Policy) -> None:
-    """A zero query (the embedding of a pad token, say), equal keys, and prompts of one token give finite
-    outputs.
-    """
+    """Zero queries (as of a pad token), equal keys and prompts of one token give finite outputs."""
     inputs = Inputs.random((5, 1, 40))
     zero = inputs._replace(step_queries=torch.zeros_like(inputs.step_queries))
     equal = inputs._replace(keys=torch.ones_like(inputs.keys))
