@@ -23,10 +23,11 @@ QUICKSTART = ROOT / "benchmarks" / "results" / "quickstart"
 
 def entry(cell, policy="dense", samples=16, task="needle", context=512, **values):
     found = {
-        "cell": cell, "label": f"{task} {context}, {policy}", "model": "m", "task": task, "task_parameters": {},
+        "cell": cell, "label": f"{task} {context}, {policy}", "model": "m", "task": task,
+        "task_parameters": {},
         "context": context, "policy": policy.split()[0], "policy_label": policy, "parameters": "",
-        "compression": policy.partition(" ")[2], "metric": "exact match", "higher_is_better": True, "chance": 0.0,
-        "limits": (0.0, 1.0), "samples": samples,
+        "compression": policy.partition(" ")[2], "metric": "exact match", "higher_is_better": True,
+        "chance": 0.0, "limits": (0.0, 1.0), "samples": samples,
     }  # fmt: skip
     return Entry(**found | values)
 
@@ -34,8 +35,9 @@ def entry(cell, policy="dense", samples=16, task="needle", context=512, **values
 def records(cell, scores, tokens_per_second=100.0, **values):
     return [
         {
-            "cell": cell, "sample": i, "score": float(score), "steps": 6.0, "bytes_read": 60.0, "bytes_written": 6.0,
-            "bytes_dense": 120.0, "kv_bytes": 10.0, "tokens_per_second": tokens_per_second, "ran_eagerly": None,
+            "cell": cell, "sample": i, "score": float(score), "steps": 6.0, "bytes_read": 60.0,
+            "bytes_written": 6.0, "bytes_dense": 120.0, "kv_bytes": 10.0,
+            "tokens_per_second": tokens_per_second, "ran_eagerly": None,
         } | values
         for i, score in enumerate(scores)
     ]  # fmt: skip
@@ -180,7 +182,7 @@ def test_a_csv_that_is_none_is_a_message(tmp_path, line, message):
 
 @pytest.fixture
 def old_run(tmp_path):
-    """A run folder as version 0.1.0 wrote it: no cells.json in the repository, and a summary.csv with fewer columns."""
+    """A run folder of version 0.1.0, as it stood in the repository: without cells.json."""
     for name in ("samples.jsonl", "config.yaml", "environment.json"):
         shutil.copy(QUICKSTART / name, tmp_path / name)
     return tmp_path

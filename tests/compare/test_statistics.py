@@ -33,7 +33,7 @@ def every_outcome(size):
 
 
 def coverage(size, loses, wins):
-    """The exact chance that the interval of a 0/1 difference holds the true one, by adding up all outcomes."""
+    """The exact chance that the interval of a 0/1 difference holds the true one: over all outcomes."""
     lost, won, policy, dense = every_outcome(size)
     found = statistics.difference(policy, dense, (0, 1), higher_is_better=True)
     true, wins = wins - loses, min(wins, 1 - loses)
@@ -93,8 +93,9 @@ def check_simulated_coverage(tables):
             true = -broken * (64 - 31.5)
             found = simulated_coverage(lengths(rng, whole.shape, broken), whole, (0, 64), true)
             assert found >= 0.94, (size, broken, found)
-            also = simulated_coverage(lengths(rng, whole.shape, broken), lengths(rng, whole.shape, 0.15), (0, 64),
-                                      true + 0.15 * 32.5)  # fmt: skip
+            dense = lengths(rng, whole.shape, 0.15)
+            policy = lengths(rng, whole.shape, broken)
+            also = simulated_coverage(policy, dense, (0, 64), true + 0.15 * 32.5)
             assert also >= 0.94, (size, broken, also)
         bits = rng.normal(1.2, 0.4, whole.shape)
         found = simulated_coverage(bits + rng.normal(0.026, 0.02, whole.shape), bits, None, 0.026)
@@ -111,7 +112,7 @@ def test_intervals_of_lengths_and_of_bits_cover_in_many_tables():
 
 
 def p_values(rng, runs, size, null, bad):
-    """p `[runs, rows]` of `null` policies like dense and `bad` ones that are not, on five tasks; their names."""
+    """p `[runs, rows]` of `null` policies like dense and `bad` ones unlike it, on five tasks; their names."""
     shape = (runs, size)
     tasks = [
         (lambda good, q=q: (rng.random(shape) < (q if good else 0.2)).astype(float), (0, 1))

@@ -3,10 +3,10 @@
 The formulas depend on the scores: 0/1 answers, numbers within known limits, or numbers without. Arrays may
 have leading axes (many tables at once, as in the simulations of the tests); samples are the last axis.
 
-Coverage of the nominal 95 % intervals of a difference with 16, 32 and 64 samples, by enumeration and simulation
-(tests/compare/test_statistics.py): 0/1 and bounded scores above 94 %; unbounded ones 95 % if the differences are
-normal, but 89 % at 16 samples and 92 % at 64 if they are skewed (log-normal), and less with rare outliers: take at
-least 32 samples of a perplexity.
+Coverage of the nominal 95 % intervals of a difference with 16, 32 and 64 samples, by enumeration and
+simulation (tests/compare/test_statistics.py): 0/1 and bounded scores above 94 %; unbounded ones 95 % if the
+differences are normal, but 89 % at 16 samples and 92 % at 64 if they are skewed (log-normal), and less with
+rare outliers: take at least 32 samples of a perplexity.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def significant(p: Array, policies: Sequence[str]) -> Array:
     """Which rows `[..., rows]` of a run differ from dense, by the procedure of Benjamini and Hochberg, twice.
 
     Over all rows of the run: of those that differ, at most 5 % are expected to be wrong. And over the rows of
-    each policy alone: a policy like dense stays unmarked in 95 % of runs, however bad its neighbours are (they
-    would lend it their significance otherwise: up to 12 % of simulated runs marked it). Rows whose p is
+    each policy alone: a policy like dense stays unmarked in 95 % of runs, however bad its neighbours are
+    (they would lend it their significance otherwise: up to 12 % of simulated runs marked it). Rows whose p is
     NaN do not count.
     """
     differs = _benjamini_hochberg(p)

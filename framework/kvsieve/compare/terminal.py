@@ -14,8 +14,8 @@ from .results import DENSE, MISSING, SYMBOLS, Group, Results, Row, eager_notes, 
 from .statistics import BETTER, FEW, WORSE
 
 MEANING = (
-    f"{SYMBOLS[WORSE]} worse, {SYMBOLS[BETTER]} better than dense on the same samples; at most 5 % of these marks "
-    "are expected to be wrong. Unmarked: no difference was shown."
+    f"{SYMBOLS[WORSE]} worse, {SYMBOLS[BETTER]} better than dense on the same samples; at most 5 % of "
+    "these marks are expected to be wrong. Unmarked: no difference was shown."
 )
 # Columns of a task's table, those left out of a narrow terminal last.
 _COLUMNS = ["policy", "score", "against dense", "bytes read", "tokens/s", "KV MB", "95 % interval", "answers"]
@@ -143,8 +143,8 @@ def _coloured(row: Row, text: str) -> str:
 
 def _empty(title: str) -> Table:
     return Table(
-        title=title or None, title_justify="left", title_style="", caption_justify="left", box=box.SIMPLE_HEAD,
-        pad_edge=False, padding=0,
+        title=title or None, title_justify="left", title_style="", caption_justify="left",
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=0,
     )  # fmt: skip
 
 

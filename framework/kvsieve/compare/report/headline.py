@@ -143,7 +143,10 @@ def _why_nothing(results: Results, compared: Sequence[Group], groups: Sequence[G
             f"({_samples(compared)}), so nothing can be said about what a policy keeps."
         )
     if all(row.difference is None for row in results.rows):
-        return "No row of this run is compared with dense; `kvsieve report` on its folder does it from the samples."
+        return (
+            "No row of this run is compared with dense; "
+            "`kvsieve report` on its folder does it from the samples."
+        )
     where = _where(groups, len(results.groups))
     return f"No policy was compared with dense {where}, so none can be judged as a whole."
 
