@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, TextStreamer
 
 import kvsieve
-from kvsieve import KVCache, UserError
+from kvsieve import KVCache, UserError, make_policy
 from kvsieve.reference_model.tokenizer import byte_tokenizer
 from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
