@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from kvsieve import plugins
 from kvsieve.cli import app
-from kvsieve.compare import executors, report, run
+from kvsieve.compare import report, run
+from kvsieve.compare.execute import local
 from kvsieve.reference_model.tokenizer import byte_tokenizer
 
 
@@ -97,7 +98,7 @@ def test_a_failing_cell_gives_status_1(kvsieve, config, monkeypatch):
     def failing(self, indexes, samples):
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(executors.Measurement, "batch", failing)
+    monkeypatch.setattr(local.Measurement, "batch", failing)
     result = kvsieve("compare", config)
     assert result.exit_code == 1
     assert "2 cells failed; results/mine/errors.txt has the tracebacks" in result.stderr
@@ -107,7 +108,7 @@ def test_an_interruption_says_how_to_go_on(kvsieve, config, monkeypatch):
     def interrupted(self, indexes, samples):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(executors.Measurement, "batch", interrupted)
+    monkeypatch.setattr(local.Measurement, "batch", interrupted)
     result = kvsieve("compare", config)
     assert result.exit_code == 130
     assert "stopped; what was measured is in results/mine, and the same command continues" in result.stderr

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .compare.choices import PolicyChoice
-    from .compare.executors import Executor
+    from .compare.execute import Executor
     from .plugins import Registered
 
 
@@ -114,7 +114,7 @@ def compare(
 def _executor(name: Executors, address: str | None, workers: int | None) -> Executor | None:
     """Who measures; None is this process."""
     if name is Executors.ray:
-        from .compare.on_ray import OnRay
+        from .compare.execute.ray import OnRay
 
         return OnRay(address, workers)
     if address is not None or workers is not None:

@@ -22,7 +22,11 @@ if typing.TYPE_CHECKING:
     from .policy import Policy
 
 GROUP = "kvsieve"
-_BUILTIN = {"builtin": "kvsieve_policies", "builtin_tasks": "kvsieve.compare.tasks"}  # as in pyproject.toml
+_BUILTIN = {  # as in pyproject.toml
+    "builtin": "kvsieve_policies",
+    "builtin_tasks": "kvsieve.compare.tasks",
+    "builtin_lm_eval": "kvsieve.lm_eval.task",
+}
 
 
 class Registered(NamedTuple):

@@ -3,7 +3,7 @@
 import pytest
 
 from kvsieve.compare import cells
-from kvsieve.compare.measure import Measurement
+from kvsieve.compare.execute.cell import Measurement
 
 CONFIG = """\
     tasks:

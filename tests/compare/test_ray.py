@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from kvsieve import UserError, plugins
-from kvsieve.compare import on_ray, run, store
+from kvsieve.compare import run, samples
+from kvsieve.compare.execute import ray as on_ray
 
 PLUGIN = '''
 """Policies that fail."""
@@ -120,7 +121,7 @@ def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(
         policies: [dense, broken, deadly: {{notes: "{notes}", first: 2, last: 2}}]
         """
     began = compare(text.replace("samples: 3", "samples: 1"), "ray")  # here: the cluster goes on from there
-    kept = store.read(began.folder / "samples.jsonl")
+    kept = samples.read(began.folder / "samples.jsonl")
     assert len(kept) == 2
     outcome = compare(text, "ray", on_ray.OnRay(workers=2))
     assert list(outcome.failures.values()) == ["RuntimeError: no luck"]
@@ -129,7 +130,7 @@ def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(
     assert "2 samples are already in" in printed
     assert "4/7 samples" in printed
     assert "its worker died, goes on where it stopped: needle 120, deadly" in printed
-    found = store.read(outcome.folder / "samples.jsonl")
+    found = samples.read(outcome.folder / "samples.jsonl")
     assert found[:2] == kept
     assert set(Counter((r["cell"], r["sample"]) for r in found).values()) == {1}
     assert len(found) == 6
@@ -162,7 +163,7 @@ def test_a_cell_whose_worker_always_dies_is_given_up(cluster, compare, tmp_path)
 def test_tensor_parallel_is_no_matter_of_ray(cluster, load):
     config = load("tensor_parallel: true\ntasks: [needle]\npolicies: [dense]\n")
     with pytest.raises(UserError, match="tensor_parallel runs under torchrun, not on Ray"):
-        on_ray.OnRay().plan(config, "now")
+        on_ray.OnRay().prepare(config, "now")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

@@ -20,7 +20,8 @@ from rich.console import Console
 
 import kvsieve
 from kvsieve import UserError, plugins
-from kvsieve.compare import cells, executors, run, store, summary
+from kvsieve.compare import cells, code, files, identity, run, samples, summary, weights
+from kvsieve.compare.execute import local
 from kvsieve.compare.tasks import Perplexity
 
 SMALL = """\
@@ -94,19 +95,19 @@ def test_bytes_are_those_of_the_paper_per_step_and_sequence(compare):
 
 
 def test_nothing_is_measured_twice_and_more_samples_are_added(compare):
-    first = store.read(compare(SMALL).folder / "samples.jsonl")
+    first = samples.read(compare(SMALL).folder / "samples.jsonl")
     again = compare(SMALL)
-    assert store.read(again.folder / "samples.jsonl") == first
+    assert samples.read(again.folder / "samples.jsonl") == first
     assert f"{len(first)} samples are already in" in compare.console.export_text()
     more = compare(SMALL.replace("samples: 3", "samples: 4"))
-    found = store.read(more.folder / "samples.jsonl")
+    found = samples.read(more.folder / "samples.jsonl")
     assert found[: len(first)] == first
     assert len(found) == len(first) + 6
 
 
 def test_another_configuration_in_the_folder_keeps_the_old_samples_and_shows_its_own(compare):
     first = compare(SMALL)
-    kept = store.read(first.folder / "samples.jsonl")
+    kept = samples.read(first.folder / "samples.jsonl")
     other = compare("""\
         batch_size: 2
         tasks: [needle: {context: 160, samples: 3}]
@@ -116,7 +117,7 @@ def test_another_configuration_in_the_folder_keeps_the_old_samples_and_shows_its
         ("160", "local_window"),
         ("160", "dense"),
     ]
-    found = store.read(other.folder / "samples.jsonl")
+    found = samples.read(other.folder / "samples.jsonl")
     assert found[: len(kept)] == kept
     assert len(found) == len(kept) + 3
 
@@ -133,17 +134,18 @@ def test_ids_depend_on_all_that_results_depend_on_and_on_nothing_else(load, mode
         base.replace("k: 16", "k: 17"),
         base.replace("needle: {", "needle: {distractors: 1, "),
         base + "seed: 1\n",
-        base + "batch_size: 2\n",
+        base + "eager: true\n",
     ]
     assert len({ids(text)[0] for text in [base, *others]}) == 6
+    assert ids(base + "batch_size: 2\n") == ids(base)
 
 
 def test_other_weights_are_another_protocol(model, model_folder):
     other = kvsieve.load(str(model_folder))
-    assert cells.weights_digest(other) == cells.weights_digest(model)
+    assert weights.weights_digest(other) == weights.weights_digest(model)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight += 1e-3
-    assert cells.weights_digest(other) != cells.weights_digest(model)
+    assert weights.weights_digest(other) != weights.weights_digest(model)
 
 
 def test_an_edited_policy_gets_new_results(tmp_path, monkeypatch):
@@ -152,7 +154,8 @@ def test_an_edited_policy_gets_new_results(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name, text in (("edited_once", source), ("edited_twice", source + "    def extra(self): pass\n")):
         (tmp_path / f"{name}.py").write_text(text)
-        digests.append(cells._code(__import__(name).P))
+        digests += code.class_files(__import__(name).P).values()
+    assert len(digests) == 2
     assert digests[0] != digests[1]
 
 
@@ -236,7 +239,7 @@ def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
         tasks: [needle: {context: 120, samples: 60}]
         policies: [dense, local_window: {compression: 1/4}]
         """
-    samples = tmp_path / "out" / "samples.jsonl"
+    path = tmp_path / "out" / "samples.jsonl"
     command = [
         sys.executable,
         "-m",
@@ -248,16 +251,16 @@ def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
     ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and (not samples.exists() or samples.read_bytes().count(b"\n") < 5):
+        while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 5):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    survived = store.read(samples)
+    survived = samples.read(path)
     assert 5 <= len(survived) < 120
-    with samples.open("a") as file:
+    with path.open("a") as file:
         file.write('{"cell": "torn')
     outcome = compare(text)  # in this process: cells have the same ids in both
-    found = store.read(samples)
+    found = samples.read(path)
     assert found[: len(survived)] == survived
     counts = Counter((r["cell"], r["sample"]) for r in found)
     assert len(counts) == 120
@@ -281,24 +284,24 @@ def test_what_ran_eagerly_on_a_gpu_is_said_where_the_speeds_are():
 
 def test_eager_cells_are_cells_of_their_own(compare):
     text = SMALL.replace("samples: 3", "samples: 1")
-    first = store.read(compare(text).folder / "samples.jsonl")
+    first = samples.read(compare(text).folder / "samples.jsonl")
     outcome = compare("eager: true\n" + textwrap.dedent(text))
-    assert len(store.read(outcome.folder / "samples.jsonl")) == 2 * len(first)
+    assert len(samples.read(outcome.folder / "samples.jsonl")) == 2 * len(first)
     assert yaml.safe_load((outcome.folder / "config.yaml").read_text())["eager"] is True
 
 
 def test_an_interruption_keeps_what_was_measured(compare, tmp_path, monkeypatch):
-    measured = executors.Measurement.batch
+    measured = local.Measurement.batch
 
     def interrupted(self, indexes, samples):
         if self.cell.policy.name == "sparq":
             raise KeyboardInterrupt
         return measured(self, indexes, samples)
 
-    monkeypatch.setattr(executors.Measurement, "batch", interrupted)
+    monkeypatch.setattr(local.Measurement, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(SMALL)
-    assert len(store.read(tmp_path / "out" / "samples.jsonl")) == 3
+    assert len(samples.read(tmp_path / "out" / "samples.jsonl")) == 3
     monkeypatch.undo()
     assert compare(SMALL).failures == {}
 

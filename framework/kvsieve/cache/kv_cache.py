@@ -93,6 +93,19 @@ class KVCache(Cache):
         for layer in self.policy_layers:
             layer.fed += 1
 
+    def checkpoint(self) -> list[tuple[LayerCache, int, int, torch.Tensor, torch.Tensor]]:
+        """How far every layer on which the policy acts has come, for `restore`."""
+        return [
+            (kv, kv.used, kv.fed, kv.lengths.clone(), kv.seen.clone()) for kv in self.policy_layers
+        ]
+
+    def restore(self, checkpoint: list[tuple[LayerCache, int, int, torch.Tensor, torch.Tensor]]) -> None:
+        """Go back to a checkpoint, to repeat steps for their time alone: slots overwritten since stay overwritten."""
+        for kv, used, fed, lengths, seen in checkpoint:
+            kv.used, kv.fed = used, fed
+            kv.lengths.copy_(lengths)
+            kv.seen.copy_(seen)
+
     def set_active(self, active: torch.Tensor | None) -> None:
         """Rows `[B]` bool that still decode: the others neither append nor count as traffic. None: all."""
         for layer in self._told:  # the layers may be on several devices

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from . import store
+from . import samples
 
 COLUMNS = [
     "model", "task", "context", "policy", "parameters", "compression", "metric", "higher_is_better", "score",
@@ -21,8 +21,10 @@ COLUMNS = [
 CELLS = "cells.json"
 
 
-def write(folder: Path) -> list[dict[str, Any]]:
+def write(folder: Path, records: Iterable[samples.Record] | None = None) -> list[dict[str, Any]]:
     """Make both summaries of a run folder anew from its cells.json and samples.jsonl; returns the lines.
+
+    `records`: instead of those in samples.jsonl.
 
     Raises:
         UserError: the folder is not one of a run, or cannot be written to.
@@ -33,7 +35,9 @@ def write(folder: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{folder} is not the folder of a run: cannot read {folder / CELLS} ({error})"
         ) from None
-    rows, failures = summarize(cells, store.read(folder / "samples.jsonl"))
+    rows, failures = summarize(
+        cells, samples.read(folder / "samples.jsonl") if records is None else records
+    )
     try:
         with (folder / "summary.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -48,10 +52,10 @@ def write(folder: Path) -> list[dict[str, Any]]:
 
 
 def summarize(
-    cells: Iterable[Mapping[str, Any]], records: Iterable[store.Record]
+    cells: Iterable[Mapping[str, Any]], records: Iterable[samples.Record]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A line for each cell that has samples, and what failed."""
-    by_cell: dict[str, dict[int, store.Record]] = {}
+    by_cell: dict[str, dict[int, samples.Record]] = {}
     for record in records:
         by_cell.setdefault(record["cell"], {}).setdefault(record["sample"], record)
     rows, failures = [], []
@@ -64,14 +68,19 @@ def summarize(
     return rows, failures
 
 
-def _row(cell: Mapping[str, Any], records: list[store.Record]) -> dict[str, Any]:
+def _row(cell: Mapping[str, Any], records: list[samples.Record]) -> dict[str, Any]:
     scores = np.array([record["score"] for record in records])
     low, high = interval(scores)
     total = {
         name: sum(r[name] for r in records)
         for name in ("steps", "bytes_read", "bytes_written", "bytes_dense")
     }
-    speeds = [r["tokens_per_second"] for r in records if r["tokens_per_second"] is not None]
+    rows = max(r.get("rows", 1) for r in records)  # the speed of full batches
+    speeds = [
+        r["tokens_per_second"]
+        for r in records
+        if r["tokens_per_second"] is not None and r.get("rows", 1) == rows
+    ]
     named = {name: cell[name] for name in ("model", "task", "context", "policy", "parameters", "compression")}
     steps = total["steps"]
     return named | {
@@ -86,7 +95,7 @@ def _row(cell: Mapping[str, Any], records: list[store.Record]) -> dict[str, Any]
         "bytes_written_per_step": total["bytes_written"] / steps if steps else None,
         "kv_bytes": float(np.mean([r["kv_bytes"] for r in records])),
         "tokens_per_second": float(np.median(speeds)) if speeds else None,
-        "ran_eagerly": "; ".join(sorted({r["ran_eagerly"] for r in records if r.get("ran_eagerly")})),
+        "ran_eagerly": "; ".join(sorted({r["eager_because"] for r in records if r.get("eager_because")})),
     }
 
 

@@ -1,85 +1,32 @@
-"""Where the cells of a comparison are measured: here, one after the other. `on_ray` does it on a cluster."""
+"""Measure in this process, one cell after the other, in the order of the file."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedModel
 
-from ..errors import UserError
-from ..hf import models, parallel
-from . import environment
-from .cells import Cell, expand, new_tokens_at_most, protocol
-from .config import Config, Settings
-from .measure import Measurement
-from .store import Record
-
-Work = Sequence[tuple[Cell, list[int]]]  # cells, and which of their samples are to be measured
-
-
-class Plan(NamedTuple):
-    """What is known of a comparison once the model is loaded."""
-
-    cells: list[Cell]
-    new_tokens: dict[str, int]  # that a sample decodes at most, by cell id
-    facts: dict[str, Any]  # settings known better now
-    environment: dict[str, Any]  # where it is measured
+from ...errors import UserError
+from ...hf import models, parallel
+from .. import environment, identity
+from ..cells import Cell, expand, new_tokens_at_most
+from ..config import Config, Settings
+from ..samples import Record
+from . import Events, Failed, Finished, Measured, Prepared, Work
+from .cell import Measurement
 
 
-class Measured(NamedTuple):
-    """A batch of a cell."""
-
-    cell: Cell
-    records: list[Record]
-
-
-class Failed(NamedTuple):
-    """A cell that goes no further."""
-
-    cell: Cell
-    reason: str
-    details: str
-
-
-class Finished(NamedTuple):
-    """A cell that is through."""
-
-    cell: Cell
-
-
-class Begun(NamedTuple):
-    """A cell that is begun again where it stopped."""
-
-    cell: Cell
-    reason: str
-
-
-Events = Generator[Measured | Failed | Finished | Begun, None, None]
-
-
-class Executor(Protocol):
-    """Who measures: batches come back as they are measured, and whoever asks stores them."""
-
-    def plan(self, config: Config, started: str) -> Plan:
-        """Load the model, expand the cells. Raises UserError for what the model cannot do."""
-
-    def measure(self, work: Work) -> Events:
-        """Of every cell its batches and then how it ended; cells may be mixed."""
-
-
-class Here:
-    """In this process, in the order of the file."""
+class Local:
+    """An executor in this process."""
 
     def __init__(self, model: PreTrainedModel | None = None) -> None:
-        """`model`: instead of the one that the configuration names."""
+        """`model`: a prepared model with its tokenizer, instead of the one that the configuration names."""
         self.model = model
 
-    def plan(self, config: Config, started: str) -> Plan:
+    def prepare(self, config: Config, started: str) -> Prepared:
         self.settings = config.settings
         self.model = self.model or load_model(config.settings)
-        return plan(config, self.model, started)
+        return prepare(config, self.model, started)
 
     def measure(self, work: Work) -> Events:
         assert self.model is not None
@@ -88,6 +35,7 @@ class Here:
 
 
 def load_model(settings: Settings) -> PreTrainedModel:
+    """The model that a configuration names."""
     return models.load(
         settings.model,
         dtype=settings.dtype,
@@ -98,13 +46,15 @@ def load_model(settings: Settings) -> PreTrainedModel:
     )
 
 
-def plan(config: Config, model: PreTrainedModel, started: str) -> Plan:
-    cells = expand(config, model)
-    shared = protocol(config, model)
+def prepare(config: Config, model: PreTrainedModel, started: str) -> Prepared:
+    """The cells of a comparison on a loaded model."""
+    shared = identity.shared_fields(config, model)
+    cells = expand(config, model, shared)
     seed = config.settings.seed
-    return Plan(
+    return Prepared(
         cells,
         {cell.id: new_tokens_at_most(cell.task.sample(model.tokenizer, seed, 0)) for cell in cells},
+        {cell.id: identity.fields(cell.task, cell.policy, shared) for cell in cells},
         {
             "dtype": shared["dtype"],
             "device": None if parallel.is_split(model) else str(model.device),
@@ -115,9 +65,10 @@ def plan(config: Config, model: PreTrainedModel, started: str) -> Plan:
 
 
 def measure_cell(model: PreTrainedModel, settings: Settings, cell: Cell, missing: list[int]) -> Events:
-    """Batch by batch; what goes wrong is the cell's matter alone.
+    """Measure batch by batch; an error fails this cell alone.
 
-    Where processes share a model, only what fails in all of them alike: else the others would wait for ever.
+    Where processes share a model, only errors that all of them raise alike fail the cell: after any other the rest
+    would wait for ever.
     """
     alone = (UserError, ArithmeticError) if parallel.is_split(model) else Exception
 
@@ -129,7 +80,7 @@ def measure_cell(model: PreTrainedModel, settings: Settings, cell: Cell, missing
     try:
         measurement = Measurement(model, cell, settings.eager)
         if missing and model.device.type == "cuda":
-            measured(0)  # untimed: kernels are compiled, and the step is captured
+            measured(0)  # untimed: kernels are compiled, and the steps are captured
         for first in range(0, len(missing), settings.batch_size):
             yield Measured(cell, measured(first))
     except alone as error:
