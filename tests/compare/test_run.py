@@ -20,7 +20,7 @@ from rich.console import Console
 
 import kvsieve
 from kvsieve import UserError, plugins
-from kvsieve.compare import cells, code, files, identity, run, samples, summary, weights
+from kvsieve.compare import cells, code, run, samples, summary, weights
 from kvsieve.compare.execute import local
 from kvsieve.compare.tasks import Perplexity
 

@@ -95,9 +95,7 @@ class KVCache(Cache):
 
     def checkpoint(self) -> list[tuple[LayerCache, int, int, torch.Tensor, torch.Tensor]]:
         """How far every layer on which the policy acts has come, for `restore`."""
-        return [
-            (kv, kv.used, kv.fed, kv.lengths.clone(), kv.seen.clone()) for kv in self.policy_layers
-        ]
+        return [(kv, kv.used, kv.fed, kv.lengths.clone(), kv.seen.clone()) for kv in self.policy_layers]
 
     def restore(self, checkpoint: list[tuple[LayerCache, int, int, torch.Tensor, torch.Tensor]]) -> None:
         """Go back to a checkpoint, to repeat steps for their time alone: slots overwritten since stay overwritten."""

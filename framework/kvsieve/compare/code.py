@@ -7,7 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 _Stamp = tuple[int, int]  # of a file: when it was changed, and its size
@@ -24,8 +24,21 @@ _ROOTS = (
     "kvsieve.ops.triton",
 )
 _ALONE = ("kvsieve.compare.execute.cell", "kvsieve.compare.tasks.base")  # these, without what they import
-_IRRELEVANT = {"kvsieve", "kvsieve.errors", "kvsieve.hooks", "kvsieve.plugins", "kvsieve.processes", "kvsieve.specs"}
-_BASES = {"builtins", "abc", "typing", "kvsieve.policy", "kvsieve.compare.tasks.base"}  # all policies and tasks have them
+_IRRELEVANT = {
+    "kvsieve",
+    "kvsieve.errors",
+    "kvsieve.hooks",
+    "kvsieve.plugins",
+    "kvsieve.processes",
+    "kvsieve.specs",
+}
+_BASES = {
+    "builtins",
+    "abc",
+    "typing",
+    "kvsieve.policy",
+    "kvsieve.compare.tasks.base",
+}  # all policies and tasks have them
 
 
 def framework_digest() -> str:
@@ -58,7 +71,7 @@ def class_files(*classes: type) -> dict[str, str]:
 
 
 def _files(root: str) -> dict[str, str]:
-    """A digest for the file of a module and for every module of its top-level package that it imports, directly or not."""
+    """A digest for the file of a module and of every module of its top-level package that it imports in turn."""
     package = root.partition(".")[0]
     found: dict[str, str] = {}
     waiting = [root]

@@ -18,9 +18,7 @@ from .cells import Cell
 from .identity import Fields
 
 
-def describe(
-    model: PreTrainedModel, cells: list[Cell], shared: Fields, started: str
-) -> dict[str, Any]:
+def describe(model: PreTrainedModel, cells: list[Cell], shared: Fields, started: str) -> dict[str, Any]:
     """The contents of environment.json."""
     registered = plugins.policies()
     origins = {registered[cell.policy_name] for cell in cells if cell.policy_name in registered}

@@ -102,18 +102,14 @@ def compare(
     return Compared(folder, rows, failures, lost)
 
 
-def _unused(
-    store: Store, work: Work, prepared: Prepared, known: dict[str, identity.Fields]
-) -> list[str]:
+def _unused(store: Store, work: Work, prepared: Prepared, known: dict[str, identity.Fields]) -> list[str]:
     """A line for each reason why samples of the same task and policy in the folder are not used."""
-    ids: dict[str, Cell] = {}  # by what a person asked for
-    for cell, _ in work:
-        ids[_asked(cell.record())] = cell
+    asked: dict[str, str] = {_asked(cell.record()): cell.id for cell, _ in work}
     others: Counter[tuple[str, str]] = Counter()
     for record in store.records.values():
-        cell = ids.get(_asked(record))
-        if cell is not None and record["cell"] != cell.id:
-            others[cell.id, record["cell"]] += 1
+        now = asked.get(_asked(record)) or record["cell"]
+        if record["cell"] != now:
+            others[now, record["cell"]] += 1
     labels = {cell.id: cell.label for cell in prepared.cells}
     reasons: dict[str, list[tuple[str, int]]] = {}
     for (now, then), count in others.items():
@@ -206,7 +202,9 @@ def _write(path: Path, text: str) -> None:
 
 def _append(path: Path, text: str) -> None:
     """Add to a log; a link is not followed."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = (
+        os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    )
     with _safe():
         try:
             with open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="replace") as file:

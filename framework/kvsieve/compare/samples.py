@@ -1,7 +1,7 @@
 """samples.jsonl: a line per measured sample, appended as it comes, so that a run continues where it stopped.
 
-Every line ends with a checksum of the rest of it. A line that is torn, damaged or no whole record is skipped: its sample
-is missing then, and is measured again.
+Every line ends with a checksum of the rest of it. A line that is torn, damaged or no whole record is skipped: its
+sample is missing then, and is measured again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Fields(pydantic.BaseModel):
     bytes_written: pydantic.FiniteFloat
     bytes_dense: pydantic.FiniteFloat
     kv_bytes: pydantic.FiniteFloat
-    tokens_per_second: pydantic.FiniteFloat | None
+    tokens_per_second: list[pydantic.FiniteFloat] | pydantic.FiniteFloat | None  # one number in version 0.1
 
 
 def read(path: Path) -> list[Record]:

@@ -35,9 +35,7 @@ def write(folder: Path, records: Iterable[samples.Record] | None = None) -> list
         raise UserError(
             f"{folder} is not the folder of a run: cannot read {folder / CELLS} ({error})"
         ) from None
-    rows, failures = summarize(
-        cells, samples.read(folder / "samples.jsonl") if records is None else records
-    )
+    rows, failures = summarize(cells, samples.read(folder / "samples.jsonl") if records is None else records)
     try:
         with (folder / "summary.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -76,11 +74,7 @@ def _row(cell: Mapping[str, Any], records: list[samples.Record]) -> dict[str, An
         for name in ("steps", "bytes_read", "bytes_written", "bytes_dense")
     }
     rows = max(r.get("rows", 1) for r in records)  # the speed of full batches
-    speeds = [
-        r["tokens_per_second"]
-        for r in records
-        if r["tokens_per_second"] is not None and r.get("rows", 1) == rows
-    ]
+    speeds = [speed for r in records if r.get("rows", 1) == rows for speed in _speeds(r)]
     named = {name: cell[name] for name in ("model", "task", "context", "policy", "parameters", "compression")}
     steps = total["steps"]
     return named | {
@@ -97,6 +91,12 @@ def _row(cell: Mapping[str, Any], records: list[samples.Record]) -> dict[str, An
         "tokens_per_second": float(np.median(speeds)) if speeds else None,
         "ran_eagerly": "; ".join(sorted({r["eager_because"] for r in records if r.get("eager_because")})),
     }
+
+
+def _speeds(record: samples.Record) -> list[float]:
+    """Tokens per second of the sample's batch, for each repetition."""
+    found = record["tokens_per_second"]
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def interval(scores: np.ndarray, resamples: int = 2000) -> tuple[float, float]:

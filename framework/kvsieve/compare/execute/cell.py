@@ -17,7 +17,7 @@ from ..cells import Cell, new_tokens_at_most
 from ..samples import Record
 from ..tasks import Answer, Sample
 from ..tasks import text as texts
-from .speed import Speed, Stopwatch
+from .speed import Stopwatch
 
 
 class Measurement:
@@ -49,9 +49,9 @@ class Measurement:
             with transfer.measure(self.meter):
                 own = cell.task.answer(model, cell.policy, samples)
             if own is None:
-                answers, kv_bytes, speed = self._answers(indexes, samples)
+                answers, kv_bytes, speeds = self._answers(indexes, samples)
             else:
-                (answers, kv_bytes), speed = own, None
+                (answers, kv_bytes), speeds = own, []
         meter = self.meter
         if parallel.is_split(model):  # each process counts its own heads
             meter, kv_bytes = meter.over_ranks(), sum(processes.gather(kv_bytes))
@@ -62,9 +62,7 @@ class Measurement:
             "bytes_dense": meter.dense_read / rows,
             "kv_bytes": kv_bytes / rows,
             "rows": rows,
-            "tokens_per_second": speed and speed.median,
-            "tokens_per_second_min": speed and speed.least,
-            "tokens_per_second_max": speed and speed.most,
+            "tokens_per_second": speeds or None,
             "eager_because": why_eager if model.device.type == "cuda" else None,
         }
         records = []
@@ -78,8 +76,8 @@ class Measurement:
 
     def _answers(
         self, indexes: Sequence[int], samples: Sequence[Sample]
-    ) -> tuple[Sequence[Answer], int, Speed | None]:
-        """The model's answers, metered; the bytes of KV cache held for them; and the speed, without the meter."""
+    ) -> tuple[Sequence[Answer], int, list[float]]:
+        """The model's answers, metered; the bytes of KV cache held for them; and speeds, without the meter."""
         prompts = [sample.prompt for sample in samples]
         limit = max(map(new_tokens_at_most, samples))
         cache = self._empty_cache(self.cell.task.context + limit)

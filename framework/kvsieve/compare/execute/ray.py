@@ -63,15 +63,14 @@ class OnRay:
             ray._private.worker._worker_logs_enabled = False
 
     def _connect(self, address: str | None) -> None:
-        from ray._private import ray_constants, services
-
+        private = self.ray._private
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         _check_answers(address)
-        if address is None and services.canonicalize_bootstrap_address(None) is None:
+        if address is None and private.services.canonicalize_bootstrap_address(None) is None:
             # A new cluster. Ray would listen on every network interface. The one switch that it has against that was
             # made for the firewalls of other systems: all of its processes then take the loopback for this machine.
-            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-            ray_constants.ENABLE_RAY_CLUSTER = False
+            os.environ[private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+            private.ray_constants.ENABLE_RAY_CLUSTER = False
             options |= {"include_dashboard": False}
             address = "local"
         try:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,16 +14,8 @@ _ROUNDS = 3
 _STEPS = 6  # of a round, at most; few, because they come on top of the steps that answer
 
 
-class Speed(NamedTuple):
-    """Tokens per second of all rows of a batch together: the median, least and most of its rounds."""
-
-    median: float
-    least: float
-    most: float
-
-
 class Stopwatch:
-    """Times decode steps of the batches of one cell. They share a cache, and on a GPU the captured step without a meter.
+    """Times decode steps of the batches of one cell, which share a cache and, on a GPU, a captured step without a meter.
 
     Use, for each batch: `mark` when the prompts are in the cache, `measure` when the answers are there.
     """
@@ -37,13 +28,13 @@ class Stopwatch:
         decoder = generation.decoder
         self._start = decoder.cache.checkpoint(), decoder.positions.clone(), decoder.mask
 
-    def measure(self, generation: Generation, steps: int) -> Speed | None:
-        """Repeat at most `steps` steps from the mark on, greedily; None if there are none.
+    def measure(self, generation: Generation, steps: int) -> list[float]:
+        """Repeat at most `steps` steps from the mark on, greedily: tokens per second of all rows, for each round.
 
-        What was in the cache behind the mark is overwritten.
+        What the cache holds behind the mark is overwritten.
         """
         if steps < 1:
-            return None
+            return []
         decoder, cache = generation.decoder, generation.decoder.cache
         metered, cache.captured = cache.captured, self._captured
         sampler = Sampler(None, None, None, 0, None, decoder.rows, decoder.model.device)
@@ -56,7 +47,7 @@ class Stopwatch:
                 timed.advance()
         rounds = [self._round(timed, min(steps, _STEPS)) for _ in range(_ROUNDS)]
         self._captured, cache.captured = cache.captured, metered
-        return Speed(statistics.median(rounds), min(rounds), max(rounds))
+        return rounds
 
     def _round(self, generation: Generation, steps: int) -> float:
         self._go_back(generation)
