@@ -93,21 +93,26 @@ def compare(
 
     checked = configuration.load(config, [*(overrides or []), *(["eager=true"] if eager else [])])
     from . import processes
+    from .compare.interrupt import Terminated, sigterm_interrupts
     from .compare.run import compare as run  # takes seconds: only once the config is known to be right
 
     _no_loading_bars()
     folder = out or Path("results") / checked.name
     try:
-        outcome = run(checked, folder, executor=_executor(executor, address, workers))
-    except KeyboardInterrupt:
+        with sigterm_interrupts():
+            outcome = run(checked, folder, executor=_executor(executor, address, workers))
+    except KeyboardInterrupt as stopped:
         if processes.rank() == 0:
             _say(f"stopped; what was measured is in {folder}, and the same command continues from there")
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(stopped, Terminated) else 130) from None
     if checked.settings.tensor_parallel and processes.rank() > 0:
         return  # the first process shows it
     _show(outcome.folder, outcome.rows)
     if outcome.failures:
         _say(f"{len(outcome.failures)} cells failed; {outcome.folder / 'errors.txt'} has the tracebacks")
+    if outcome.missing:
+        _say(f"{outcome.missing} samples are missing: the same command measures them")
+    if outcome.failures or outcome.missing:
         raise typer.Exit(1)
 
 

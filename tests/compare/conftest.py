@@ -4,11 +4,12 @@ import textwrap
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import kvsieve
-from kvsieve.compare import config
+from kvsieve.compare import config, run
 from kvsieve.reference_model.tokenizer import byte_tokenizer
 
 
@@ -51,3 +52,14 @@ def write(tmp_path, model_folder):
 @pytest.fixture
 def load(write):
     return lambda text, **options: config.load(write(text, **options))
+
+
+@pytest.fixture
+def compare(load, model, tmp_path):
+    """Runs a configuration on the tiny model; what it printed is in `compare.console`."""
+
+    def compare(text, out="out", **options):
+        compare.console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+        return run.compare(load(text, **options), tmp_path / out, compare.console, model)
+
+    return compare

@@ -4,23 +4,17 @@ import csv
 import dataclasses
 import json
 import math
-import signal
-import subprocess
-import sys
 import textwrap
-import time
-from collections import Counter
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
 import kvsieve
 from kvsieve import UserError, plugins
-from kvsieve.compare import cells, code, run, samples, summary, weights
+from kvsieve.compare import cells, code, samples, summary, weights
 from kvsieve.compare.execute import local
 from kvsieve.compare.tasks import Perplexity
 
@@ -34,17 +28,6 @@ SMALL = """\
       - sparq: {compression: 1/4}
       - h2o: {compression: 1/4}
     """
-
-
-@pytest.fixture
-def compare(load, model, tmp_path):
-    """Runs a configuration on the tiny model; what it printed is in `compare.console`."""
-
-    def compare(text, out="out", **options):
-        compare.console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
-        return run.compare(load(text, **options), tmp_path / out, compare.console, model)
-
-    return compare
 
 
 def lines(folder):
@@ -232,40 +215,6 @@ def test_hooks_of_plugins_are_called_and_may_fail(compare, monkeypatch):
     compare("tasks: [needle: {context: 120, samples: 1}]\npolicies: [dense]\n")
     assert calls == [1]
     assert "a plugin failed in run_finished: RuntimeError: nobody" in compare.console.export_text()
-
-
-def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
-    text = """\
-        tasks: [needle: {context: 120, samples: 60}]
-        policies: [dense, local_window: {compression: 1/4}]
-        """
-    path = tmp_path / "out" / "samples.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "kvsieve.cli",
-        "compare",
-        str(write(text)),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 5):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    survived = samples.read(path)
-    assert 5 <= len(survived) < 120
-    with path.open("a") as file:
-        file.write('{"cell": "torn')
-    outcome = compare(text)  # in this process: cells have the same ids in both
-    found = samples.read(path)
-    assert found[: len(survived)] == survived
-    counts = Counter((r["cell"], r["sample"]) for r in found)
-    assert len(counts) == 120
-    assert set(counts.values()) == {1}
-    assert [r["samples"] for r in lines(outcome.folder)] == ["60", "60"]
 
 
 def test_what_ran_eagerly_on_a_gpu_is_said_where_the_speeds_are():

@@ -52,9 +52,7 @@ def framework_files() -> dict[str, str]:
     files: dict[str, str] = {}
     for root in _ROOTS:
         files |= _files(root)
-    for name in _ALONE:
-        files |= {name: digest for found, digest in _files(name).items() if found == name}
-    return files
+    return files | {name: _files(name)[name] for name in _ALONE}
 
 
 def class_files(*classes: type) -> dict[str, str]:

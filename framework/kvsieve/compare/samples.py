@@ -130,15 +130,16 @@ class Store:
         self.records |= {_key(record): record for record in records}
 
     def restore(self) -> int:
-        """Write again what was deleted from the file, or with it, by another program; returns how many samples.
+        """Write again what another program took out of the file, or deleted with it; returns how many samples.
 
         Raises:
             UserError: as `append`.
         """
         if self._is_as_we_left_it():
             return 0
-        os.close(self._file)
+        before = self._file
         self._open()
+        os.close(before)
         present = {_key(record) for record in read(self.path)}
         lost = [record for key, record in self.records.items() if key not in present]
         self._append(lost)
@@ -149,6 +150,7 @@ class Store:
         """Open the file, or make it, and cut off a torn last line."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             # A link is not followed, and a pipe is not waited for.
             self._file = os.open(
                 self.path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666
