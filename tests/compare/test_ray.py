@@ -3,12 +3,14 @@
 import csv
 import os
 import socket
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.reliability import record
 
 from kvsieve import UserError, plugins
 from kvsieve.compare import run, samples
@@ -158,6 +160,35 @@ def test_a_cell_whose_worker_always_dies_is_given_up(cluster, compare, tmp_path)
         ("deadly", "1"),
         ("dense", "3"),
     ]
+
+
+LISTENS = """
+import psutil
+from kvsieve.compare.execute.ray import OnRay
+
+ray = OnRay().ray
+assert ray.get(ray.remote(lambda: 1).remote()) == 1
+for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    for connection in process.net_connections("inet"):
+        if connection.status == psutil.CONN_LISTEN:
+            print(connection.laddr.ip)
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_started_here_listens_on_the_loopback_only():
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'kvsieve[ray]'")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", LISTENS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    addresses = done.stdout.split()
+    assert len(addresses) > 3
+    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
+    record(
+        "ports of a Ray cluster that a comparison started, and those open to the network",
+        f"{len(addresses)}, 0",
+    )
 
 
 def test_tensor_parallel_is_no_matter_of_ray(cluster, load):
