@@ -50,8 +50,9 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if flatten is None:
         yield tensor
         return
-    for name in flatten()[0]:
-        yield from _parts(getattr(tensor, name))
+    for part in (getattr(tensor, name) for name in flatten()[0]):
+        if isinstance(part, torch.Tensor):
+            yield from _parts(part)
 
 
 def _reduce(tensor: torch.Tensor) -> bytes:

@@ -114,6 +114,11 @@ class PolicyLM(HFLM):
         scored = Forcing(self.model, prompts, forced, self.policy, cache=cache).result()
         for (_, _, continuation), row in zip(requests, scored, strict=True):
             asked = slice(-len(continuation), None)  # not the context's own last token
+            if row.log_probabilities[asked].isnan().any():
+                raise UserError(
+                    f"a log-probability is NaN: the model's weights or its dtype ({self.model.dtype}) are at "
+                    "fault, or a custom policy is; try dtype float32 and policy dense"
+                )
             answers.append((float(row.log_probabilities[asked].sum()), bool(row.likeliest[asked].all())))
         self.kv_bytes = max(self.kv_bytes, cache.memory())
         return answers
