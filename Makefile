@@ -1,10 +1,12 @@
 # make demo    compare four policies on the model that ships, print the table, write report.html
 # make test    lint, types, tests (CPU only, offline once installed)
+# make slow    the long tests; their figures go into docs/reliability.md
 # make gpu     kernels tested and measured on this machine's GPU, results into benchmarks/results/
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FIGURES := $(VENV)/reliability.jsonl
 
 .PHONY: demo test lint types unit slow gpu clean
 
@@ -23,8 +25,12 @@ types: $(VENV)/.installed
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 4 --dist loadfile
 
+# The figures that slow tests record, docs/reliability.md shows.
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	@: > $(FIGURES)
+	KVSIEVE_RELIABILITY=$(abspath $(FIGURES)) $(BIN)/python -m pytest -m slow
+	$(BIN)/python -m tests.reliability $(FIGURES) > benchmarks/results/reliability.md
+	$(BIN)/python -m tests.test_docs
 
 # Runs with the interpreter at hand: a CUDA image brings its own torch and triton.
 gpu:

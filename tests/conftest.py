@@ -1,9 +1,11 @@
-"""One torch thread: the suite runs on two cores beside other things; OpenMP's threads wait for each other.
+"""Fixtures for all tests, and settings that must come first.
 
-Without a GPU, Triton interprets its kernels; it asks once, when they are defined: this must come before.
+One torch thread: on two busy cores OpenMP's threads wait for each other. Without a GPU, Triton interprets its
+kernels; it reads its variable once, when they are defined.
 """
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,15 +18,25 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """Without a GPU, what needs one is skipped, however it was selected."""
+    """Skip tests that need a GPU where there is none, however they were selected."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A saved random model of bytes: 2 layers, 2 query heads and 1 KV head of 16 channels, 512 positions."""
+    from tests.models import save_byte_llama
+
+    folder = tmp_path_factory.mktemp("model")
+    save_byte_llama(folder)
+    return folder
+
+
 class Recorded:
-    """Stands for `StepGraph` on a CPU: the third step is "captured", and what is replayed is that very function."""
+    """Stands for `StepGraph` on a CPU: "captures" the third step and replays that function."""
 
     captured = 0
 
@@ -41,10 +53,40 @@ class Recorded:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Decode steps are "captured" on this machine too."""
+    """Decode steps are "captured" without a GPU too."""
     from kvsieve import graph
 
-    monkeypatch.setattr(graph, "why_not", lambda cache, model: None if graph._wanted else graph.EAGER)
+    monkeypatch.setattr(graph, "why_not", lambda cache, model: None if graph._wanted.capture else graph.EAGER)
     monkeypatch.setattr(graph, "StepGraph", Recorded)
     Recorded.captured = 0
     return Recorded
+
+
+def lay_out(folder, name, code, entry_points, metadata):
+    """Put a package where an installer would: its module beside a dist-info folder."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(metadata)
+    (info / "entry_points.txt").write_text(entry_points)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a package on sys.path, before all others."""
+
+    def put(name, code, version="1.0", entry=None, point=None):
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        lay_out(tmp_path, name, code, f"[kvsieve]\n{point or name} = {entry or name}\n", metadata)
+        plugins.reload()
+
+    from kvsieve import plugins
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield put
+    monkeypatch.undo()
+    for module in [
+        name for name, found in sys.modules.items() if str(tmp_path) in str(getattr(found, "__file__", ""))
+    ]:
+        del sys.modules[module]
+    plugins.reload()

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvsieve
-from kvsieve import KeyLayout, KVCache, LayerCache, Policy, UserError, make_policy
+from kvsieve import KeyLayout, KVCache, Policy, UserError, make_policy
 from kvsieve.attention import decode_step, prefill
+from kvsieve.cache.kv import Scoring
+from kvsieve.cache.layer import LayerCache
 from kvsieve.cache.layouts import KINDS, by_token
 from tests.models import random_prompts, tiny_llama
 
@@ -26,6 +28,10 @@ class Tagging(Policy):
     name: ClassVar[str] = "tagging"
     columns = {"tag": torch.float32, "pair": (torch.float64, 2)}
     summaries = {"last": (torch.float32, "D"), "count": torch.int64}
+
+    @property
+    def keeps(self):
+        return self.budget
 
     def on_append(self, kv, new):
         kv["tag"] = torch.where(kv.live(), kv.positions + 0.5, 0)
@@ -51,8 +57,8 @@ class Slots:
     """Drives a LayerCache and knows what must be in it: the rows' names, and how many tokens each has seen."""
 
     def __init__(self, rows: int, budget: int | None, layout: str) -> None:
-        self.kv = LayerCache(Tagging(budget, KeyLayout(layout)))
-        self.kv.scoring = {"scale": 0.5, "softcap": None, "sinks": None}
+        self.layer = LayerCache(Tagging(budget, KeyLayout(layout)))
+        self.layer.scoring = Scoring(0.5)
         self.rows, self.seen = list(range(rows)), [0] * rows
 
     def prompt(self, sizes: list[int], left: bool) -> None:
@@ -64,32 +70,30 @@ class Slots:
             valid[b, place] = True
             keys[b, :, place] = tokens([self.rows[b]], [self.seen[b]], size)[0]
             self.seen[b] += size
-        self.kv.update(keys, -keys)
-        self.kv.phase = "last_chunk"
-        prefill(self.kv, torch.zeros(len(sizes), HEADS, 1, longest, SIZE), valid)
-        self.kv.phase = "auto"
+        self.layer.update(keys, -keys)
+        prefill(self.layer, torch.zeros(len(sizes), HEADS, 1, longest, SIZE), valid)
 
     def step(self, active: list[bool]) -> None:
         keys = tokens(self.rows, self.seen, 1)
-        self.kv.update(keys, -keys)
+        self.layer.update(keys, -keys)
         self.seen = [seen + is_active for seen, is_active in zip(self.seen, active, strict=True)]
-        decode_step(self.kv, torch.zeros(len(active), HEADS, 1, SIZE), torch.tensor(active)[:, None])
+        decode_step(self.layer, torch.zeros(len(active), HEADS, 1, SIZE), torch.tensor(active)[:, None])
 
     def reorder(self, order: list[int]) -> None:
-        self.kv.reorder_cache(torch.tensor(order))
+        self.layer.reorder_cache(torch.tensor(order))
         self.rows, self.seen = [self.rows[i] for i in order], [self.seen[i] for i in order]
 
     def check(self) -> None:
-        kv, budget = self.kv, self.kv.budget
+        kv, slots, budget = self.layer.kv, self.layer.slots, self.layer.policy.keeps
         tag, pair, keys = kv["tag"], kv["pair"], kv.keys
-        channels = by_token(kv.live_channels, kv.used)
+        channels = by_token(slots.channels, slots.used)
         for b, (row, seen) in enumerate(zip(self.rows, self.seen, strict=True)):
             assert int(kv.seen[b]) == seen
             assert kv["count"][b].tolist() == [seen] * HEADS
             for k in range(HEADS):
                 length = int(kv.lengths[b, k])
                 assert length == (seen if budget is None else min(seen, budget))
-                assert length <= kv.used
+                assert length <= kv.slots_in_use
                 held = kv.positions[b, k, :length].tolist()
                 assert len(set(held)) == length
                 assert all(0 <= token < seen for token in held)
@@ -97,10 +101,10 @@ class Slots:
                 wanted = torch.tensor([key_of(row, token) for token in held])
                 assert torch.equal(keys[b, k, :length, 0], wanted)
                 assert torch.equal(channels[b, k, :length, SIZE - 1], wanted)
-                assert torch.equal(kv.live_values[b, k, :length, 0], -wanted)
+                assert torch.equal(slots.values[b, k, :length, 0], -wanted)
                 assert torch.equal(tag[b, k, :length], torch.tensor(held) + 0.5)
                 assert torch.equal(pair[b, k, :length, 1].float(), -torch.tensor(held) - 0.5)
-        assert all(t.isfinite().all() for t in kv.snapshot().values())
+        assert all(t.isfinite().all() for t in slots.stored().values())
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,10 +152,10 @@ def test_the_whole_context_is_never_held_for_all_layers():
     @dataclass(frozen=True)
     class Watching(Policy):
         name: ClassVar[str] = "watching"
-        budget: int = 10
+        keeps: int = 10
 
         def priority(self, kv):
-            held.append([layer.capacity for layer in cache.policy_layers if layer.is_initialized])
+            held.append([layer.slots.capacity for layer in cache.policy_layers if layer.is_initialized])
             return kv.positions.float()
 
     cache = KVCache(model, Watching())
@@ -196,6 +200,82 @@ def test_reset_makes_it_fresh():
     assert torch.equal(
         torch.stack(first), torch.stack(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)))
     )
+
+
+def test_a_cache_belongs_to_one_decode_until_it_ends():
+    model, prompts = tiny_llama(), random_prompts(9)
+    cache = KVCache(model)
+    first, second = (kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5) for _ in range(2))
+    next(first)
+    with pytest.raises(UserError, match="another decode is using this cache"):
+        next(second)
+    assert len(list(first)) == 4  # and the first was not disturbed
+    with pytest.raises(UserError, match="already holds tokens"):
+        kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)
+
+
+def test_a_reset_cache_is_free_for_another_decode_and_the_first_is_told():
+    model, prompts = tiny_llama(), random_prompts(9)
+    cache = KVCache(model)
+    first = kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)
+    next(first)
+    cache.reset()
+    second = list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))
+    assert len(second) == 5
+    with pytest.raises(UserError, match="was reset while it was running"):
+        next(first)
+
+
+def test_a_decode_that_is_given_up_frees_the_cache():
+    model, prompts = tiny_llama(), random_prompts(9)
+    cache = KVCache(model)
+    tokens = kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)
+    next(tokens)
+    tokens.close()
+    with pytest.raises(UserError, match="already holds tokens"):
+        list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))
+    cache.reset()
+    assert len(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))) == 5
+
+
+def test_a_cache_filled_in_inference_mode_can_be_reset_outside_of_it():
+    model, prompts = tiny_llama(), random_prompts(9)
+    cache = KVCache(model, make_policy("h2o", budget=6, recent=2))
+    with torch.inference_mode():
+        first = torch.stack(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)))
+    cache.reset()
+    again = torch.stack(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5)))
+    assert torch.equal(first, again)
+
+
+def test_what_a_batch_leaves_behind_never_reaches_the_next():
+    """Storage that stays after a reset is finite, even if the last batch was not."""
+    model = tiny_llama()
+    cache = KVCache(model, make_policy("sparq", r=3, k=6, local=2), capacity=40)
+    layers = cache.policy_layers
+    list(kvsieve.decode(model, random_prompts(20), cache=cache, max_new_tokens=5))
+    for layer in layers:
+        layer.slots.values.fill_(torch.nan)
+        layer.slots.keys.fill_(torch.inf)
+    cache.reset()
+    cache.expect_prompt(9)
+    got = torch.stack(list(kvsieve.decode(model, random_prompts(9), cache=cache, max_new_tokens=5)))
+    wanted = kvsieve.decode(model, random_prompts(9), cache.policy, max_new_tokens=5)
+    assert torch.equal(got, torch.stack(list(wanted)))
+    assert all(t.isfinite().all() for layer in layers for t in layer.slots.stored().values())
+
+
+def test_a_cache_for_fewer_layers_is_refused():
+    model, small = tiny_llama(), tiny_llama()
+    cache = KVCache(small)
+    del cache.layers[1]
+    with pytest.raises(UserError, match="the cache has 1 layers, and the model asks for layer 1"):
+        list(kvsieve.decode(model, random_prompts(9), cache=cache, max_new_tokens=5))
+
+
+def test_a_cache_cannot_be_cropped():
+    with pytest.raises(UserError, match="cannot be cropped"):
+        KVCache(tiny_llama()).crop(3)
 
 
 def test_plain_forward_through_the_cache_equals_no_cache():

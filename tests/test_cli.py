@@ -5,30 +5,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from kvsieve import plugins
+from kvsieve import __version__, plugins
 from kvsieve.cli import app
 from kvsieve.compare import report, run
 from kvsieve.compare.execute import local
-from kvsieve.reference_model.tokenizer import byte_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "max_position_embeddings": 512,
-    }
-    LlamaForCausalLM(LlamaConfig(vocab_size=259, num_attention_heads=2, **shape)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -55,7 +37,9 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
         "import sys; sys.argv = ['kvsieve', '--help']\n"
         "from kvsieve.cli import main\n"
         "try: main()\n"
-        "finally: assert not {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules), sorted(sys.modules)\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
@@ -63,9 +47,8 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
 
 
 def test_compare_prints_the_table_and_where_the_report_is(kvsieve, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        report, "write_report", lambda folder: folder / "report.html"
-    )  # slow, and has its own tests
+    # The report is slow, and has its own tests.
+    monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")
     result = kvsieve("compare", config)
     assert result.exit_code == 0, result.output
     assert "needle: exact match, higher is better" in result.stdout
@@ -121,11 +104,15 @@ def test_an_interruption_says_how_to_go_on(kvsieve, config, monkeypatch):
         (["validate", "wrong.yaml"], "wrong.yaml:1:8: modle: unknown key 'modle'"),
         (["report", "."], "is not the folder of a run"),
         (["generate", "--policy", "sparc", "x"], "unknown policy 'sparc'; did you mean 'sparq'?"),
-        (["generate", "--policy", "sparq", "-p", "r=x", "x"], "sparq.r: Input should be a valid integer"),
+        (["generate", "--policy", "sparq", "-p", "r=x", "x"], "sparq.r: must be an integer (got 'x')"),
         (["generate", "--policy", "sparq", "-p", "r", "x"], "-p r: write a parameter as NAME=VALUE"),
         (["generate", "--policy", "sparq", "-p", "r=[1, 2]", "x"], "only one can be run here"),
         (["generate", "--compression", "9", "x"], "above 0 and up to 1, such as 1/8"),
         (["generate", "--model", "./nowhere", "x"], "no such folder"),
+        (["generate", "--policy", "sparq: {k: true}", "x"], "sparq.k: must be an integer (got True)"),
+        (["generate", "--policy", "sparq", "-p", "k=!!int x", "x"], "tags such as !!int are not read"),
+        (["generate", "--policy", "[sparq", "x"], "--policy is a name, or one with parameters"),
+        (["generate", "--seed", "99999999999999999999", "x"], "--seed"),
     ],
 )
 def test_a_mistake_is_a_message_and_status_2(kvsieve, tmp_path, arguments, message):
@@ -134,6 +121,65 @@ def test_a_mistake_is_a_message_and_status_2(kvsieve, tmp_path, arguments, messa
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_help_and_version_are_where_people_look_for_them(kvsieve):
+    assert kvsieve("--version").stdout == f"kvsieve {__version__}\n"
+    assert kvsieve("-h").stdout == kvsieve("--help").stdout
+    assert "Usage" in kvsieve("compare", "-h").stdout
+
+
+def test_policies_and_tasks_as_json(kvsieve):
+    found = {one["name"]: one for one in json.loads(kvsieve("policies", "--json").stdout)}
+    assert found["sparq"]["distribution"] == "kvsieve"
+    assert found["sparq"]["paper"] == "arXiv:2312.04985"
+    assert {"name": "k", "type": "int", "required": False, "default": 128} in found["sparq"]["parameters"]
+    inner = {"name": "inner", "type": "Policy", "required": True, "default": None}
+    assert inner in found["dense_layers"]["parameters"]
+    needle = next(one for one in json.loads(kvsieve("tasks", "--json").stdout) if one["name"] == "needle")
+    assert needle["metric"] == "exact match"
+
+
+def test_validate_knows_the_model_and_says_what_is_no_mistake(kvsieve, config, monkeypatch):
+    monkeypatch.setattr(plugins, "problems", lambda: ["plugin 'x' of y 1.0: ImportError: gone"])
+    result = kvsieve("validate", config, "--set", "policies.1=dense")
+    assert result.exit_code == 0
+    assert "note: --set policies.1=dense: policies.1: the same as policies.0; it is" in result.stderr
+    assert "not loaded: plugin 'x' of y 1.0: ImportError: gone" in result.stderr
+    assert "1 tasks x 1 policies" in result.stdout
+    beyond = kvsieve("validate", config, "--set", "tasks.0.needle.context=512")
+    assert beyond.exit_code == 2
+    assert "context 512 needs at least 513 positions with its answer, and the model has 512" in beyond.stderr
+
+
+@pytest.mark.parametrize("command", ["validate", "compare"])
+def test_what_runs_code_needs_a_flag_on_the_command_line_too(kvsieve, config, command):
+    result = kvsieve(command, config, "--set", "trust_remote_code=true")
+    assert result.exit_code == 2
+    assert "give --trust-remote-code on the command line, too" in result.stderr
+    allowed = kvsieve("validate", config, "--set", "trust_remote_code=true", "--trust-remote-code")
+    assert allowed.exit_code == 0, allowed.output
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("", "--out is empty"),
+        ("mine.yaml", "--out mine.yaml is a file; a run needs a folder"),
+        ("x" * 256, "--out has a name of more than 255 bytes"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_at_once(kvsieve, config, out, message):
+    result = kvsieve("compare", config, "--out", out)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_policy_is_a_name_or_a_spec_and_options_win(kvsieve, model_folder):
+    common = ["generate", "--model", model_folder, "--max-new-tokens", "2"]
+    spec = kvsieve(*common, "--policy", "sparq: {r: 4, k: 8, local: 2}", "-p", "k=6", "def main(")
+    assert spec.exit_code == 0, spec.output
+    assert "sparq r=4 k=6 local=2" in spec.stderr
 
 
 def test_validate(kvsieve, config):
@@ -178,6 +224,12 @@ def test_generate_streams_what_the_model_says(kvsieve, model_folder):
     assert greedy.stdout == kvsieve(*common, "-", input="def main(").stdout
     drawn = [kvsieve(*common, "--temperature", "1", "--seed", seed, "def main(").stdout for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_refuses_standard_input_that_is_not_utf8(kvsieve, model_folder):
+    result = kvsieve("generate", "--model", model_folder, "-", input="café".encode("latin-1"))
+    assert result.exit_code == 2
+    assert "standard input is not UTF-8 text: byte 3 is 0xe9" in result.stderr
 
 
 def test_generate_refuses_an_empty_prompt(kvsieve, model_folder):

@@ -1,4 +1,7 @@
-"""The ops made for a CPU equal the reference."""
+"""The CPU ops equal the reference, in any thread and under any gradient mode."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -60,3 +63,43 @@ def test_top_by_channels(layout, capacity, group_score, extras, dtype):
             assert len(sets[0] - sets[1]) <= near
     tolerance = 1e-6 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(got[2], wanted[2], atol=tolerance, rtol=0)
+
+
+def selections(ops, seed, together):
+    """Ten selections and attentions over them, of a size that depends on the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    total = 640 + 128 * seed
+    query, keys, values = (torch.randn(2, HEADS, n, SIZE, generator=generator) for n in (GROUP, total, total))
+    by_channel = keys.transpose(2, 3).contiguous().transpose(2, 3)
+    lengths, found = torch.tensor([[total, 50], [9, total - 3]]), []
+    together.wait(60)
+    for _ in range(10):
+        channels = ops.top_channels(query, 5)
+        slots, counts, missed = ops.top_by_channels(
+            query, by_channel, lengths, channels, 9, size=total, scale=0.25
+        )
+        query, _ = ops.attend(query, keys, values, lengths, scale=0.25, slots=slots, counts=counts)
+        found += [counts, missed, query]
+    return found
+
+
+@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+def test_threads_get_what_they_get_alone(ops):
+    alone = [selections(ops, seed, Barrier(1)) for seed in range(4)]
+    together = Barrier(4)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda seed: selections(ops, seed, together), range(4)))
+    for mine, right in zip(found, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
+
+
+def test_memory_taken_in_inference_mode_serves_outside_of_it():
+    with ThreadPoolExecutor(1) as threads:  # a thread without a workspace yet
+        assert threads.submit(inference_first).result()
+
+
+def inference_first():
+    with torch.inference_mode():
+        first = selections(cpu, 0, Barrier(1))
+    with torch.no_grad():
+        return all(torch.equal(a, b) for a, b in zip(selections(cpu, 0, Barrier(1)), first, strict=True))

@@ -1,9 +1,12 @@
 """The documents hold what they include, link to what exists, and show code that runs.
 
-`python tests/test_docs.py` writes the included files anew.
+`python -m tests.test_docs` writes the included files anew.
 """
 
+import ast
 import csv
+import doctest
+import importlib
 import re
 import shlex
 import sys
@@ -11,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
+import kvsieve
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 INCLUDE = re.compile(r"(<!-- include: (\S+)[^\n]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
+# A fenced block, and the reason why it is not run: <!-- not run: REASON --> on the line above.
+PYTHON = re.compile(r"(?:<!-- not run: (.+?) -->\n)?```python\n(.*?)```", re.DOTALL)
 names = [document.name for document in DOCUMENTS]
 
 
@@ -62,7 +69,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names)
 def test_included_files_are_fresh(document):
-    assert document.read_text() == with_includes(document.read_text()), "run: python tests/test_docs.py"
+    assert document.read_text() == with_includes(document.read_text()), "run: python -m tests.test_docs"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names)
@@ -72,14 +79,51 @@ def test_links_lead_somewhere(document):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_the_code_of_the_readme_runs(capsys):
+@pytest.fixture(scope="module")
+def space():
+    """Names that examples use without defining them; each document or docstring gets a copy."""
+    return {
+        **{name: getattr(kvsieve, name) for name in kvsieve.__all__},
+        "kvsieve": kvsieve,
+        "model": kvsieve.load("reference", device="cpu"),
+        "policy": kvsieve.make_policy("sparq", r=8, k=64, local=16),
+        "prompts": [kvsieve.corpus.held_out_text()[:200], "def main("],
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names)
+def test_the_python_of_a_document_runs(document, space, capsys):
     """In order, as a reader would: each block may use what the ones before it made."""
-    space = {}
-    for document, code in blocks("python"):
-        if document == "README.md":
-            exec(compile(code, document, "exec"), space)
-    ratio = re.search(r"(0\.\d+) of dense attention's bytes", capsys.readouterr().out)
-    assert float(ratio[1]) < 0.15
+    space = dict(space)
+    for reason, code in PYTHON.findall(INCLUDE.sub("", document.read_text())):
+        if not reason:
+            exec(compile(code, document.name, "exec"), space)
+    if document.name == "README.md":
+        ratio = re.search(r"(0\.\d+) of dense attention's bytes", capsys.readouterr().out)
+        assert float(ratio[1]) < 0.15
+
+
+def docstrings_with_examples():
+    """(module, docstring) of every docstring that shows what a call returns."""
+    for root, file in [
+        (top, file) for top in ("framework", "policies") for file in (ROOT / top).rglob("*.py")
+    ]:
+        module = ".".join(file.relative_to(ROOT / root).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                if ">>>" in text:
+                    yield pytest.param(module, text, id=f"{module}.{getattr(node, 'name', '')}".strip("."))
+
+
+@pytest.mark.parametrize(("module", "docstring"), list(docstrings_with_examples()))
+def test_the_examples_of_a_docstring_give_what_they_show(module, docstring, space):
+    names = {**vars(importlib.import_module(module)), **space}
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    example = doctest.DocTestParser().get_doctest(docstring, names, module, None, None)
+    said: list[str] = []
+    failed = doctest.DocTestRunner(optionflags=flags).run(example, out=said.append).failed
+    assert not failed, "".join(said)
 
 
 def test_shown_commands_exist():
@@ -107,7 +151,7 @@ def test_shown_yaml_is_a_comparison(tmp_path):
             path = tmp_path / "shown.yaml"
             path.write_text(code)
             try:
-                config.load(path)
+                config.load(path, trust_task_code=True)
             except UserError as error:
                 pytest.fail(f"{document}: {error}")
 

@@ -23,7 +23,7 @@ policies:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """What an installer leaves of the package: its module, and metadata made of its pyproject.toml."""
+    """The package as installed: its module, and metadata made from its pyproject.toml."""
     site = tmp_path_factory.mktemp("site")
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     (site / "my_policy.py").write_text((EXAMPLE / "my_policy.py").read_text())
@@ -65,4 +65,4 @@ def test_its_own_tests_pass(environment):
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, str(tests)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "10 passed" in done.stdout
+    assert "15 passed" in done.stdout

@@ -4,26 +4,18 @@ import copy
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, LlamaForCausalLM, TextStreamer
 
 import kvsieve
-from kvsieve import KVCache, UserError, make_policy
+from kvsieve import KVCache, UserError
 from kvsieve.reference_model.tokenizer import byte_tokenizer
 from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
+from tests.policies import LOOSE, TIGHT
 
-POLICIES = {
-    "dense": make_policy("dense"),
-    "sparq": make_policy("sparq", r=3, k=6, local=2),
-    "h2o": make_policy("h2o", budget=9, recent=4),
-    "local_window": make_policy("local_window", budget=9, sinks=2),
-}
-ROOMY = {  # nothing is left out: exactly dense
-    "dense": make_policy("dense"),
-    "sparq": make_policy("sparq", r=3, k=99, local=2),
-    "h2o": make_policy("h2o", budget=99, recent=4),
-    "local_window": make_policy("local_window", budget=99, sinks=2),
-}
+NAMES = ["dense", "sparq", "h2o", "local_window"]
+POLICIES = {name: TIGHT[name] for name in NAMES}
+ROOMY = {name: LOOSE[name] for name in NAMES}  # nothing is left out: exactly dense
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 each_roomy_policy = pytest.mark.parametrize("policy", ROOMY.values(), ids=ROOMY)
 PROMPT = torch.tensor(random_prompts(13))
@@ -120,6 +112,51 @@ def test_beams_take_their_slots_along(model, policy):
     torch.testing.assert_close(out.sequences_scores, expected, atol=1e-4, rtol=0)
 
 
+# ---------------------------------------------------------------- embeddings instead of tokens
+@each_policy
+def test_embeddings_give_what_their_tokens_give(model, policy):
+    embeds = model.get_input_embeddings()(IDS).detach()
+    cache = KVCache(model, policy)
+    got = generate(model, None, cache, inputs_embeds=embeds, attention_mask=MASK)
+    assert torch.equal(got, generate(model, IDS, KVCache(model, policy), attention_mask=MASK)[:, 13:])
+    whole = model.get_input_embeddings()(PROMPT).detach()
+    got = generate(model, None, KVCache(model, policy), inputs_embeds=whole)
+    assert torch.equal(got, generate(model, PROMPT, KVCache(model, policy))[:, 13:])
+
+
+def test_embeddings_padded_on_the_right_or_in_chunks_are_refused_before_any_work(model, monkeypatch):
+    embeds = model.get_input_embeddings()(RIGHT_IDS).detach()
+    cache = KVCache(model)
+    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("work was done"))
+    for ids in (None, RIGHT_IDS):
+        with pytest.raises(
+            UserError, match="padded on the right cannot come with inputs_embeds: pad on the left"
+        ):
+            generate(model, ids, cache, inputs_embeds=embeds, attention_mask=RIGHT_MASK)
+    with pytest.raises(UserError, match="cannot read inputs_embeds in chunks: leave prefill_chunk_size out"):
+        generate(model, None, cache, inputs_embeds=embeds, prefill_chunk_size=4)
+    small = KVCache(model, make_policy("dense"), capacity=14)
+    with pytest.raises(UserError, match="14"):
+        generate(model, None, small, inputs_embeds=embeds)
+
+
+# ---------------------------------------------------------------- caches that do not fit
+def test_a_cache_with_fewer_layers_than_the_model_is_refused(model):
+    fewer = copy.deepcopy(model.config)
+    fewer.num_hidden_layers = 1
+    cache = KVCache(kvsieve.prepare(LlamaForCausalLM(fewer)))
+    with pytest.raises(UserError, match="the cache has 1 layers, and the model asks for layer 1"):
+        generate(model, PROMPT, cache)
+
+
+def test_a_cache_cannot_be_cropped(model):
+    cache = KVCache(model)
+    generate(model, PROMPT, cache)
+    with pytest.raises(UserError, match="a KVCache cannot be cropped"):
+        cache.crop(5)
+    assert cache.get_seq_length() == 13 + 9
+
+
 # ---------------------------------------------------------------- streaming
 @each_policy
 def test_streaming_gives_the_tokens_as_they_come(model, policy, capsys):
@@ -142,8 +179,8 @@ def test_chunked_prefill_agrees_with_one_shot(model, policy, chunk):
     parts = model.generate(IDS, attention_mask=MASK, past_key_values=cache, generation_config=config)
     assert torch.equal(parts.sequences, whole.sequences)
     torch.testing.assert_close(torch.stack(parts.logits), torch.stack(whole.logits), atol=1e-5, rtol=0)
-    if budget := policy.slots_kept():
-        assert cache.policy_layers[0].capacity == budget
+    if budget := policy.keeps:
+        assert cache.policy_layers[0].slots.capacity == budget
 
 
 @pytest.mark.parametrize("name", ["windowed", "borrowing"])
@@ -200,8 +237,8 @@ def test_a_turn_is_evicted_when_it_is_complete(model, policy):
         said = torch.cat([first, torch.tensor([random_prompts(6, seed=9)[0]])], 1)
         out = generate(model, said, cache, output_logits=True, return_dict_in_generate=True, **options)
         layer = cache.policy_layers[0]
-        assert layer.seen.tolist() == [13 + 5 + 6 + 9]
-        assert (layer.lengths <= (policy.slots_kept() or 99)).all()
+        assert layer.kv.seen.tolist() == [13 + 5 + 6 + 9]
+        assert (layer.kv.lengths <= (policy.keeps or 99)).all()
         return torch.stack(out.logits)
 
     whole = second_turn()

@@ -9,64 +9,29 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvsieve
-from kvsieve import KVCache, Policy, graph, make_policy
-from kvsieve.loop import Decoder, Generation
+from kvsieve import KVCache, Policy, graph
+from kvsieve.loop import Decoding, Runner
 from kvsieve.sampling import Sampler
+from kvsieve.testing import FindsWaits
 from tests.models import random_prompts, tiny_llama
+from tests.policies import FIRST_LAYER_DENSE, TIGHT
 
 POLICIES = {
-    "dense": make_policy("dense"),
-    "sparq": make_policy("sparq", r=3, k=8, local=2),
-    "sparq_logits": make_policy("sparq", r=3, k=8, local=2, group_score="logits", mean_value=False),
-    "sparq_double": make_policy("sparq", r=3, k=8, local=2, layout="double"),
-    "sparq_blocked": make_policy("sparq", r=3, k=8, local=2, layout="blocked"),
-    "h2o": make_policy("h2o", budget=10, recent=3),
-    "local_window": make_policy("local_window", budget=10, sinks=2),
-    "dense_layers": make_policy("dense_layers", layers=[0], inner={"h2o": {"budget": 10, "recent": 3}}),
+    name: TIGHT[name]
+    for name in ("dense", "sparq", "sparq_logits", "sparq_double", "sparq_blocked", "h2o", "local_window")
 }
+POLICIES["dense_layers"] = FIRST_LAYER_DENSE
 STEPS = 20
-
-# What makes the host wait for the device, or gives a shape that depends on data.
-WAITS = {
-    "_local_scalar_dense",
-    "item",
-    "nonzero",
-    "masked_select",
-    "is_nonzero",
-    "equal",
-    "unique",
-    "_unique2",
-    "multinomial",
-}
-
-
-class FindsWaits(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        indexes_by_mask = name.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype is torch.bool
-            for arg in args
-            if isinstance(arg, list | tuple)
-            for i in arg
-        )
-        if name in WAITS or indexes_by_mask:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def generation(policy, temperature=None, ends=()):
     model, prompts = tiny_llama(), random_prompts(24, 17)
     sampler = Sampler(temperature, None, None, 0, None, prompts, model.device, ends)
-    made = Generation(Decoder(model, prompts, policy, STEPS), sampler, eager=True)
+    made = Decoding(Runner(model, prompts, policy, STEPS), sampler, eager=True)
     made.begin()
-    made.decoder.cache.fix_shapes(made.decoder.room)
+    made.runner.cache.fix_shapes(made.runner.room)
     return made
 
 
@@ -90,17 +55,17 @@ def test_the_trace_finds_what_it_looks_for():
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_steps_of_constant_shape_give_the_same_tokens(policy):
     made = generation(policy)
-    got = [made.tokens.clone()]
+    got = [made.state.tokens.clone()]
     shapes = set()
     for _ in range(STEPS - 1):
         made.advance()
-        made.decoder.cache.count_fed()
-        got.append(made.tokens.clone())
-        shapes.add(tuple(layer.live_values.shape for layer in made.decoder.cache.policy_layers))
+        made.runner.cache.count_fed()
+        got.append(made.state.tokens.clone())
+        shapes.add(tuple(layer.slots.values.shape for layer in made.runner.cache.policy_layers))
     wanted = list(kvsieve.decode(tiny_llama(), random_prompts(24, 17), policy, max_new_tokens=STEPS))
     assert torch.equal(torch.stack(got), torch.stack(wanted))
     assert len(shapes) == 1
-    assert made.decoder.cache.get_seq_length() == 24 + STEPS - 1
+    assert made.runner.cache.get_seq_length() == 24 + STEPS - 1
 
 
 @pytest.mark.slow
@@ -123,13 +88,13 @@ def one_compiled_graph_serves_all_steps(policy):
         return module.forward
 
     with torch.no_grad():
-        got = [made.tokens.clone()]
+        got = [made.state.tokens.clone()]
         made.step()  # workspaces are allocated in the first, as on a GPU
-        got.append(made.tokens.clone())
+        got.append(made.state.tokens.clone())
         step = torch.compile(made.step, fullgraph=True, backend=count)
         for _ in range(STEPS - 2):
             step()
-            got.append(made.tokens.clone())
+            got.append(made.state.tokens.clone())
     wanted = list(kvsieve.decode(tiny_llama(), random_prompts(24, 17), policy, max_new_tokens=STEPS))
     assert torch.equal(torch.stack(got), torch.stack(wanted))
     assert len(compiled) == 1
@@ -173,7 +138,7 @@ def test_a_cache_that_is_reset_replays_its_step(recorded, policy, temperature):
             seed=seed,
         )
         got = torch.stack(list(tokens))
-        assert cache.ran_eagerly is None
+        assert cache.eager_because is None
         assert torch.equal(got, decoded(prompts, policy, temperature=temperature, seed=seed, eager=True))
     assert recorded.captured == 1
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import kvsieve
-from kvsieve import KeyLayout, KVCache, LayerCache, UserError, make_policy, transfer
+from kvsieve import KeyLayout, KVCache, UserError, make_policy, transfer
 from kvsieve.cache.layouts import BLOCKS, KINDS, by_token
-from kvsieve.testing import rollout
+from kvsieve.testing import LayerCache, rollout
 from tests.models import random_prompts, tiny_llama
 from tests.test_oracle import TOLERANCE, right_padded, steps
 
@@ -50,7 +50,7 @@ def test_the_same_tokens_and_the_same_bytes_read(layout, block):
 
 def test_the_second_copy_is_held_and_written():
     (_, single, meter), (_, double, double_meter) = run("single"), run("double")
-    keys = [layer.capacity for layer in single.policy_layers]
+    keys = [layer.slots.capacity for layer in single.policy_layers]
     padded = [-(-capacity // 128) * 128 for capacity in keys]  # a channel's row is whole memory sectors
     a_token = 3 * 2 * 8 * 4  # rows, KV heads, head size, float32
     assert double.memory() - single.memory() == sum(padded) * a_token
@@ -71,13 +71,13 @@ def test_rows_can_be_reordered(layout):
     torch.manual_seed(0)
     keys, values = torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 8)
     queries = torch.randn(2, 4, 4, 8)
-    kv = LayerCache(make_policy("sparq", r=3, k=6, local=2, layout=layout))
-    rollout(kv.policy, None, queries, keys, values, lengths=torch.tensor([30, 7]), kv=kv)
-    before = kv.keys.clone()
-    kv.reorder_cache(torch.tensor([1, 1]))
-    assert torch.equal(kv.keys, before[[1, 1]])
+    layer = LayerCache(make_policy("sparq", r=3, k=6, local=2, layout=layout))
+    rollout(layer.policy, None, queries, keys, values, lengths=torch.tensor([30, 7]), layer=layer)
+    before = layer.kv.keys.clone()
+    layer.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(layer.kv.keys, before[[1, 1]])
     contiguous = {"single": 3, "double": 2, "blocked": 3}[layout]  # still in its layout
-    assert kv.live_channels.stride(contiguous) == 1
+    assert layer.slots.channels.stride(contiguous) == 1
 
 
 @pytest.mark.parametrize("layout", KINDS)
@@ -93,11 +93,11 @@ def test_evicting_works_in_every_layout(layout, budget):
     keys, values = torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
     prompt, queries = torch.randn(2, 4, 40, 8), torch.randn(2, 4, 10, 8)
     lengths = torch.tensor([40, 11])
-    kv = LayerCache(Laid(budget=budget, recent=2))
-    got = rollout(kv.policy, prompt, queries, keys, values, lengths=lengths, kv=kv)
+    layer = LayerCache(Laid(budget=budget, recent=2))
+    got = rollout(layer.policy, prompt, queries, keys, values, lengths=lengths, layer=layer)
     wanted = rollout(H2O(budget=budget, recent=2), prompt, queries, keys, values, lengths=lengths)
     torch.testing.assert_close(got, wanted)
-    assert torch.equal(by_token(kv.live_channels, kv.used), kv.keys)
+    assert torch.equal(by_token(layer.slots.channels, layer.slots.used), layer.kv.keys)
 
 
 def test_what_is_no_layout_is_refused_with_the_legal_ones():

@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import kvsieve
@@ -26,6 +26,7 @@ from lm_eval.models.huggingface import HFLM
 
 from kvsieve.lm_eval import run
 from kvsieve.lm_eval.model import PolicyLM
+from tests.models import save_byte_llama
 
 POSITIONS = 96
 TIGHT = kvsieve.make_policy("local_window", budget=4, sinks=0)
@@ -73,15 +74,9 @@ def no_inventory():
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    wide = {"initializer_range": 0.4}  # so that attention matters
-    LlamaForCausalLM(
-        LlamaConfig(vocab_size=259, max_position_embeddings=POSITIONS, **shape, **heads, **wide)
-    ).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    # Large weights, so that attention matters.
+    save_byte_llama(folder, kv_heads=2, positions=POSITIONS, initializer_range=0.4)
     return folder
 
 
@@ -103,7 +98,8 @@ def task_folder(tmp_path_factory):
     data = folder / "documents.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
     for name, body in TASKS.items():
-        head = f"task: {name}\ndataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        head = f"task: {name}\ndataset_path: json\ntest_split: test\n"
+        head += f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
         (folder / f"{name}.yaml").write_text(head + textwrap.dedent(body))
     return folder
 
@@ -263,7 +259,8 @@ def test_from_the_command_line(model_folder, task_folder, tmp_path):
         "-p",
         "local=2",
     ]
-    arguments += ["--tasks", "tiny_choice,tiny_words", "--include-path", task_folder, "--limit", "2"]
+    arguments += ["--tasks", "tiny_choice,tiny_words", "--include-path", task_folder, "--trust-task-code"]
+    arguments += ["--limit", "2"]
     result = CliRunner().invoke(app, [*map(str, arguments), "--out", str(tmp_path / "out" / "results.json")])
     assert result.exit_code == 0, result.output
     assert "|tiny_choice|" in result.stdout
@@ -280,7 +277,9 @@ def test_a_mistake_is_a_message(model_folder, task_folder, tmp_path):
         assert result.exit_code == 2, result.output
         return result.stderr
 
-    assert "no such folder" in fails("--tasks", "x", "--include-path", tmp_path / "nowhere")
+    nowhere = ["--tasks", "x", "--include-path", tmp_path / "nowhere"]
+    assert "run code: if you trust them, give --trust-task-code, too" in fails(*nowhere)
+    assert "no such folder" in fails(*nowhere, "--trust-task-code")
     assert "unknown policy 'sparc'" in fails("--tasks", "x", "--policy", "sparc")
 
 
@@ -309,9 +308,11 @@ def compare(tmp_path, model, model_folder, task_folder):
         path = tmp_path / "test.yaml"
         entries = "".join(f"  - lm_eval: {{include_path: {task_folder}, {task}}}\n" for task in tasks)
         path.write_text(f"model: {model_folder}\nbatch_size: 2\ntasks:\n{entries}policies: {policies}\n")
-        outcome = compare(config.load(path), tmp_path / "out", Console(quiet=True), model)
+        outcome = compare(
+            config.load(path, trust_task_code=True), tmp_path / "out", Console(quiet=True), model
+        )
         assert outcome.failures == {}
-        return {(row["task"], row["policy"]): row for row in outcome.rows}
+        return {(row.task, row.policy): row for row in outcome.rows}
 
     return run
 
@@ -327,11 +328,11 @@ def test_in_a_comparison_the_score_is_lm_evals_own_metric(compare, model, task_f
     for policy, made in (("dense", None), ("local_window", TIGHT)):
         whole = run.evaluate(model, ["tiny_choice"], made, include_path=task_folder, bootstrap_iters=0)
         row = rows["tiny_choice", policy]
-        assert row["score"] == pytest.approx(whole.results["results"]["tiny_choice"]["acc_norm,none"])
-        assert row["score_low"] <= row["score"] <= row["score_high"]
-        assert row["bytes_ratio"] == pytest.approx(whole.bytes_ratio)
-        assert (row["metric"], row["context"], row["samples"]) == ("acc_norm", 64, 3)
-    assert rows["tiny_choice", "local_window"]["kv_bytes"] < rows["tiny_choice", "dense"]["kv_bytes"]
+        assert row.score == pytest.approx(whole.results["results"]["tiny_choice"]["acc_norm,none"])
+        assert row.score_low <= row.score <= row.score_high
+        assert row.bytes_ratio == pytest.approx(whole.bytes_ratio)
+        assert (row.metric, row.context, row.samples) == ("acc_norm", 64, 3)
+    assert rows["tiny_choice", "local_window"].kv_bytes < rows["tiny_choice", "dense"].kv_bytes
 
 
 def test_a_comparison_is_quiet(compare, capfd):
@@ -353,7 +354,7 @@ def test_a_comparison_goes_on_where_it_stopped(compare, monkeypatch):
     )
     row = compare([task + "3"], "[dense]")["tiny_choice", "dense"]
     assert [requests[0].doc_id for requests in asked] == [1, 2]
-    assert row["samples"] == 3
+    assert row.samples == 3
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,10 @@ from transformers import DynamicCache, LogitsProcessorList, SuppressTokensLogits
 import kvsieve
 from kvsieve import KVCache, Policy, UserError, make_policy
 from tests.models import random_prompts, tiny_llama
+from tests.policies import FIRST_LAYER_DENSE, TIGHT
 
-POLICIES = {
-    "dense": make_policy("dense"),
-    "sparq": make_policy("sparq", r=3, k=8, local=2),
-    "h2o": make_policy("h2o", budget=10, recent=3),
-    "local_window": make_policy("local_window", budget=10, sinks=2),
-    "dense_layers": make_policy("dense_layers", layers=[0], inner={"h2o": {"budget": 10, "recent": 3}}),
-}
+POLICIES = {name: TIGHT[name] for name in ("dense", "sparq", "h2o", "local_window")}
+POLICIES["dense_layers"] = FIRST_LAYER_DENSE
 ids = POLICIES.keys()
 
 
@@ -169,7 +165,7 @@ def test_nan_in_the_logits_is_reported_at_its_step():
         name: ClassVar[str] = "broken"
 
         def select(self, query, kv):
-            kv.live_values.fill_(torch.nan)
+            kv.values.fill_(torch.nan)
 
     with pytest.raises(UserError, match="logits are NaN at new token 2"):
         run([[1, 2, 3]], Broken())

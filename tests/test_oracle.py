@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvsieve
 from kvsieve import make_policy
-from kvsieve.loop import Decoder
-from kvsieve.testing import rollout
+from kvsieve.loop import Runner
+from kvsieve.testing import LayerCache, rollout
 
 DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-5  # float32; the issue asks for 1e-4
@@ -75,10 +75,13 @@ def test_h2o_evicts_what_the_authors_evict(case):
     keys, values = (right_padded(given[name], padding, H2O_STEPS) for name in ("keys", "values"))
     queries = right_padded(given["h2o_prefill_queries"], padding, 0)
     prompt = keys.shape[2] - H2O_STEPS
-    kv = kvsieve.LayerCache(policy)
-    got = rollout(policy, queries, given["h2o_step_queries"], keys, values, lengths=prompt - padding, kv=kv)
+    layer = LayerCache(policy)
+    got = rollout(
+        policy, queries, given["h2o_step_queries"], keys, values, lengths=prompt - padding, layer=layer
+    )
     torch.testing.assert_close(got, given["h2o_outputs"], atol=TOLERANCE, rtol=TOLERANCE)
     alive = given["h2o_alive"][:, :, -1]  # [B, H or K, T] by column
+    kv = layer.kv
     live, positions = kv.live(), kv.positions
     for b in range(alive.shape[0]):
         for head in range(kv.lengths.shape[1]):
@@ -113,8 +116,8 @@ def test_every_greedy_step(authors_run, method):
     model, given = authors_run
     prompts = [row[mask.bool()].tolist() for row, mask in zip(given["ids"], given["mask"], strict=True)]
     tokens, logits = given[f"{method}/tokens"], given[f"{method}/logits"]
-    decoder = Decoder(model, prompts, AUTHORS[method], max_new_tokens=24)
-    got = [decoder.prefill(), *(decoder.step(tokens[:, i]) for i in range(23))]
+    runner = Runner(model, prompts, AUTHORS[method], max_new_tokens=24)
+    got = [runner.prefill(), *(runner.run(tokens[:, i], runner.sizes + i) for i in range(23))]
     torch.testing.assert_close(torch.stack(got, 1), logits, atol=TOLERANCE, rtol=TOLERANCE)
     greedy = kvsieve.decode(model, prompts, AUTHORS[method], max_new_tokens=24, eos_token_id=())
     assert torch.equal(torch.stack(list(greedy), 1), tokens)

@@ -20,7 +20,7 @@ def model():
 
 
 def found(model, policy, samples, context=512):
-    """How many numbers hidden in `context` tokens are found again."""
+    """Count the numbers hidden in `context` tokens that are found again."""
     task = Needle(context=context, samples=samples)
     given = [task.sample(model.tokenizer, 0, index) for index in range(samples)]
     prompts = [sample.prompt for sample in given]

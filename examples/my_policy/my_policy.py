@@ -19,10 +19,14 @@ class KeyNorm(kvsieve.Policy):
     paper: ClassVar[str] = "arXiv:2406.11430"
     columns = {"norm": torch.float32}  # one number per cached token; the framework moves it with the token
 
-    def on_append(self, kv: kvsieve.LayerCache, new: kvsieve.NewTokens) -> None:
+    @property
+    def keeps(self) -> int:
+        return self.budget
+
+    def on_append(self, kv: kvsieve.KVView, new: kvsieve.NewTokens) -> None:
         kv.write("norm", new, new.keys.float().norm(dim=-1))
 
-    def priority(self, kv: kvsieve.LayerCache) -> torch.Tensor:  # the lowest goes when storage is full
+    def priority(self, kv: kvsieve.KVView) -> torch.Tensor:  # the lowest goes when storage is full
         return (-kv["norm"]).masked_fill(kv.newest(self.recent), torch.inf)
 
     @classmethod

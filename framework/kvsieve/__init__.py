@@ -3,7 +3,7 @@
 >>> import kvsieve
 >>> model = kvsieve.load("reference")
 >>> policy = kvsieve.make_policy("sparq", r=8, k=64, local=16)
->>> for token_ids in kvsieve.decode(model, ["def main("], policy, max_new_tokens=32): ...
+>>> tokens = list(kvsieve.decode(model, ["def main("], policy, max_new_tokens=32))  # one [B] per step
 
 Names are loaded when first used: importing this package does not import torch.
 """
@@ -16,34 +16,36 @@ from .hooks import hookimpl
 
 if TYPE_CHECKING:
     from . import corpus, ops, plugins, testing, transfer
+    from .cache.kv import KVView, NewTokens
     from .cache.kv_cache import KVCache
-    from .cache.layer import LayerCache, NewTokens
     from .cache.layouts import KeyLayout
     from .hf.models import load, prepare
     from .loop import decode
     from .policy import Observe, Policy, Selection, Shape, Tail
     from .scoring import score
     from .specs import make_policy
+    from .wrapper import Wrapper
 
 __version__ = "0.1.0"
 
 _FROM = {
+    "cache.kv": ["KVView", "NewTokens"],
     "cache.kv_cache": ["KVCache"],
-    "cache.layer": ["LayerCache", "NewTokens"],
     "cache.layouts": ["KeyLayout"],
     "hf.models": ["load", "prepare"],
     "loop": ["decode"],
     "policy": ["Observe", "Policy", "Selection", "Shape", "Tail"],
     "scoring": ["score"],
     "specs": ["make_policy"],
+    "wrapper": ["Wrapper"],
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}
 _MODULES = ["corpus", "ops", "plugins", "testing", "transfer"]
 
 __all__ = [
     "KVCache",
+    "KVView",
     "KeyLayout",
-    "LayerCache",
     "NewTokens",
     "Observe",
     "Policy",
@@ -51,6 +53,7 @@ __all__ = [
     "Shape",
     "Tail",
     "UserError",
+    "Wrapper",
     "corpus",
     "decode",
     "hookimpl",

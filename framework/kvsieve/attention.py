@@ -1,75 +1,71 @@
-"""One layer, one forward: a decode step (make room -> append -> select -> attend -> observe), or a prompt."""
+"""One forward of one layer: a decode step (make room, append, select, attend, observe), or a prompt."""
 
 from __future__ import annotations
 
 import torch
 
-from . import ops, transfer
+from . import contract, ops
 from .cache import layouts
+from .cache.forward import Forward
 from .cache.layer import LayerCache
 from .policy import Observe
 
 
-def decode_step(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """One token a row: `query [B, K, G, D]` -> `[B, K, G, D]`; its key and value are the ones `kv.update` took.
+def attend(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Attention of the new tokens of a forward: `query [B, K, G, Q, D]` -> the same; `valid [B, Q]`: real tokens.
 
-    `valid [B, 1]` False: that row has ended; it appends nothing and its output means nothing. A layer that borrows the
-    slots of `kv` (gemma3n) brings a query only: for it nothing is appended.
+    Their keys and values are the ones that `layer.update` took. A layer that borrows the slots of another (gemma3n)
+    brings a query only: for it nothing is appended.
     """
-    policy = kv.policy
-    if valid is not None:
-        kv.active = valid[:, 0]
-    kv.begin_step(transfer.current())
-    if kv.incoming is not None:
-        (keys, values), kv.incoming = kv.incoming, None
-        if kv.lends:
-            kv.compact_to_budget()  # all have read the prompt by now
-        new = kv.append_one(keys, values)  # makes room first
+    if layer.forward is Forward.STEP:
+        return decode_step(layer, query[:, :, :, 0], valid)[:, :, :, None]
+    return prefill(layer, query, valid)
+
+
+def decode_step(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """One token a row: `query [B, K, G, D]` -> `[B, K, G, D]`.
+
+    `valid [B, 1]` False: that row has ended; it appends nothing and its output means nothing.
+    """
+    policy, kv = layer.policy, layer.kv
+    layer.begin_step(valid)
+    if layer.incoming is not None:
+        new = layer.append_token()  # makes room first
         policy.on_append(kv, new)
-        if kv.counts_steps and kv.meter is not None:
-            kv.meter.add("steps", new.counts.sum())
-    selection = policy.select(query, kv)
-    wants_mass = policy.observes is Observe.MASS
-    output, mass = ops.attend(query, kv, selection, want_mass=wants_mass)
+    answer = policy.select(query, kv)
+    selection = contract.checked_selection(answer, policy, layer.index, layer.slots, query)
+    output, mass = ops.attend(query, kv, selection, want_mass=policy.observes is Observe.MASS)
     if mass is not None:
         policy.on_attend(kv, mass)
-    if kv.meter is not None:
-        kv.count_dense()
-    kv.begin_step(None)
+    layer.end_step()
     return output
 
 
-def prefill(kv: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """A prompt, or a chunk of one, densely: `query [B, K, G, Q, D]` -> the same; `valid [B, Q]` marks real tokens.
-
-    As in `decode_step`, a borrower appends nothing.
-    """
-    policy, owner = kv.policy, kv.incoming is not None
-    kv.begin_step(None)
-    if kv.incoming is not None:
-        (keys, values), kv.incoming = kv.incoming, None
-        new, starts, order = kv.append_prompt(keys, values, valid)
+def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """A prompt, or a piece of one, densely: `query [B, K, G, Q, D]` -> the same; zero where not `valid [B, Q]`."""
+    policy, kv, owner = layer.policy, layer.kv, layer.incoming is not None
+    if owner:
+        new = layer.append_prompt(valid)
         policy.on_append(kv, new)
-        kv.appended = starts, new.counts, order
-    starts, counts, order = kv.appended
+    assert layer.prompt is not None
+    starts, counts, order = layer.prompt
     if order is not None:
         query = query.gather(3, order[:, None, None, :, None].expand(query.shape))
+    slots = layer.slots
     output, mass = ops.implementation(query.device).prefill(
         query,
-        layouts.by_token(kv.live_keys, kv.used),
-        kv.live_values,
+        layouts.by_token(slots.keys, slots.used),
+        slots.values,
         starts,
         counts,
-        fresh=kv.used == query.shape[3],
+        fresh=slots.used == query.shape[3],
         want_mass=policy.observes is Observe.MASS,
-        **kv.scoring,
+        **layer.scoring._asdict(),
     )
     if mass is not None:
         policy.on_attend(kv, mass)
-    if kv.phase != "chunk" and owner:
-        policy.on_prefill(kv)
-        if not kv.lends:
-            kv.compact_to_budget()
+    if owner and layer.forward is not Forward.CHUNK:
+        layer.end_prompt()
     if order is not None:  # back to the places they came from
         index = order[:, None, None, :, None].expand(output.shape)
         output = torch.empty_like(output).scatter_(3, index, output)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import io
 import sys
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 import typer.core
@@ -22,9 +23,11 @@ from .lm_eval.cli import lm_eval
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .compare.choices import PolicyChoice
+    from .compare.config import Config
     from .compare.execute import Executor
+    from .compare.results import Row
     from .plugins import Registered
+    from .specs import PolicySpec
 
 
 class _Group(typer.core.TyperGroup):
@@ -42,10 +45,30 @@ app = typer.Typer(
     cls=_Group,
     help="Compare sparse-attention policies on one model: accuracy, bytes read, memory and speed.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"kvsieve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_version, help="print it and exit"),
+    ] = False,
+) -> None:
+    pass
+
+
 app.add_typer(bench, name="bench")
 app.command("lm-eval")(lm_eval)
 
@@ -65,6 +88,15 @@ Overrides = Annotated[
     ),
 ]
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run model code that comes with the checkpoint")
+]
+TrustTaskCode = Annotated[
+    bool,
+    typer.Option("--trust-task-code", help="let tasks in folders of their own (include_path) run their code"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for programs")]
+
 Eager = Annotated[
     bool, typer.Option("--eager", help="run decode steps from Python, on a GPU too, not as one CUDA graph")
 ]
@@ -74,7 +106,7 @@ Eager = Annotated[
 def compare(
     config: ConfigFile,
     out: Annotated[
-        Path | None, typer.Option(help="the run's folder; default: results/<name of the config>")
+        str | None, typer.Option(help="the run's folder; default: results/<name of the config>")
     ] = None,
     overrides: Overrides = None,
     executor: Annotated[
@@ -86,18 +118,19 @@ def compare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="cells at a time on Ray; default: what it has room for")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    trust_task_code: TrustTaskCode = False,
     eager: Eager = False,
 ) -> None:
     """Run every task under every policy and print the table; continues where an interrupted run stopped."""
-    from .compare import config as configuration
-
-    checked = configuration.load(config, [*(overrides or []), *(["eager=true"] if eager else [])])
+    changes = [*(overrides or []), *(["eager=true"] if eager else [])]
+    checked = _load(config, changes, trust_remote_code=trust_remote_code, trust_task_code=trust_task_code)
+    folder = _folder(out, checked)
     from . import processes
     from .compare.interrupt import Terminated, sigterm_interrupts
     from .compare.run import compare as run  # takes seconds: only once the config is known to be right
 
     _no_loading_bars()
-    folder = out or Path("results") / checked.name
     try:
         with sigterm_interrupts():
             outcome = run(checked, folder, executor=_executor(executor, address, workers))
@@ -128,17 +161,54 @@ def _executor(name: Executors, address: str | None, workers: int | None) -> Exec
 
 
 @app.command()
-def validate(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Check a comparison without running it: all mistakes at once, each with its place in the file."""
-    from .compare import config as configuration
+def validate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    trust_remote_code: TrustRemoteCode = False,
+    trust_task_code: TrustTaskCode = False,
+) -> None:
+    """Check a comparison without running it: all mistakes at once, each with its place in the file.
 
-    checked = configuration.load(config, overrides)
+    Contexts and policies are checked against the model's config.json, where it is on this machine.
+    """
+    checked = _load(config, overrides, trust_remote_code=trust_remote_code, trust_task_code=trust_task_code)
     cells = len(checked.tasks) * len(checked.policies)
     samples = sum(task.samples for task, _ in checked.tasks) * len(checked.policies)
     typer.echo(
         f"{config}: right. {len(checked.tasks)} tasks x {len(checked.policies)} policies = {cells} cells, "
         f"{samples} samples, on the model {checked.settings.model}"
     )
+
+
+def _load(path: Path, overrides: list[str] | None, **trusted: bool) -> Config:
+    """A comparison that is right as far as files on this machine can tell; what else is worth saying is printed."""
+    from . import plugins
+    from .compare import config as configuration
+    from .compare import fit
+
+    checked = configuration.load(path, overrides, **trusted)
+    fit.check(checked)
+    for remark in checked.remarks:
+        _say(f"note: {remark}")
+    for problem in plugins.problems():
+        _say(f"not loaded: {problem}")
+    return checked
+
+
+def _folder(out: str | None, config: Config) -> Path:
+    """Where a run writes to."""
+    from .compare.config import wrong_name
+
+    if out is not None and not out.strip():
+        raise UserError("--out is empty: give a folder, or leave it out for results/<name of the config>")
+    why = wrong_name(out or "")
+    if why:
+        raise UserError(f"--out {why}")
+    folder = Path(out) if out else Path("results") / config.name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; a run needs a folder")
+    config.check_output(folder)
+    return folder
 
 
 @app.command()
@@ -150,19 +220,19 @@ def report(folder: Annotated[Path, typer.Argument(help="the folder of a run")]) 
 
 
 @app.command()
-def policies() -> None:
+def policies(as_json: AsJson = False) -> None:
     """List the policies: where they come from, their parameters with defaults, their papers."""
     from . import plugins
 
-    _list(plugins.policies().values(), plugins.problems())
+    _list(plugins.policies().values(), plugins.problems(), as_json)
 
 
 @app.command()
-def tasks() -> None:
+def tasks(as_json: AsJson = False) -> None:
     """List the tasks: where they come from, their parameters with defaults, what they measure."""
     from . import plugins
 
-    _list(plugins.tasks().values(), plugins.problems())
+    _list(plugins.tasks().values(), plugins.problems(), as_json)
 
 
 @app.command()
@@ -180,7 +250,9 @@ def schema() -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="the text to go on from; - reads it from standard input")],
     model: Annotated[str, typer.Option(help="reference, a Hugging Face id, or a local folder")] = "reference",
-    policy: Annotated[str, typer.Option(help="see: kvsieve policies")] = "dense",
+    policy: Annotated[
+        str, typer.Option(help="a name, or a name with parameters: 'sparq: {r: 16}'; see: kvsieve policies")
+    ] = "dense",
     compression: Annotated[
         str | None, typer.Option(help="fraction of dense attention's bytes to read, such as 1/8")
     ] = None,
@@ -196,36 +268,44 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="sample from the likeliest tokens of this total chance")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the sampling")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto")] = None,
     device: Annotated[str | None, typer.Option(help="such as cpu or cuda")] = None,
     revision: Annotated[str | None, typer.Option(help="of a model on the hub")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="run model code that comes with the checkpoint")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     eager: Eager = False,
 ) -> None:
     """Stream what a model says under a policy."""
-    from .compare.choices import choice_from_options
+    from .compare.sweep import policy_from_options
 
-    choice = choice_from_options(policy, compression, parameters or [])
+    spec = policy_from_options(policy, compression, parameters or [])
     from .hf import models
 
     _no_loading_bars()
     loaded = models.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_standard_input() if prompt == "-" else prompt
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "eager": eager}
     try:
-        _stream(loaded, text, choice, max_new_tokens, options)
+        _stream(loaded, text, spec, max_new_tokens, options)
     except KeyboardInterrupt:
         typer.echo()
         raise typer.Exit(130) from None
 
 
+def _read_standard_input() -> str:
+    try:
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"standard input is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}; "
+            "convert it, as in: iconv -f latin1 -t utf8 file | kvsieve generate -"
+        ) from None
+
+
 def _stream(
-    model: PreTrainedModel, prompt: str, choice: PolicyChoice, max_new_tokens: int, options: dict[str, Any]
+    model: PreTrainedModel, prompt: str, spec: PolicySpec, max_new_tokens: int, options: dict[str, Any]
 ) -> None:
     """Print the text as it comes, and then, on standard error, what it took."""
     import time
@@ -236,7 +316,7 @@ def _stream(
     from .compare.tasks.text import continuation
 
     (ids,) = prompts.token_lists(model, [prompt])
-    policy = choice.build(head_size(model), len(ids) + max_new_tokens)
+    policy = spec.build(head_size(model), len(ids) + max_new_tokens)
     cache = KVCache(model, policy, capacity=len(ids) + max_new_tokens)
     said: list[int] = []
     shown = 0
@@ -254,27 +334,23 @@ def _stream(
                 shown = len(text)
         seconds = time.perf_counter() - started
     typer.echo(continuation(model.tokenizer, ids, said)[shown:])
-    what = f"{choice.name} {describe_parameters(policy)}".strip()
+    what = f"{spec.name} {describe_parameters(policy)}".strip()
     facts = [what, f"{len(ids)} + {len(said)} tokens"]
     if meter.steps:
         facts.append(f"{meter.steps / seconds:.0f} tokens/s")
         facts.append(f"{meter.read / meter.dense_read:.3f} of dense attention's bytes read")
-    if cache.ran_eagerly and model.device.type == "cuda":
-        facts.append(f"not as a CUDA graph: {cache.ran_eagerly}")
+    if cache.eager_because and model.device.type == "cuda":
+        facts.append(f"not as a CUDA graph: {cache.eager_because}")
     typer.secho("; ".join(facts), err=True, dim=True)
 
 
-def _show(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Print the table, make the report, and say where everything is."""
+def _show(folder: Path, rows: list[Row]) -> None:
+    """Print the tables, make the report, and say where everything is."""
     from .compare.report import write_report
-    from .compare.summary import eager_notes
-    from .compare.table import tables
+    from .compare.results import Results
+    from .compare.terminal import show
 
-    console = Console(highlight=False)
-    for table in tables(rows):
-        console.print(table)
-    for note in eager_notes(rows):
-        typer.echo(note)
+    show(Results(rows), Console(highlight=False))
     try:
         typer.echo(f"report: {write_report(folder)}")
     except UserError as error:
@@ -282,21 +358,67 @@ def _show(folder: Path, rows: list[dict[str, Any]]) -> None:
     typer.echo(f"numbers: {folder / 'summary.csv'}")
 
 
-def _list(registered: Iterable[Registered], problems: list[str]) -> None:
+class _Parameter(NamedTuple):
+    """One line of `kvsieve policies`."""
+
+    name: str
+    type: str
+    required: bool
+    default: Any
+
+
+def _list(registered: Iterable[Registered], problems: list[str], as_json: bool) -> None:
+    found = [(one, _parameters(one.cls)) for one in registered]
+    if as_json:
+        _list_json(found)
+    else:
+        _list_text(found)
+    for problem in problems:
+        Console(stderr=True, soft_wrap=True, markup=False).print(f"not loaded: {problem}", style="red")
+
+
+def _list_text(found: list[tuple[Registered, list[_Parameter]]]) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    for one in registered:
+    for one, parameters in found:
         origin = f"{one.distribution} {one.version}"
         paper = getattr(one.cls, "paper", "")
         console.print(one.name, style="bold", end="")
         console.print(f"  ({', '.join(filter(None, [origin, paper]))})")
-        console.print(f"    {(inspect.getdoc(one.cls) or '').splitlines()[0]}", style="dim")
-        hints = typing.get_type_hints(one.cls)
-        for field in dataclasses.fields(one.cls):
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            console.print(f"    {field.name}: {_type_name(hints[field.name])}", end="")
-            console.print("" if required else f" = {field.default!r}")
-    for problem in problems:
-        Console(stderr=True, soft_wrap=True, markup=False).print(f"not loaded: {problem}", style="red")
+        summary, _, _ = (inspect.getdoc(one.cls) or "").partition("\n")
+        console.print(f"    {summary}", style="dim")
+        for parameter in parameters:
+            console.print(f"    {parameter.name}: {parameter.type}", end="")
+            console.print("" if parameter.required else f" = {parameter.default!r}")
+
+
+def _list_json(found: list[tuple[Registered, list[_Parameter]]]) -> None:
+    import json
+
+    listed = [
+        {
+            "name": one.name,
+            "distribution": one.distribution,
+            "version": one.version,
+            "paper": getattr(one.cls, "paper", None) or None,
+            "metric": getattr(one.cls, "metric", None),
+            "description": inspect.getdoc(one.cls),
+            "parameters": [parameter._asdict() for parameter in parameters],
+        }
+        for one, parameters in found
+    ]
+    typer.echo(json.dumps(listed, indent=2, default=str))
+
+
+def _parameters(cls: type) -> list[_Parameter]:
+    hints = typing.get_type_hints(cls)
+    missing, found = dataclasses.MISSING, []
+    for field in dataclasses.fields(cls):
+        default = field.default_factory() if field.default_factory is not missing else field.default
+        required = default is missing
+        found.append(
+            _Parameter(field.name, _type_name(hints[field.name]), required, None if required else default)
+        )
+    return found
 
 
 def _type_name(kind: Any) -> str:

@@ -1,4 +1,4 @@
-"""Text that every machine has: the sources of Python's standard library, split into training and held-out halves.
+"""Text that every machine has: the sources of Python's standard library, split for training and testing.
 
 The split is by file name, so that a newer Python cannot move a file from one side to the other.
 """
@@ -10,9 +10,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tables of numbers, generated files, test suites and what distributions like to leave out.
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__",
-             "pydoc_data", "ensurepip", "turtledemo", "config"}  # fmt: skip
+# Skipped: tables of numbers, generated files, tests, and folders that some distributions do not install.
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "config", "test", "tests", "idlelib", "lib2to3",
+             "encodings", "pydoc_data", "ensurepip", "turtledemo"}  # fmt: skip
 _HELD_OUT_SHARE = 8  # one file in eight
 
 
@@ -32,7 +32,7 @@ def _is_held_out(name: str) -> bool:
 
 @functools.cache
 def held_out_text() -> str:
-    """About a megabyte that the reference model has never seen.
+    """Return about a megabyte of text that the reference model was not trained on.
 
     Raises:
         FileNotFoundError: this Python was installed without its sources.
@@ -42,7 +42,7 @@ def held_out_text() -> str:
 
 @functools.cache
 def training_text() -> str:
-    """The rest: what the reference model is trained on."""
+    """Return the text that the reference model was trained on."""
     return _joined(held_out=False)
 
 
@@ -58,5 +58,5 @@ def _joined(held_out: bool) -> str:
 
 
 def digest(text: str) -> str:
-    """Twelve hexadecimal digits that name this text in a protocol."""
+    """Identify a text by the first twelve hexadecimal digits of its SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,45 +1,54 @@
 """One decode step as one CUDA graph: forward, policy, sampling, the advance of positions, replayed without Python.
 
 A graph belongs to a cache: its batch and its capacity are the shapes, its storage is what the graph reads and writes. A
-cache that is `reset()` keeps both, so that the next decode with it replays what is there.
+cache that is `reset()` keeps both, so that the next decode with it replays the same graph.
 
-What a step needs for that: constant shapes (`KVCache.fix_shapes`), lengths and positions in device tensors, every
-result written in place, no look at the device. A policy declares with `capturable` whether its own code keeps to it.
+A step needs for that: constant shapes (`KVCache.fix_shapes`), lengths and positions in device tensors, every result
+written in place, no look at the device. A policy declares with `capturable` whether its own code keeps to it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from transformers import PreTrainedModel
 
+from . import transfer
 from .cache.kv_cache import KVCache
 from .cache.layer import LayerCache
 from .errors import UserError
 from .hf.parallel import is_split
 
 EAGER = "eager was asked for"
-_wanted = True
 _WARM_UP = 2  # real steps that run eagerly first: kernels are compiled and workspaces allocated there
+
+
+class _Wanted(threading.local):
+    """Of this thread."""
+
+    capture = True
+
+
+_wanted = _Wanted()
 
 
 @contextlib.contextmanager
 def capturing(wanted: bool) -> Iterator[None]:
-    """Whether decode steps inside are captured where they can be; outside of this, they are."""
-    global _wanted  # noqa: PLW0603
-    before, _wanted = _wanted, wanted
+    """Capture the decode steps inside where they can be, or none of them; in this thread. The default is to capture."""
+    before, _wanted.capture = _wanted.capture, wanted
     try:
         yield
     finally:
-        _wanted = before
+        _wanted.capture = before
 
 
 def why_not(cache: KVCache, model: PreTrainedModel) -> str | None:
-    """Why a decode step of this model with this cache is not captured; None if it is."""
-    if not _wanted:
+    """Say why a decode step of this model with this cache is not captured; None if it is."""
+    if not _wanted.capture:
         return EAGER
     if model.device.type != "cuda":
         return f"graphs need a GPU, the model is on {model.device.type}"
@@ -58,16 +67,69 @@ def _why_not_this_layer(layer: object) -> str | None:
     return None
 
 
-class Captured(NamedTuple):
-    """A decode step as a graph, and the tensors that it works in besides those of the cache, which keeps it."""
+# -------------------------------------------------------------------- the step of a decode
+class State(NamedTuple):
+    """Everything that a decode step reads and writes beside the cache, in tensors that stay where they are."""
 
-    key: tuple[Any, ...]  # what must be the same for the graph to be right
+    tokens: torch.Tensor  # [B] int64, the newest of each row
+    positions: torch.Tensor  # [B] int64, of the next token
+    ended: torch.Tensor  # [B] bool
+    status: torch.Tensor  # [3] bool: some logits were NaN; a row has no token to choose; every row has ended
+
+    @classmethod
+    def at(cls, positions: torch.Tensor) -> Self:
+        """A decode that begins at these positions."""
+        ended = torch.zeros_like(positions, dtype=torch.bool)
+        status = torch.zeros(3, dtype=torch.bool, device=positions.device)
+        return cls(torch.zeros_like(positions), positions, ended, status)
+
+
+class Choice(Protocol):
+    """Chooses the next tokens: see sampling.py."""
+
+    kind: tuple[Any, ...]  # two choices of one kind make the same step
+    streams: Sequence[torch.Generator]
+
+    def restart(self, like: Any) -> None:
+        """Begin again as `like`, in the tensors that are here."""
+
+
+class Captured(NamedTuple):
+    """A captured step, kept by the cache whose storage it works on."""
+
+    key: tuple[Any, ...]  # must be the same for the graph to be right
     graph: torch.cuda.CUDAGraph
     choice: Any
-    positions: torch.Tensor
-    tokens: torch.Tensor
-    ended: torch.Tensor
-    status: torch.Tensor
+    state: State
+
+
+class Replay:
+    """The steps of one decode as replays of a graph: the cache's captured one if it fits, else a new one.
+
+    `choice` and `state` are those to work in from now on: of the captured step, set to begin as the ones given.
+    """
+
+    def __init__(self, cache: KVCache, model: PreTrainedModel, choice: Any, state: State) -> None:
+        self.cache = cache
+        self.key = choice.kind, model, transfer.current(), cache.places()
+        self.choice, self.state = choice, state
+        known = cache.captured if cache.captured is not None and cache.captured.key == self.key else None
+        if known is not None:
+            known.choice.restart(choice)
+            known.state.positions.copy_(state.positions)
+            known.state.ended.zero_()
+            known.state.status.zero_()
+            self.choice, self.state = known.choice, known.state
+        graph = None if known is None else known.graph
+        self.run = StepGraph(model.device, self.choice.streams, graph)
+
+    def __call__(self, step: Callable[[], None]) -> None:
+        """Do `step`, always the same one."""
+        before = self.run.graph
+        self.run(step)
+        self.cache.count_fed()
+        if before is None and self.run.graph is not None:
+            self.cache.captured = Captured(self.key, self.run.graph, self.choice, self.state)
 
 
 class StepGraph:
@@ -76,7 +138,7 @@ class StepGraph:
     Args:
         device: a GPU.
         generators: random streams that the step draws from.
-        graph: what was captured of the same step before.
+        graph: of the same step, captured before.
     """
 
     def __init__(

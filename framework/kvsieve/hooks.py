@@ -1,4 +1,4 @@
-"""The hooks that a plugin may implement. Called at discovery and around runs, never inside a decode step."""
+"""The hooks that a plugin may implement: called at discovery and around runs, never in a decode step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ hookimpl = pluggy.HookimplMarker("kvsieve")
 
 @hookspec
 def register_policies(register: Callable[[type], None]) -> None:
-    """Call `register(MyPolicy)` for each policy class; its `name` is its name in YAML and on the command line."""
+    """Call `register(MyPolicy)` for each policy class; `name` is its name in YAML and on the command line."""
 
 
 @hookspec
@@ -22,9 +22,9 @@ def register_tasks(register: Callable[[type], None]) -> None:
 
 @hookspec
 def run_started(folder: Path, cells: list[Any]) -> None:
-    """A comparison begins: its run folder and the cells it will run."""
+    """Called when a comparison begins, with its run folder and a copy of the cells that it will run."""
 
 
 @hookspec
-def run_finished(folder: Path, summary: list[dict[str, Any]]) -> None:
-    """A comparison has ended, with failures or without: its run folder and the rows of summary.csv."""
+def run_finished(folder: Path, summary: list[Any]) -> None:
+    """Called when a comparison has ended, with failures or without; `summary`: its `kvsieve.compare.results.Row`s."""

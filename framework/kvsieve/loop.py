@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from . import graph, transfer
+from . import graph
 from .cache.kv_cache import KVCache
 from .cache.layer import LayerCache
 from .errors import UserError
@@ -44,114 +44,117 @@ def decode(
 
     Args:
         model: from `kvsieve.load` or `kvsieve.prepare`.
-        prompts: one text or several, or token ids: lists of different lengths, or a tensor `[B, P]` without padding.
+        prompts: one text or several; token ids: lists of different lengths, or a tensor `[B, P]` without
+            padding; or what a tokenizer returns for several texts, with its `attention_mask`.
         policy: None is dense.
         max_new_tokens: at most this many per row.
         temperature, top_k, top_p: given any of these, sample; else take the most likely token.
-        seed: of the sampling; row b draws from a stream of its own, `seed + b`.
+        seed: of the sampling, from 0 to 2**64 - B; row b draws from a stream of its own, `seed + b`.
         logits_processor: transformers' processors, applied before sampling.
-        eos_token_id: what ends a row. None: what the model says; an empty sequence: nothing.
+        eos_token_id: the tokens that end a row. None: as the model says; an empty sequence: none.
         prefill_chunk: read the prompt in pieces of this many tokens (less memory, same result).
-        cache: an empty `KVCache` for this model, to look into afterwards; None makes one. One that was used and
-            `reset()` keeps its storage, and with it the captured step.
+        cache: an empty `KVCache` for this model, to look into afterwards; None makes one. It belongs to this decode
+            until the last token or `cache.reset()`. One that was `reset()` keeps its storage and its captured step.
         eager: on a GPU, run every step from Python instead of capturing it as one CUDA graph. Afterwards
-            `cache.ran_eagerly` says why the steps were run from Python, or None: they were a graph.
+            `cache.eager_because` says why the steps were run from Python, or None: they were a graph.
 
     Raises:
         UserError: before anything is computed, for a prompt that is empty or too long, or parameters out of range;
-            during decoding, if the model's logits are NaN.
+            at the prefill, if the cache is in use or holds tokens; during decoding, if the model's logits are NaN or
+            a logits_processor leaves a row no token.
     """
     rows = token_lists(model, prompts)
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens!r}")
     check_lengths(model, rows, max_new_tokens)
     ends = end_tokens(model, eos_token_id)
     pad = pad_token(model, ends)
     sampler = Sampler(temperature, top_k, top_p, seed, logits_processor, rows, model.device, ends, pad)
-    decoder = Decoder(model, rows, policy, max_new_tokens, prefill_chunk, cache)
-    return _decode(Generation(decoder, sampler, eager), max_new_tokens)
+    runner = Runner(model, rows, policy, max_new_tokens, prefill_chunk, cache)
+    return Decoding(runner, sampler, eager).tokens(max_new_tokens)
 
 
-def _decode(generation: Generation, max_new_tokens: int) -> Iterator[torch.Tensor]:
-    generation.begin()
-    for step in range(max_new_tokens):
-        broken, all_ended = generation.status.tolist()  # the one look at the device in a step
-        if broken:
-            model = generation.decoder.model
-            raise UserError(
-                f"the model's logits are NaN at new token {step + 1}: its weights or its dtype ({model.dtype}) are at "
-                "fault, or a custom policy is; try dtype float32 and policy dense"
-            )
-        yield generation.tokens.clone()
-        if all_ended or step + 1 == max_new_tokens:
-            return
-        generation.advance()
+class Decoding:
+    """One decode: `begin` prefills and chooses the first tokens, `advance` makes one step."""
 
+    def __init__(self, runner: Runner, choice: Sampler | Given, eager: bool) -> None:
+        self.runner, self.choice = runner, choice
+        self.state = graph.State.at(runner.sizes.clone())
+        why = graph.EAGER if eager else choice.why_not_captured
+        self.eager_because = why or graph.why_not(runner.cache, runner.model)
+        self.replay: graph.Replay | None = None
+        self.claim: object = None  # on the cache, from `begin` to `end`
 
-class Generation:
-    """The state of a decode, in tensors that stay where they are, and the step that moves it on."""
-
-    def __init__(self, decoder: Decoder, choice: Sampler | Given, eager: bool) -> None:
-        self.decoder, self.choice = decoder, choice
-        rows, device = len(decoder.rows), decoder.model.device
-        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.status = torch.zeros(2, dtype=torch.bool, device=device)  # a NaN was seen; every row has ended
-        self.ran_eagerly = graph.EAGER if eager else None
-        self.ran_eagerly = (
-            self.ran_eagerly or choice.why_not_captured or graph.why_not(decoder.cache, decoder.model)
-        )
-        self.replay: graph.StepGraph | None = None
+    def tokens(self, at_most: int) -> Iterator[torch.Tensor]:
+        """Yield the tokens `[B]` of every step until all rows have ended."""
+        try:
+            self.begin()
+            for step in range(at_most):
+                if step > 0:
+                    self.advance()
+                # The one look at the device in a step.
+                broken, unusable, all_ended = self.state.status.tolist()
+                if broken:
+                    raise self.broken(step + 1)
+                if unusable:
+                    raise UserError(
+                        f"no token can be chosen at new token {step + 1}: behind the logits_processor and "
+                        "the temperature, a row's logits are NaN or infinite"
+                    )
+                yield self.state.tokens.clone()
+                if all_ended:
+                    return
+        finally:
+            self.end()
 
     def begin(self) -> None:
-        """Prefill, and choose the first token."""
-        cache = self.decoder.cache
-        logits = self.decoder.prefill()
-        cache.ran_eagerly = self.ran_eagerly
-        if self.ran_eagerly is None:
-            cache.fix_shapes(self.decoder.room)
-            self._replay()
-        self.choose(logits)
-
-    def _replay(self) -> None:
-        """From now on a step is a graph: the one that was captured with this cache before, if it still fits."""
-        cache, model = self.decoder.cache, self.decoder.model
-        self.key = self.choice.kind, model, transfer.current(), cache.places()
-        known = cache.captured if cache.captured is not None and cache.captured.key == self.key else None
-        if known is not None:  # go on in its tensors
-            known.choice.restart(self.choice)
-            known.positions.copy_(self.decoder.positions)
-            self.choice, self.decoder.positions = known.choice, known.positions
-            self.tokens, self.ended, self.status = known.tokens, known.ended, known.status
-            self.ended.zero_()
-        self.replay = graph.StepGraph(
-            model.device, self.choice.streams, None if known is None else known.graph
-        )
+        """Prefill, and choose the first token of each row."""
+        cache = self.runner.cache
+        self.claim = cache.claim()
+        logits = self.runner.prefill()
+        cache.eager_because = self.eager_because
+        if self.eager_because is None:
+            cache.fix_shapes(self.runner.room)
+            self.replay = graph.Replay(cache, self.runner.model, self.choice, self.state)
+            self.choice, self.state = self.replay.choice, self.replay.state
+        self._choose(logits)
 
     def advance(self) -> None:
-        """One step."""
+        """Make one step: from Python, or as the replay of a graph."""
+        self.runner.cache.check_claim(self.claim)
         if self.replay is None:
             self.step()
-            return
-        captured, cache = self.replay.graph, self.decoder.cache
-        self.replay(self.step)
-        cache.count_fed()
-        if captured is None and self.replay.graph is not None:
-            state = self.choice, self.decoder.positions, self.tokens, self.ended, self.status
-            cache.captured = graph.Captured(self.key, self.replay.graph, *state)
+        else:
+            self.replay(self.step)
+
+    def end(self) -> None:
+        """Give the cache back; its tokens stay."""
+        self.runner.cache.release(self.claim)
 
     def step(self) -> None:
         """Feed the tokens, choose the next ones. Works in place and never looks at the device."""
-        self.choose(self.decoder.step(self.tokens, ~self.ended if self.choice.rows_end else None))
+        active = ~self.state.ended if self.choice.rows_end else None
+        logits = self.runner.run(self.state.tokens, self.state.positions, active)
+        self.state.positions.add_(1 if active is None else active.long())
+        self._choose(logits)
 
-    def choose(self, logits: torch.Tensor) -> None:
-        broken = (logits.isnan().any(1) & ~self.ended).any()
-        self.tokens.copy_(self.choice(logits, self.ended))
-        self.status.copy_(torch.stack([broken, self.ended.all()]))
+    def _choose(self, logits: torch.Tensor) -> None:
+        state = self.state
+        broken = state.status[0] | (logits.isnan().any(1) & ~state.ended).any()
+        state.tokens.copy_(self.choice(logits, state.ended))
+        state.status.copy_(torch.stack([broken, self.choice.broken, state.ended.all()]))
+
+    def broken(self, token: int | None = None) -> UserError:
+        """The error for logits that are not numbers, at this new token or at some."""
+        dtype, place = self.runner.model.dtype, "" if token is None else f" at new token {token}"
+        return UserError(
+            f"the model's logits are NaN{place}: its weights or its dtype ({dtype}) are at fault, or a "
+            "custom policy is; try dtype float32 and policy dense"
+        )
 
 
-class Decoder:
-    """A batch of prompts being decoded with one cache: prefill once, then step."""
+class Runner:
+    """Runs the model on a batch of prompts with one cache: all of them once, then a token a row at a time."""
 
     def __init__(
         self,
@@ -166,35 +169,34 @@ class Decoder:
             raise UserError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}")
         self.model, self.rows, self.chunk = model, rows, prefill_chunk
         longest = max(map(len, rows))
-        self.cache = cache if cache is not None else KVCache(model, policy, capacity=longest + max_new_tokens)
-        if self.cache.get_seq_length() > 0:
-            raise UserError("the cache already holds tokens; decode needs a fresh one")
+        self.room = longest + max_new_tokens
+        self.cache = cache if cache is not None else KVCache(model, policy, capacity=self.room)
+        self.cache.check_free()
         if cache is not None and policy is not None and cache.policy != policy:
             raise UserError(f"the cache was made for the policy {cache.policy}, not for {policy}")
-        self.room = longest + max_new_tokens
         self.cache.check_room(self.room)
         # Left-padded: the last column is every row's last token. The cache drops the padding.
         ids = [[0] * (longest - len(row)) + row for row in rows]
         self.ids = torch.tensor(ids, device=model.device)
-        sizes = torch.tensor([len(row) for row in rows], device=model.device)
-        self.mask = torch.arange(longest, device=model.device) >= (longest - sizes)[:, None]
+        self.sizes = torch.tensor(
+            [len(row) for row in rows], device=model.device
+        )  # [B], tokens of the prompts
+        self.mask = torch.arange(longest, device=model.device) >= (longest - self.sizes)[:, None]
         self.ragged = any(len(row) < longest for row in rows)
-        self.positions = sizes  # of the next token, per row
         # A layer that transformers manages needs the padding at every step; ours know it from the prompt on.
-        self.tells_padding = self.ragged and not all(
-            isinstance(layer, LayerCache) for layer in self.cache.layers
-        )
+        all_ours = all(isinstance(layer, LayerCache) for layer in self.cache.layers)
+        self.tells_padding = self.ragged and not all_ours
 
     @torch.no_grad()
     def prefill(self) -> torch.Tensor:
-        """Logits `[B, V]` of the first new token."""
+        """Feed the prompts; return the logits `[B, V]` of the first new token."""
         total = self.ids.shape[1]
-        step = self.chunk or total
         self.cache.expect_prompt(total)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         logits = torch.empty(0)
-        for first in range(0, total, step):
-            last = min(first + step, total)
+        chunk = self.chunk or total
+        for first in range(0, total, chunk):
+            last = min(first + chunk, total)
             logits = self.model(
                 input_ids=self.ids[:, first:last],
                 attention_mask=self.mask[:, :last].long() if self.ragged else None,
@@ -206,9 +208,13 @@ class Decoder:
         return logits[:, -1]
 
     @torch.no_grad()
-    def step(self, tokens: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
-        """Feed `tokens [B]`, return the logits `[B, V]` of the next; inactive rows `[B]` False only keep their
-        place."""
+    def run(
+        self, tokens: torch.Tensor, positions: torch.Tensor, active: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Feed `tokens [B]` at `positions [B]`; return the logits `[B, V]` of the next.
+
+        Rows whose `active [B]` is False only keep their place.
+        """
         self.cache.set_active(active)
         mask = None
         if self.tells_padding:
@@ -217,9 +223,8 @@ class Decoder:
         logits = self.model(
             input_ids=tokens[:, None],
             attention_mask=mask,
-            position_ids=self.positions[:, None],
+            position_ids=positions[:, None],
             past_key_values=self.cache,
             use_cache=True,
         ).logits
-        self.positions += 1 if active is None else active.long()
         return logits[:, -1]

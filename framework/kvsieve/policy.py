@@ -12,8 +12,10 @@ One decode step of one layer, in order:
     attend
     observe     on_attend(kv, mass)
 
-A prompt (or a chunk of one) is attended densely: append, attend, observe; when it is complete, on_prefill, and storage
-is compacted to the budget.
+A prompt (or a chunk of one) is attended densely: append, attend, observe; when it is complete, on_prefill, and all but
+the `keeps` slots with the highest priority are dropped.
+
+Declarations and answers are checked: see contract.py.
 
 Letters: B rows, K KV heads, G query heads per KV head, T slots in use, S slots chosen, D head size, Q new tokens.
 """
@@ -28,23 +30,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import torch
 
 from .cache.layouts import KeyLayout
+from .cache.slots import Shape
+from .errors import UserError
 
 if TYPE_CHECKING:
-    from .cache.layer import LayerCache, NewTokens
+    from .cache.kv import KVView, NewTokens
 
-# What a column or summary holds: one number (a dtype), or a vector (dtype, size); size "D" is the head size.
-Shape = torch.dtype | tuple[torch.dtype, "int | str"]
+__all__ = ["Observe", "Policy", "Selection", "Shape", "Tail"]
 
 
 class Observe(enum.Enum):
-    """Which reduced form of the attention weights a policy needs; the full matrix is never formed."""
+    """The reduced form of the attention weights that a policy needs; the full matrix is never formed."""
 
     NONE = "none"
-    MASS = "mass"  # per slot: the weight it received, summed over queries, averaged over the group
+    # Per slot: the weight it received, summed over queries, averaged over the group.
+    MASS = "mass"
 
 
 class Tail(NamedTuple):
-    """What stands for the slots that were not chosen: `output = (1 - weight) * attention + weight * value`."""
+    """Stands for the slots that were not chosen: `output = (1 - weight) * attention + weight * value`."""
 
     weight: torch.Tensor  # [B, K, G], float32, in [0, 1]
     value: torch.Tensor  # [B, K, D]
@@ -60,86 +64,106 @@ class Selection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Base of all policies, itself dense attention: reads everything, keeps everything.
+    """Base of all policies, itself dense attention: reads everything, keeps everything."""
 
-    A policy with a field `budget: int` keeps at most that many tokens per KV head, the current one included.
-    """
-
-    name: ClassVar[str] = ""
+    name: ClassVar[str] = "dense"
     paper: ClassVar[str] = ""
-    capturable: ClassVar[bool] = (
-        True  # a step has constant shapes and never looks at the device: see graph.py
-    )
 
     # ---------------------------------------------------------------- declarations
     # Properties, so that they may depend on the parameters; a plain class attribute of the same name will do.
     @property
+    def keeps(self) -> int | None:
+        """Tokens that a KV head keeps once the prompt is complete; None keeps all. Needs `priority`."""
+        return None
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a new token takes the slot with the lowest priority once `keeps` slots are in use.
+
+        If so, the current token counts among the `keeps`. Else the cache grows after the prompt.
+        """
+        return True
+
+    @property
     def columns(self) -> Mapping[str, Shape]:
-        """What the cache keeps per slot for this policy; zero for a new token."""
+        """Numbers that the cache keeps per slot for this policy; zero for a new token."""
         return {}
 
     @property
     def summaries(self) -> Mapping[str, Shape]:
-        """What the cache keeps per row and KV head; zero at first."""
+        """Numbers that the cache keeps per row and KV head; zero at first."""
         return {}
 
     @property
     def observes(self) -> Observe:
-        """Which form of the attention weights `on_attend` is given."""
+        """The form of the attention weights that `on_attend` is given."""
         return Observe.NONE
 
     @property
     def key_layout(self) -> KeyLayout:
-        """How the keys lie in memory; it changes speed and memory, never a result."""
+        """The order of the keys in memory; it changes speed and memory, never a result."""
         return KeyLayout()
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a step has constant shapes and never waits for the device, so that it can be a CUDA graph."""
+        return True
+
     # ---------------------------------------------------------------- two questions
-    def select(self, query: torch.Tensor, kv: LayerCache) -> Selection | None:
-        """What to read at this decode step; None reads every live slot. Does not modify the cache.
+    def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
+        """Choose the slots to read at this decode step; None reads every live slot. Does not modify the cache.
 
         `query` is `[B, K, G, D]`, rotated as the model does, not scaled. The current token is already in `kv`.
         """
         return None
 
-    def priority(self, kv: LayerCache) -> torch.Tensor:
-        """Who stays when storage is full: `[B, K, T]`, higher stays. Does not modify the cache.
+    def priority(self, kv: KVView) -> torch.Tensor:
+        """Rank the slots when storage is full: `[B, K, T]`, floating; higher stays. Does not modify the cache.
 
-        Asked when the prompt is complete (the best `budget` stay) and at every decode step whose storage is full (the
-        lowest is overwritten by the new token, which `kv.seen` already counts). Dead slots may hold anything.
+        Asked when the prompt is complete (the best `keeps` stay) and, if the policy `overwrites`, at every decode step
+        whose storage is full (the lowest is overwritten by the new token, which `kv.seen` already counts). Dead slots
+        may hold anything.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} has a budget, so it must say who stays: priority(kv)"
+            f"{type(self).__name__} keeps {self.keeps} tokens: priority(kv) must rank them"
         )
 
     # ---------------------------------------------------------------- notices
-    def on_append(self, kv: LayerCache, new: NewTokens) -> None:
+    def on_append(self, kv: KVView, new: NewTokens) -> None:
         """The new tokens stand in `kv`. May write columns and summaries."""
 
-    def on_attend(self, kv: LayerCache, mass: torch.Tensor) -> None:
+    def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         """Attention has read; `mass [B, K, T]` float32 per slot, if the policy observes it. May write columns."""
 
-    def on_prefill(self, kv: LayerCache) -> None:
-        """The prompt is complete in this layer, not yet compacted. May write columns and summaries."""
+    def on_prefill(self, kv: KVView) -> None:
+        """The prompt is complete in this layer, nothing is dropped yet. May write columns and summaries.
+
+        In a conversation every turn of several tokens is a prompt.
+        """
 
     # ---------------------------------------------------------------- configuration
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        """This policy with the parameters that read `ratio` of dense attention's bytes at `context` tokens."""
+        """Make this policy with the parameters that read `ratio` of dense attention's bytes at `context` tokens."""
+        if cls is Policy:
+            if ratio != 1:
+                raise UserError(f"dense attention reads everything: its compression is 1, not {ratio:g}")
+            return cls()
         raise NotImplementedError(f"{cls.name} has no for_compression: give its parameters instead")
 
     def for_layer(self, layer: int, layers: int) -> Policy:
-        """The policy of layer `layer` of `layers`; wrappers answer differently per layer."""
+        """Return the policy of layer `layer` of `layers`; wrappers answer differently per layer."""
         return self
+
+    def in_layout(self, layout: KeyLayout) -> Policy | None:
+        """Return this policy with its keys in another layout; None if the layout is no parameter of it."""
+        return None
 
     def check(self, head_size: int) -> None:
         """Raise UserError if these parameters cannot serve a model with this head size."""
 
-    def slots_kept(self) -> int | None:
-        """How many slots a KV head holds once the prompt is complete; None keeps all."""
-        return getattr(self, "budget", None)
-
     def spec(self) -> dict[str, Any]:
-        """`{name: parameters}`, from which specs.policy_from_spec makes an equal policy."""
+        """Return `{name: parameters}`, plain data from which specs.make_policy makes an equal policy."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, Policy):

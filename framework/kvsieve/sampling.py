@@ -1,9 +1,11 @@
-"""The next token of each row: the likeliest, one drawn with transformers' logits processors, or one that is given."""
+"""Choose the next token of each row: the likeliest, one that is drawn, or a given one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import cast
+from numbers import Integral, Real
+from typing import Any, TypeGuard, cast
 
 import torch
 from transformers import (
@@ -20,6 +22,19 @@ class Sampler:
     """The next token of each row: the most likely, or drawn from a stream of the row's own.
 
     A row ends with one of the tokens `ends`; from then on its token is `pad`.
+
+    Args:
+        temperature, top_k, top_p: given any of these, draw; else take the most likely token.
+        seed: row b draws from a stream of its own, `seed + b`.
+        processors: transformers' processors, applied before the temperature.
+        rows: the token ids of the prompts, which processors may look at.
+
+    Attributes:
+        broken: 0-d bool tensor, written in place by every call. True: the processed logits of a row that has
+            not ended are NaN or all -inf (or +inf, where tokens are drawn), so that no token can be chosen.
+
+    Raises:
+        UserError: an option out of its range.
     """
 
     def __init__(
@@ -34,6 +49,7 @@ class Sampler:
         ends: Sequence[int] = (),
         pad: int = 0,
     ) -> None:
+        _check_options(temperature, top_k, top_p, seed, len(rows))
         self.processors = LogitsProcessorList(processors or [])
         # Processors may look at the tokens so far, left-padded with zeros; our own do not.
         self.ids = None
@@ -41,19 +57,17 @@ class Sampler:
             longest = max(map(len, rows))
             self.ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
         self.draws = any(option is not None for option in (temperature, top_k, top_p))
-        try:
-            if temperature is not None and temperature != 1:
-                self.processors.append(TemperatureLogitsWarper(float(temperature)))
-            if top_k is not None:
-                self.processors.append(TopKLogitsWarper(top_k))
-            if top_p is not None:
-                self.processors.append(TopPLogitsWarper(float(top_p)))
-        except ValueError as error:
-            raise UserError(f"sampling: {error}") from error
-        self.seed = seed
+        if temperature is not None and temperature != 1:
+            self.processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k is not None:
+            self.processors.append(TopKLogitsWarper(int(top_k)))
+        if top_p is not None:
+            self.processors.append(TopPLogitsWarper(float(top_p)))
+        self.seed = int(seed)
         self.streams = [
-            torch.Generator(device).manual_seed(seed + b) for b in range(len(rows) if self.draws else 0)
+            torch.Generator(device).manual_seed(self.seed + b) for b in range(len(rows) if self.draws else 0)
         ]
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)
         self.ends, self.pad = torch.tensor(list(ends), device=device), pad
         self.rows_end = len(self.ends) > 0
         self.kind = ("sample", temperature, top_k, top_p, tuple(ends), pad)
@@ -61,20 +75,27 @@ class Sampler:
     @property
     def why_not_captured(self) -> str | None:
         """Why a step with it cannot be a graph; None if it can."""
-        return (
-            None if self.ids is None else "a logits_processor looks at the tokens so far, whose number grows"
-        )
+        if self.ids is None:
+            return None
+        return "a logits_processor looks at the tokens so far, whose number grows"
 
     def restart(self, like: Sampler) -> None:
-        """Go on as `like`, which was just made and is of the same kind, in the tensors that are here."""
+        """Become `like`, a new sampler of the same kind, and keep the tensors that a graph has captured."""
         for b, stream in enumerate(self.streams):
             stream.manual_seed(like.seed + b)
 
     def __call__(self, logits: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
-        """The tokens `[B]`, from `logits [B, V]`; marks in `ended [B]` the rows that end with them."""
+        """Return the tokens `[B]` for `logits [B, V]`; mark in `ended [B]` the rows that end with them.
+
+        Nothing here waits for the device.
+        """
         logits = self.processors(cast(torch.LongTensor, self.ids), cast(torch.FloatTensor, logits.float()))
+        largest = logits.amax(1)  # NaN if any is
+        unusable = largest.isnan() | (largest.isinf() if self.draws else largest == -math.inf)
+        self.broken.copy_((unusable & ~ended).any())
         if self.draws:
-            # The largest of p / e, e exponentially distributed, is a draw from p; torch.multinomial would synchronise.
+            # The largest of p / e, e exponentially distributed, is a draw from p. torch.multinomial waits for
+            # the device.
             noise = torch.stack(
                 [torch.empty_like(logits[0]).exponential_(generator=stream) for stream in self.streams]
             )
@@ -89,7 +110,10 @@ class Sampler:
 
 
 class Given:
-    """The tokens of `rows`, one after the other, and what the model thinks of them; a row ends with its last."""
+    """The tokens of `rows`, one after the other, and their probabilities; a row ends with its last token.
+
+    `broken`: as `Sampler.broken`; the log-probability of a row's token is NaN.
+    """
 
     why_not_captured = None
     streams: Sequence[torch.Generator] = ()
@@ -101,22 +125,55 @@ class Given:
         self.at = torch.zeros(1, dtype=torch.int64, device=device)
         self.log_probabilities = torch.zeros(padded.shape, dtype=torch.float32, device=device)
         self.likeliest = torch.zeros(padded.shape, dtype=torch.bool, device=device)
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)
         self.rows_end = any(len(row) < longest for row in rows)
         self.kind = ("given", longest, self.rows_end)
 
     def restart(self, like: Given) -> None:
-        """As `Sampler.restart`."""
+        """See `Sampler.restart`."""
         self.tokens.copy_(like.tokens)
         self.sizes.copy_(like.sizes)
         self.at.zero_()
 
     def __call__(self, logits: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
-        """As `Sampler`."""
+        """See `Sampler.__call__`."""
         at = self.at.expand(len(logits))[:, None]
         tokens = self.tokens.gather(1, at)
         probabilities = torch.log_softmax(logits.float(), -1)
-        self.log_probabilities.scatter_(1, at, probabilities.gather(1, tokens))
+        chosen = probabilities.gather(1, tokens)
+        self.broken.copy_((chosen[:, 0].isnan() & ~ended).any())
+        self.log_probabilities.scatter_(1, at, chosen)
         self.likeliest.scatter_(1, at, probabilities.argmax(1, keepdim=True) == tokens)
         self.at += 1
         ended.copy_(self.at >= self.sizes)
         return tokens[:, 0]
+
+
+# Below, float32 logits divided by the temperature overflow: 1e-6 leaves room for logits of 1e32.
+_COLDEST = 1e-6
+
+
+def _check_options(temperature: object, top_k: object, top_p: object, seed: object, rows: int) -> None:
+    """Raise UserError for an option that is not of its type or out of its range."""
+    if temperature is not None and not (_is_finite(temperature) and temperature >= _COLDEST):
+        raise UserError(
+            f"sampling: temperature must be a finite number of at least {_COLDEST:g}, not {temperature!r}; "
+            "leave it out to take the most likely token"
+        )
+    if top_k is not None and not (_is_whole(top_k) and top_k >= 1):
+        raise UserError(f"sampling: top_k must be a whole number of at least 1, not {top_k!r}")
+    if top_p is not None and not (_is_finite(top_p) and 0 <= top_p <= 1):
+        raise UserError(f"sampling: top_p must be a number from 0 to 1, not {top_p!r}")
+    if not (_is_whole(seed) and 0 <= seed <= 2**64 - rows):
+        raise UserError(
+            f"sampling: seed must be a whole number from 0 to 2**64 - {rows}, not {seed!r}: "
+            f"row b of {rows} draws from seed + b"
+        )
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""What a model thinks of a given text: its tokens are fed through the decode path, so that the policy acts on them."""
+"""Scoring: the log-probabilities of a given text, fed through the decode path so that the policy acts on it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,10 @@ from transformers import PreTrainedModel
 
 from .cache.kv_cache import KVCache
 from .errors import UserError
-from .loop import Decoder, Generation
+from .loop import Decoding, Runner
 from .policy import Policy
 from .prompts import Prompts, check_lengths, token_lists
 from .sampling import Given
-
-
-class Forced(NamedTuple):
-    """What a model thinks of a given continuation, token by token."""
-
-    log_probabilities: torch.Tensor  # [n] float32, natural
-    likeliest: torch.Tensor  # [n] bool: greedy decoding would have said this token
 
 
 def score(
@@ -36,17 +29,28 @@ def score(
     """Natural-log probability of every token of `continuations[b]` after `prompts[b]`: one float32 tensor a row.
 
     The tokens are fed one at a time through the decode path, so that the policy acts on all but the first.
+    Both arguments take every form that `decode` takes.
+
+    Raises:
+        UserError: as `decode`.
     """
-    forcing = Forcing(
+    scoring = Scoring(
         model, prompts, continuations, policy, prefill_chunk=prefill_chunk, cache=cache, eager=eager
     )
-    return [row.log_probabilities for row in forcing.result()]
+    return [row.log_probabilities for row in scoring.result()]
 
 
-class Forcing:
-    """Feeds given continuations through the decode path, as `score` does, which has the same arguments.
+class TokenScores(NamedTuple):
+    """What the model says of a given continuation, token by token."""
 
-    Iterate for the steps, the first of which is the prefill, to time them or to show progress; then `result()`.
+    log_probabilities: torch.Tensor  # [n] float32, natural
+    likeliest: torch.Tensor  # [n] bool: greedy decoding would have chosen this token
+
+
+class Scoring:
+    """Feeds given continuations through the decode path; takes the arguments of `score`.
+
+    Iterate over the steps, the first of which is the prefill, to time them or to show progress; then call `result()`.
 
     Raises:
         UserError: before anything is computed, for a prompt or continuation that is empty or too long.
@@ -63,29 +67,42 @@ class Forcing:
         cache: KVCache | None = None,
         eager: bool = False,
     ) -> None:
-        rows, self.forced = token_lists(model, prompts), token_lists(model, continuations, "continuation")
-        if len(rows) != len(self.forced):
-            raise UserError(f"{len(rows)} prompts, but {len(self.forced)} continuations")
-        self.steps = max(map(len, self.forced))
+        rows, self.continuations = (
+            token_lists(model, prompts),
+            token_lists(model, continuations, "continuation"),
+        )
+        if len(rows) != len(self.continuations):
+            raise UserError(f"{len(rows)} prompts, but {len(self.continuations)} continuations")
+        self.steps = max(map(len, self.continuations))
         check_lengths(model, rows, self.steps - 1)  # the last token is predicted, and takes no position
-        decoder = Decoder(model, rows, policy, self.steps, prefill_chunk, cache)
-        self.generation = Generation(decoder, Given(self.forced, model.device), eager)
-        self._run = self._all_steps()
+        runner = Runner(model, rows, policy, self.steps, prefill_chunk, cache)
+        self.decoding = Decoding(runner, Given(self.continuations, model.device), eager)
+        self._steps = self._run()
 
-    def _all_steps(self) -> Iterator[None]:
-        self.generation.begin()
-        yield
-        for _ in range(self.steps - 1):
-            self.generation.advance()
+    def _run(self) -> Iterator[None]:
+        try:
+            self.decoding.begin()
             yield
+            for _ in range(self.steps - 1):
+                self.decoding.advance()
+                yield
+        finally:
+            self.decoding.end()
 
     def __iter__(self) -> Iterator[None]:
-        return self._run
+        return self._steps
 
-    def result(self) -> list[Forced]:
-        """What the model thinks of each continuation; makes the steps that are still to be made."""
+    def result(self) -> list[TokenScores]:
+        """Make the steps that are left; return the scores of each continuation.
+
+        Raises:
+            UserError: the model's logits are NaN.
+        """
         for _ in self:
             pass
-        given = cast(Given, self.generation.choice)
-        table, said = given.log_probabilities.cpu(), given.likeliest.cpu()
-        return [Forced(table[b, : len(row)], said[b, : len(row)]) for b, row in enumerate(self.forced)]
+        if bool(self.decoding.state.status[0]):
+            raise self.decoding.broken()
+        given = cast(Given, self.decoding.choice)
+        table, likeliest = given.log_probabilities.cpu(), given.likeliest.cpu()
+        sizes = map(len, self.continuations)
+        return [TokenScores(table[b, :n], likeliest[b, :n]) for b, n in enumerate(sizes)]

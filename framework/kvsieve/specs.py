@@ -1,101 +1,235 @@
-"""Policies and their parameters from plain data: YAML, the command line, `make_policy`."""
+"""Policies and tasks from plain data: one place, one strictness, for YAML, command line, bench and `make_policy`.
+
+An entry is a name, or `{name: {parameter: value}}`. A parameter that is a policy is an entry itself. `compression`
+stands beside the parameters of a policy that can be asked for it, and gives those that are left out once head size
+and context are known. Where lists sweep, a list in place of one value stands for each of its values.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from typing import Any, TypeVar
 
-import pydantic
-
-from .errors import UserError, unknown
-from .plugins import policy_class
+from . import plugins
+from .entries import COMPRESSION, combinations, name_of, named
+from .errors import UserError
+from .values import Loc, Mistake
 
 if typing.TYPE_CHECKING:
+    from .compare.tasks import Task
     from .policy import Policy
 
+Made = TypeVar("Made")
 
-def make_policy(name: str, **parameters: Any) -> Policy:
-    """The policy `name` with these parameters; a parameter that is a policy may be given as its spec.
+
+def make_policy(
+    policy: str | Mapping[str, Any] | Policy,
+    /,
+    *,
+    compression: str | float | Fraction | None = None,
+    head_size: int | None = None,
+    context: int | None = None,
+    **parameters: Any,
+) -> Policy:
+    """A policy from its name and parameters, or from its spec `{name: parameters}`, as YAML gives it.
 
     >>> make_policy("sparq", r=16, k=64)
+    SparQ(r=16, k=64, ...)
     >>> make_policy("dense_layers", layers=[0, 1], inner={"sparq": {"r": 16}})
+    DenseLayers(layers=(0, 1), inner=SparQ(r=16, ...))
+    >>> make_policy("sparq", compression="1/8", head_size=64, context=4096)
+    SparQ(r=8, k=256, local=64, ...)
+
+    Args:
+        compression: the fraction of dense attention's bytes to read; the parameters that are not given follow from it.
+        head_size: channels per head of the model; needed with a compression, as `context` is.
+        context: tokens that the compression refers to.
+        parameters: the policy's own; one that is a policy may be given as its name or spec.
 
     Raises:
-        UserError: unknown name or parameter, or a bad value; the message names what is legal.
+        UserError: with all that is wrong: an unknown name or parameter, a value of another kind or one that the policy
+            refuses, a compression without head size and context. The message names what is legal.
     """
-    return build(policy_class(name), parameters)
+    from .policy import Policy
+
+    if isinstance(policy, Policy) and not parameters and compression is None:
+        return policy
+    given = parameters if compression is None else {COMPRESSION: compression} | parameters
+    spec = read_policy(with_parameters(policy, given))
+    if not spec.needs_context:
+        return spec.build(0, 0)
+    if head_size is None or context is None:
+        raise UserError(
+            f"{spec.name}: which parameters a compression means depends on the model and the context: "
+            "give head_size=... (channels per head) and context=... (tokens), or the parameters themselves"
+        )
+    for name, value in (("head_size", head_size), ("context", context)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(str(Mistake((name,), "must be an integer of at least 1", value)))
+    return spec.build(head_size, context)
 
 
 def build(cls: type[Policy], parameters: Mapping[str, Any]) -> Policy:
-    """An instance of a policy class, registered or not, from parameters as they stand in YAML; see make_policy."""
-    name, model = cls.name or cls.__name__, parameters_model(typing.cast(Any, cls))
+    """An instance of a policy class, registered or not, from plain parameters; see make_policy."""
+    mistakes: list[Mistake] = []
+    specs = _policy_specs(cls, dict(parameters), (name_of(cls),), mistakes, sweep=False)
+    _refuse(mistakes)
+    return specs[0].build(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySpec:
+    """A policy that plain data asks for, checked; it can be built once its head size and context are known."""
+
+    cls: type[Policy]
+    # As given; a nested policy is a PolicySpec.
+    parameters: dict[str, Any]
+    compression: Fraction | None = None
+    loc: Loc = dataclasses.field(compare=False, default=())
+
+    @property
+    def name(self) -> str:
+        return name_of(self.cls)
+
+    @property
+    def needs_context(self) -> bool:
+        nested = [value for value in self.parameters.values() if isinstance(value, PolicySpec)]
+        return self.compression is not None or any(spec.needs_context for spec in nested)
+
+    def build(self, head_size: int, context: int) -> Policy:
+        """The policy itself; a spec that needs no context takes anything for both.
+
+        Raises:
+            UserError: the parameters do not go together, or none give this compression here.
+        """
+        given = {
+            name: value.build(head_size, context) if isinstance(value, PolicySpec) else value
+            for name, value in self.parameters.items()
+        }
+        if self.compression is None:
+            return _make(functools.partial(self.cls, **given))
+        ratio = float(self.compression)
+        try:
+            policy = _make(functools.partial(self.cls.for_compression, ratio, head_size, context))
+            return _make(functools.partial(dataclasses.replace, policy, **given))
+        except UserError as error:
+            raise UserError(f"compression {self.compression} at context {context}: {error}") from None
+
+    def entry(self) -> Any:
+        """The entry that gives this spec again."""
+        from .policy import Policy
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, PolicySpec):
+                return value.entry()
+            return value.spec() if isinstance(value, Policy) else value
+
+        values = {name: plain(value) for name, value in self.parameters.items()}
+        if self.compression is not None:
+            values = {COMPRESSION: str(self.compression)} | values
+        return {self.name: values} if values else self.name
+
+
+def read_policy(entry: Any) -> PolicySpec:
+    """The spec of an entry without sweeps.
+
+    Raises:
+        UserError: with all that is wrong.
+    """
+    mistakes: list[Mistake] = []
+    specs = read_policies(entry, (), mistakes, sweep=False)
+    _refuse(mistakes)
+    return specs[0]
+
+
+def read_policies(entry: Any, loc: Loc, mistakes: list[Mistake], *, sweep: bool = True) -> list[PolicySpec]:
+    """The specs of an entry, one for each combination of its lists.
+
+    What is wrong goes to `mistakes`; then there are none.
+    """
+    found = named("policy", entry, loc, plugins.policies(), mistakes)
+    return [] if found is None else _policy_specs(*found, mistakes, sweep=sweep)
+
+
+def read_tasks(entry: Any, loc: Loc, mistakes: list[Mistake]) -> list[tuple[Task, Loc]]:
+    """The tasks of an entry, one for each combination of its lists, with their place; see read_policies."""
+    found = named("task", entry, loc, plugins.tasks(), mistakes)
+    if found is None:
+        return []
+    cls, parameters, loc = found
+    before = len(mistakes)
+    values = combinations(cls, parameters, loc, mistakes, sweep=True)
+    makes = [functools.partial(cls, **each) for each in values]
+    tasks = _made(makes, loc, before, mistakes)
+    return [(task, loc) for task in tasks] if len(mistakes) == before else []
+
+
+def with_parameters(policy: str | Mapping[str, Any] | Policy, parameters: Mapping[str, Any]) -> Any:
+    """The entry of a name or spec with more parameters; those given here win."""
+    from .policy import Policy
+
+    if isinstance(policy, Policy):
+        policy = policy.spec()
+    if isinstance(policy, str):
+        return {policy: dict(parameters)}
+    if not isinstance(policy, Mapping) or len(policy) != 1:
+        return policy
+    ((name, given),) = policy.items()
+    return {name: {**given, **parameters} if isinstance(given, Mapping) else given or dict(parameters)}
+
+
+def _policy_specs(
+    cls: type[Policy], parameters: dict[str, Any], loc: Loc, mistakes: list[Mistake], *, sweep: bool
+) -> list[PolicySpec]:
+    from .policy import Policy
+
+    def nested(given: Any, at: Loc) -> list[Any]:
+        return [given] if isinstance(given, Policy) else read_policies(given, at, mistakes, sweep=sweep)
+
+    before = len(mistakes)
+    specs = [
+        PolicySpec(cls, values, values.pop(COMPRESSION, None), loc)
+        for values in combinations(cls, parameters, loc, mistakes, sweep=sweep, read_nested=nested)
+    ]
+    now = [functools.partial(spec.build, 0, 0) for spec in specs if not spec.needs_context]
+    _made(now, loc, before, mistakes)
+    return specs if len(mistakes) == before else []
+
+
+def _made(makes: Iterable[Callable[[], Made]], loc: Loc, before: int, mistakes: list[Mistake]) -> list[Made]:
+    """Make each, or record why not; errors about fields that were reported already, from `before` on, are skipped."""
+    wrong = {str(mistake.loc[len(loc)]) for mistake in mistakes[before:] if len(mistake.loc) > len(loc)}
+    made: list[Made] = []
+    reasons: dict[str, None] = {}
+    for make in makes:
+        try:
+            made.append(_make(make))
+        except UserError as error:
+            if not wrong & set(re.findall(r"\w+", str(error))):
+                reasons[str(error)] = None
+    mistakes += [Mistake(loc, reason) for reason in reasons]
+    return made
+
+
+def _make(make: Callable[[], Made]) -> Made:
+    """Call a class of a plugin; whatever it raises becomes a UserError."""
     try:
-        given = model(**parameters)
-    except pydantic.ValidationError as error:
-        raise UserError(_explain(name, cls, error)) from None
-    nested = policy_fields(cls)
-    values = {field: getattr(given, field) for field in model.model_fields}
-    values |= {field: policy_from_spec(values[field]) for field in nested}
-    try:
-        return cls(**values)
+        return make()
     except UserError:
         raise
-    except ValueError as error:
-        raise UserError(f"policy {name}: {error}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(str(error)) from None
+    except Exception as error:
+        raise UserError(f"{type(error).__name__}: {error}") from error
 
 
-def policy_from_spec(spec: str | Mapping[str, Any] | Policy) -> Policy:
-    """A policy from its name, or from `{name: parameters}` as YAML gives it and `Policy.spec()` returns it."""
-    from .policy import Policy
-
-    if isinstance(spec, Policy):
-        return spec
-    if isinstance(spec, str):
-        return make_policy(spec)
-    if len(spec) != 1:
-        raise UserError(f"a policy is a name or one name with its parameters, not {dict(spec)!r}")
-    ((name, parameters),) = spec.items()
-    return make_policy(name, **(parameters or {}))
-
-
-def policy_fields(cls: type) -> list[str]:
-    """The fields of this policy class that hold a policy."""
-    from .policy import Policy
-
-    hints = typing.get_type_hints(cls)
-    return [f.name for f in dataclasses.fields(cls) if hints[f.name] is Policy]
-
-
-@functools.cache
-def parameters_model(cls: Any) -> type[pydantic.BaseModel]:
-    """The parameters of a policy or task class as a pydantic model: types, defaults, nothing else allowed."""
-    hints = typing.get_type_hints(cls)
-    nested = policy_fields(cls)
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        default: Any = ...
-        if field.default is not dataclasses.MISSING:
-            default = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            default = pydantic.Field(default_factory=field.default_factory)
-        fields[field.name] = (Any if field.name in nested else hints[field.name], default)
-    # No lax conversions between kinds: `k: "many"` and `k: true` are mistakes, 2 for a float is not.
-    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-    return pydantic.create_model(cls.__name__, __config__=config, **fields)
-
-
-def _explain(name: str, cls: type, error: pydantic.ValidationError) -> str:
-    legal = [field.name for field in dataclasses.fields(cls)]
-    lines = []
-    for mistake in error.errors():
-        field = ".".join(str(part) for part in mistake["loc"])
-        if mistake["type"] == "extra_forbidden":
-            lines.append(unknown(f"parameter of {name}", field, legal))
-        elif mistake["type"] == "missing":
-            lines.append(f"{name}.{field} must be given")
-        else:
-            lines.append(f"{name}.{field}: {mistake['msg']}, not {mistake['input']!r}")
-    return "; ".join(lines)
+def _refuse(mistakes: Iterable[Mistake]) -> None:
+    # A policy names itself in what it raises: once is enough.
+    lines = dict.fromkeys(re.sub(r"^(\w+): (?=\1\.)", "", str(mistake)) for mistake in mistakes)
+    if lines:
+        raise UserError("\n".join(lines))

@@ -8,13 +8,12 @@ counted once each way per step, however often a policy touches it. Prefill is no
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 
 from . import processes
-
-_current: Meter | None = None
 
 
 class Meter:
@@ -79,24 +78,34 @@ class Meter:
         return total
 
 
+class _Current(threading.local):
+    """Of this thread. (Not a context variable: that would break a traced graph.)"""
+
+    meter: Meter | None = None
+
+
+_current = _Current()
+
+
 @contextlib.contextmanager
 def measure(meter: Meter | None = None) -> Iterator[Meter]:
-    """Count the traffic of every decode step inside, in a new meter or on top of what `meter` has counted; of nested
-    meters the innermost counts.
+    """Count the traffic of every decode step inside, in a new meter or on top of what `meter` has counted.
+
+    Counts the steps of this thread only; of nested meters the innermost counts.
 
     >>> with kvsieve.transfer.measure() as meter:
     ...     tokens = list(kvsieve.decode(model, prompts, policy, max_new_tokens=16))
     >>> meter.read / meter.dense_read
+    0...
     """
-    global _current  # noqa: PLW0603  (a context variable would break a traced graph)
     meter = meter or Meter()
-    before, _current = _current, meter
+    before, _current.meter = _current.meter, meter
     try:
         yield meter
     finally:
-        _current = before
+        _current.meter = before
 
 
 def current() -> Meter | None:
-    """The innermost meter that is measuring."""
-    return _current
+    """The innermost meter that is measuring in this thread."""
+    return _current.meter

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 
-from kvsieve.hooks import hookimpl
+from kvsieve import hookimpl
 
 
 @hookimpl
 def register_policies(register: Callable[[type], None]) -> None:
-    from .dense import Dense
+    from kvsieve import Policy
+
     from .dense_layers import DenseLayers
     from .h2o import H2O
     from .local_window import LocalWindow
     from .sparq import SparQ
 
-    for policy in (Dense, SparQ, H2O, LocalWindow, DenseLayers):
+    # The base class itself is dense attention: reads everything, keeps everything.
+    for policy in (Policy, SparQ, H2O, LocalWindow, DenseLayers):
         register(policy)

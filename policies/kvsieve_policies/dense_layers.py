@@ -6,11 +6,11 @@ Quest, Twilight and Double Sparsity do so with layers 0 and 1.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvsieve import Policy, UserError
+from kvsieve import Policy, UserError, Wrapper
 
 
 @dataclass(frozen=True)
-class DenseLayers(Policy):
+class DenseLayers(Wrapper):
     """Dense in `layers` (negative ones count from the last), `inner` in all others."""
 
     layers: tuple[int, ...]
@@ -27,6 +27,3 @@ class DenseLayers(Policy):
         if layer in self.layers or layer - layers in self.layers:
             return Policy()
         return self.inner.for_layer(layer, layers)
-
-    def check(self, head_size: int) -> None:
-        self.inner.check(head_size)

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from kvsieve import LayerCache, Observe, Policy, UserError
+from kvsieve import KVView, Observe, Policy, UserError
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,14 @@ class H2O(Policy):
         if not 1 <= self.recent <= self.budget:
             raise UserError(f"h2o.recent must be from 1 to budget = {self.budget}, not {self.recent}")
 
-    def on_attend(self, kv: LayerCache, mass: torch.Tensor) -> None:
+    @property
+    def keeps(self) -> int:
+        return self.budget
+
+    def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         kv["mass"] += mass
 
-    def priority(self, kv: LayerCache) -> torch.Tensor:
+    def priority(self, kv: KVView) -> torch.Tensor:
         return kv["mass"].masked_fill(kv.newest(self.recent), torch.inf)
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from kvsieve import LayerCache, Policy, UserError
+from kvsieve import KVView, Policy, UserError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class LocalWindow(Policy):
                 f"local_window.sinks must be from 0 to budget - 1 = {self.budget - 1}, not {self.sinks}"
             )
 
-    def priority(self, kv: LayerCache) -> torch.Tensor:
+    @property
+    def keeps(self) -> int:
+        return self.budget
+
+    def priority(self, kv: KVView) -> torch.Tensor:
         return kv.positions.float().masked_fill(kv.oldest(self.sinks), torch.inf)
 
     @classmethod

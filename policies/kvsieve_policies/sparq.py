@@ -11,12 +11,12 @@ that the mean value drowns the tokens read, and the model repeats itself; 1 is t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
 
-from kvsieve import KeyLayout, LayerCache, NewTokens, Policy, Selection, Shape, Tail, UserError, ops
+from kvsieve import KeyLayout, KVView, NewTokens, Policy, Selection, Shape, Tail, UserError, ops
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,19 @@ class SparQ(Policy):
     def key_layout(self) -> KeyLayout:
         return KeyLayout(self.layout, self.block)
 
+    def in_layout(self, layout: KeyLayout) -> Self:
+        return replace(self, layout=layout.kind, block=layout.block)
+
     def check(self, head_size: int) -> None:
         if self.r > head_size:
             raise UserError(f"sparq.r is {self.r}, but this model's heads have only {head_size} channels")
 
-    def on_append(self, kv: LayerCache, new: NewTokens) -> None:
+    def on_append(self, kv: KVView, new: NewTokens) -> None:
         if self.mean_value:
             kv["mean_value"] = ops.running_mean(kv["mean_value"], new.values, new.counts, kv.seen)
 
-    def select(self, query: torch.Tensor, kv: LayerCache) -> Selection | None:
-        if kv.used <= self.k:
+    def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
+        if kv.slots_in_use <= self.k:
             return None  # nothing to leave out
         channels = ops.top_channels(query, self.r)
         slots, counts, missed = ops.top_by_channels(

@@ -1,15 +1,13 @@
 """The two commands, from the command line to the files."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvsieve.bench import attention, decode, room
-from kvsieve.bench.layer import ROOM
+from kvsieve.bench import attention_speed, decode_speed, memory
+from kvsieve.bench.layer_step import ROOM
 from kvsieve.cli import app
 
 ATTENTION = [
@@ -96,9 +94,8 @@ def test_attention_numbers_hang_together(attention_run):
             assert row["graph"] == "no GPU"
         plain = 2 * 2 * (cell["context"] + ROOM) * 16 * 4
         assert dense["bytes_held"] == plain
-        by_channel = (
-            2 * 128 * -(-(cell["context"] + ROOM) // 128) * 16 * 4
-        )  # channels are whole pieces of 128 slots
+        pieces = -(-(cell["context"] + ROOM) // 128)  # channels are stored in whole pieces of 128 slots
+        by_channel = 2 * 128 * pieces * 16 * 4
         assert sparq["bytes_held"] == plain + by_channel + 2 * 16 * 4  # keys twice, and the mean value
 
 
@@ -177,7 +174,7 @@ def test_mistakes_are_answered_before_anything_is_measured(arguments, message, t
 
 
 def test_what_does_not_fit_is_left_out_of_the_default_sizes(monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "free_memory", lambda device: 0)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     result = CliRunner().invoke(app, ["bench", "attention", "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert result.output.count("left out: the cell B=1") == 4
@@ -185,9 +182,9 @@ def test_what_does_not_fit_is_left_out_of_the_default_sizes(monkeypatch, tmp_pat
 
 
 def test_caches_that_do_not_fit_together_are_timed_apart(monkeypatch, tmp_path):
-    monkeypatch.setattr(decode, "_weights", lambda config: 0)
-    monkeypatch.setattr(room, "check", lambda need, device, what: None)
-    monkeypatch.setattr(room, "free_memory", lambda device: 0)
+    monkeypatch.setattr(decode_speed, "_weights", lambda config: 0)
+    monkeypatch.setattr(memory, "check", lambda need, device, what: None)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     record, _, _ = run([*DECODE, *POLICIES, "--no-plot"], tmp_path)
     (cell,) = record["cells"]
     assert not cell["interleaved"]
@@ -201,7 +198,7 @@ def test_a_dense_attention_that_fails_is_noted_not_fatal(monkeypatch, tmp_path):
 
         yield "sdpa broken", build
 
-    monkeypatch.setattr(attention.dense, "builders", broken)
+    monkeypatch.setattr(attention_speed.baselines, "builders", broken)
     record, _, _ = run(
         [*ATTENTION[:4], "--context", "64", "--seconds", "0", "--policy", "dense", "--no-plot"], tmp_path
     )
@@ -210,13 +207,8 @@ def test_a_dense_attention_that_fails_is_noted_not_fatal(monkeypatch, tmp_path):
     assert cell["best_dense"]["name"] == "kvsieve"
 
 
-def test_help_imports_no_torch():
-    code = "import sys; from kvsieve.cli import app; assert 'torch' not in sys.modules, 'torch was imported'"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_a_cell_that_fails_costs_no_other(monkeypatch, tmp_path):
-    measure = attention._measure
+    measure = attention_speed._measure
 
     def exhausted(plan, cell, *others):
         if cell.context == 64:
@@ -224,7 +216,7 @@ def test_a_cell_that_fails_costs_no_other(monkeypatch, tmp_path):
         assert len(list(tmp_path.glob("*.json"))) == 1  # the first cell is on the disk already
         return measure(plan, cell, *others)
 
-    monkeypatch.setattr(attention, "_measure", exhausted)
+    monkeypatch.setattr(attention_speed, "_measure", exhausted)
     result = CliRunner().invoke(app, [*ATTENTION, *POLICIES, "--no-plot", "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert "B=1 T=64 failed: OutOfMemoryError: no room" in result.stderr

@@ -43,17 +43,17 @@ def test_all_mistakes_are_reported_at_once_each_in_its_place(write):
         ("test.yaml:1:1: model is missing", ""),
         ("test.yaml:1:8: modle: unknown key 'modle'", "did you mean 'model'? Legal: batch_size"),
         ("test.yaml:3:1: seed: this key is already given in line 2", ""),
-        ("test.yaml:4:13: batch_size: ", "greater than or equal to 1 (got 0)"),
+        ("test.yaml:4:13: batch_size: ", "must be an integer from 1 to 65536 (got 0)"),
         ("test.yaml:6:5: tasks.0.needle: samples must be at least 1, not 0", ""),
-        ("test.yaml:6:29: tasks.0.needle.context.1: ", "valid integer (got 'lots')"),
+        ("test.yaml:6:29: tasks.0.needle.context.1: ", "must be an integer (got 'lots')"),
         ("test.yaml:7:5: tasks.1: unknown task 'nedle'", "did you mean 'needle'? Legal: key_value"),
         ("test.yaml:8:5: tasks.2: ", "(indent its parameters below it)"),
         ("test.yaml:11:26: policies.0.dense.compression: ", "up to 1, such as 1/8 (got 2)"),
         ("test.yaml:12:17: policies.1.sparq.rr: unknown parameter of sparq 'rr'", "Legal: "),
         ("test.yaml:12:33: policies.1.sparq.group_score: ", "'softmax' or 'logits' (got 'soft')"),
-        ("test.yaml:13:19: policies.2.h2o.budget: ", "valid integer (got '16')"),
-        ("test.yaml:14:28: policies.3.local_window.budget: ", "valid integer (got True)"),
-        ("test.yaml:15:32: policies.4.dense_layers.layers.1: ", "valid integer (got 'a')"),
+        ("test.yaml:13:19: policies.2.h2o.budget: ", "must be an integer (got '16')"),
+        ("test.yaml:14:28: policies.3.local_window.budget: ", "must be an integer (got True)"),
+        ("test.yaml:15:32: policies.4.dense_layers.layers.1: ", "must be an integer (got 'a')"),
         ("test.yaml:15:44: policies.4.dense_layers.inner.sparc: unknown policy 'sparc'", "'sparq'?"),
         ("test.yaml:16:5: policies.5.dense_layers.inner: must be given", ""),
         ("test.yaml:16:28: policies.5.dense_layers.layers: ", "(got 1)"),
@@ -70,9 +70,9 @@ def test_all_mistakes_are_reported_at_once_each_in_its_place(write):
         ("", "is empty"),
         ("- dense", "is not a mapping"),
         ("model: [", "test.yaml:1:9: not YAML"),
-        ("model: !!python/name:os.system x", "test.yaml:1:8: not YAML"),
+        ("model: !!python/name:os.system x", "test.yaml:1:8: model: tags such as !!python/name:os.system are not read"),
         ("tasks: &a [*a]", "an alias that contains itself"),
-        ("model: reference\ntasks: []\npolicies: [dense]", "tasks: List should have at least 1 item"),
+        ("model: reference\ntasks: []\npolicies: [dense]", "tasks: must be a list of values, not empty (got [])"),
         ("model: reference\ntasks: [needle]\npolicies: [sparq: {r: []}]", "an empty list sweeps over nothing"),
         ("model: reference\ntasks: [needle]\npolicies: [sparq: 3]", "are `key: value` pairs (got 3)"),
         ("model: reference\ntasks: [needle]\npolicies: [{dense_layers: {layers: [0], inner: dense, compression: 1}}]",
@@ -160,7 +160,7 @@ def test_overrides(write):
         ("tasks.3.needle=1", "no '3' here; there are items 0 to 0"),
         ("polices.0=dense", "no 'polices' here; there is: model, tasks, policies"),
         ("seed=[", "'[' is not YAML"),
-        ("seed=x", "--set seed=x: seed: Input should be a valid integer"),
+        ("seed=x", "--set seed=x: seed: must be an integer from 0 to 9223372036854775807 (got 'x')"),
         ("tasks.0.needle.samples=0", "tasks.0.needle: samples must be at least 1"),
     ],
 )
@@ -178,3 +178,33 @@ def test_the_shipped_configurations_are_right():
         assert path.read_text().startswith("# yaml-language-server: $schema=./schema.json\n")
         if path.stem != "my_policy":  # names a policy of the example package, which need not be installed
             config.load(path)
+
+
+def test_a_misspelt_section_does_not_hide_the_mistakes_beneath_it(write):
+    text = "model: reference\ntasks: [needle]\npolices:\n  - sparq: {kk: 3}\n"
+    assert [line.split(": ", 2)[1:] for line in mistakes(write, text)] == [
+        ["policies is missing"],
+        ["polices", "unknown key 'polices'; did you mean 'policies'? Legal: "
+         + ", ".join(sorted(config.Settings.model_fields))],
+        ["polices.0.sparq.kk", "unknown parameter of sparq 'kk'; did you mean 'k'? Legal: "
+         "block, compression, group_score, k, layout, local, mean_value, mean_value_limit, r"],
+    ]  # fmt: skip
+
+
+def test_what_is_listed_twice_is_measured_once_and_said(load):
+    found = load("""\
+        tasks: [needle, needle: {context: 1024}]
+        policies:
+          - sparq
+          - sparq: {k: [128, 64, 64]}
+          - sparq: {compression: 1/8}
+          - sparq: {compression: 0.125}
+        """)
+    assert len(found.tasks) == 1
+    assert len(found.policies) == 3
+    assert [line.partition("test.yaml:")[2] for line in found.remarks] == [
+        "2:17: tasks.1.needle: the same as tasks.0; it is measured once",
+        "5:5: policies.1.sparq: the same as policies.0; it is measured once",
+        "5:5: policies.1.sparq: its lists make the same one twice; it is measured once",
+        "7:5: policies.3.sparq: the same as policies.2.sparq; it is measured once",
+    ]

@@ -1,4 +1,4 @@
-"""The id of a cell depends on everything that a result depends on, and a difference between two ids is named."""
+"""The id of a cell depends on everything that a result depends on, and differences are named."""
 
 import importlib
 import sys

@@ -84,7 +84,7 @@ def test_killed_runs_lose_nothing_and_double_nothing(load, model, tmp_path, kill
         assert found[: len(before)] == before
         assert {key(r): r["score"] for r in found} == pytest.approx(scores)
         assert len(found) == asked
-        assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in expected])
+        assert [row.score for row in rows] == pytest.approx([row.score for row in expected])
     if kills > 100:
         assert during > kills / 4
         record("runs killed (SIGKILL at a random moment)", f"{done}, in {runs} folders")
@@ -112,4 +112,4 @@ def test_a_killed_command_continues(write, load, model, tmp_path):
     found = samples.read(path)
     assert found[: len(survived)] == survived
     assert len(found) == len(survived) + 2
-    assert [row["samples"] for row in outcome.rows] == [len(survived) + 2]
+    assert [row.samples for row in outcome.rows] == [len(survived) + 2]

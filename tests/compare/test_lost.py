@@ -89,7 +89,7 @@ def test_samples_that_vanish_during_a_run_are_written_again(compare, meddle, tmp
     found = samples.read(path)
     assert len(found) == len({(r["cell"], r["sample"]) for r in found}) == 8
     assert {r["score"] for r in found} == {0}
-    assert [(row["policy"], row["score"], row["samples"]) for row in outcome.rows] == [
+    assert [(row.policy, row.score, row.samples) for row in outcome.rows] == [
         ("dense", 0, 4), ("sparq", 0, 4)
     ]  # fmt: skip
 

@@ -29,7 +29,7 @@ def test_batches_of_a_cell_share_a_captured_step(recorded, load, model):
         (got, scores), (wanted, eager_scores) = (records(model, cell, eager) for eager in (False, True))
         assert got == wanted
         assert scores == pytest.approx(eager_scores, rel=1e-5)  # constant shapes are summed in another order
-        # Twice, because the last batch has one row less; each time with the meter and, for the speed, without.
+        # The last batch has one row less; each size is captured with the meter and, for the speed, without.
         assert recorded.captured == 2 * 2 * number
 
 

@@ -60,7 +60,7 @@ def register_policies(register):
     register(Deadly)
     register(Broken)
 '''
-TIMES = {"tokens_per_second"}
+TIMES = {"tokens_per_second", "tokens_per_second_min", "tokens_per_second_max"}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The report, on a run folder made up here in the shape of a real one."""
 
-import csv
+import dataclasses
 import html
 import json
 import re
@@ -18,8 +18,9 @@ pytest.importorskip("vl_convert", reason="the extra 'report' is not installed")
 
 from kvsieve.compare.report import write_picture, write_report
 from kvsieve.compare.report.__main__ import main
-from kvsieve.compare.report.finding import finding
-from kvsieve.compare.report.results import read
+from kvsieve.compare.report.folder import read
+from kvsieve.compare.report.headline import headline
+from kvsieve.compare.results import Results, Row, write_csv
 
 POLICIES = {"sparq": "r=8 k={k}", "h2o": "budget={k} recent={q}", "local_window": "budget={k} sinks=16"}
 SHARES = (1 / 2, 1 / 4, 1 / 8)
@@ -56,29 +57,43 @@ TASKS = {
 
 
 def row(task, context, policy, score, compression="", **values):
-    metric, higher_is_better = TASKS[task, context][:2]
+    metric, higher_is_better, dense = TASKS[task, context][:3]
     spread = 0.0 if score in (0, 1) else {"accuracy": 0.08, "bits per byte": 0.03}.get(metric, 4.0)
     share = 1 / int(compression[2:]) if compression else 1.0
     dense_bytes = context * 4096
-    return {
+    far = abs(score - dense) > 0.06 * dense
+    difference = {
+        "difference": score - dense,
+        "difference_low": score - dense - 0.02 * dense,
+        "difference_high": score - dense + 0.02 * dense,
+        "pairs": 32,
+        "mark": ("better" if (score > dense) == higher_is_better else "worse")
+        if far
+        else "indistinguishable",
+    }
+    found = {
         "model": "reference",
         "task": task,
+        "task_parameters": {},
         "context": context,
         "policy": policy,
+        "policy_label": f"{policy} {compression}".strip(),
         "parameters": "",
         "compression": compression,
+        "metric": metric,
+        "higher_is_better": higher_is_better,
+        "chance": 0.0 if higher_is_better else 8.0,
         "score": score,
         "score_low": max(score - spread, 0),
         "score_high": min(score + spread, 1) if metric == "accuracy" else score + spread,
         "samples": 32,
+        **(difference if policy != "dense" else {}),
         "bytes_per_step": share * dense_bytes,
         "bytes_ratio": share * 1.01 if compression else 1.0,
         "kv_bytes": dense_bytes * (1.5 if policy == "sparq" else share),
         "tokens_per_second": 250 - 40 * share,
-        "ran_eagerly": "",
-        "metric": metric,
-        "higher_is_better": higher_is_better,
-    } | values
+    }
+    return Row(**found | values)
 
 
 def synthetic_rows():
@@ -94,10 +109,7 @@ def synthetic_rows():
 
 
 def write_run(folder, rows):
-    with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "summary.csv", rows)
     (folder / "config.yaml").write_text("model: reference\ntasks:\n  - needle: {context: 512, samples: 32}\n")
     environment = {
         "started": "2025-11-20T19:40:11+00:00",
@@ -115,7 +127,7 @@ def write_run(folder, rows):
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for one in rows:
             for sample in range(2):
-                line = {name: one[name] for name in ("task", "context", "policy", "score")}
+                line = {name: getattr(one, name) for name in ("task", "context", "policy", "score")}
                 file.write(json.dumps({"cell": "c0ffee", "sample": sample, "seconds": 0.3} | line) + "\n")
         file.write('{"cell": "c0ffee", "sam')  # killed in the middle of a line
     return folder
@@ -131,32 +143,71 @@ def page(run_folder):
     return write_report(run_folder).read_text(encoding="utf-8")
 
 
-def finding_of(folder, rows):
-    return finding(read(write_run(folder, rows)))
+def headline_of(rows):
+    return headline(Results(rows))
 
 
 def charts_of(page):
     return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.S)[1])
 
 
-def test_the_page_holds_every_row_the_finding_and_what_was_run(run_folder, page):
+def test_the_page_holds_every_row_the_headline_and_the_setting_of_the_run(run_folder, page):
     assert page.count('<th scope="row"') == len(synthetic_rows())
-    assert html.escape(finding(read(run_folder))) in page
+    assert html.escape(headline(read(run_folder).results)) in page
     assert page.count('<div class="chart"') == len(TASKS) == len(charts_of(page))
     for expected in ("reference, 3.21 M parameters, float32", "Intel Xeon 2.80GHz, 2 cores", "torch 2.13.0",
                      "2025-11-20 19:40 UTC", "my-policy 1.0", "samples: 32", "budget=64 recent=16",
-                     "characters of 64", "lower is better", "0.890 to 1.000", "2.1 MB"):  # fmt: skip
+                     "characters of 64", "lower is better", "0.890 to 1.000", "2.1 MB",
+                     "the grey band its 95% interval"):  # fmt: skip
         assert expected in page, expected
     assert f"{2 * len(synthetic_rows())}" in page  # samples decoded, the torn line left out
 
 
+def best_of(folder, rows):
+    page = write_report(write_run(folder, rows)).read_text(encoding="utf-8")
+    return re.findall(r'class="best">([^<]+)<', page[page.index("<tbody>") :])
+
+
 def test_best_values_are_marked_among_the_sparse_policies_of_each_group(tmp_path):
     rows = [row("needle", 512, "dense", 1.0),
-            row("needle", 512, "sparq", 0.9, "1/8", tokens_per_second=100),
-            row("needle", 512, "h2o", 0.2, "1/8", tokens_per_second=300)]  # fmt: skip
+            row("needle", 512, "sparq", 0.98, "1/8", tokens_per_second=100),
+            row("needle", 512, "h2o", 0.96, "1/8", tokens_per_second=300)]  # fmt: skip
+    assert best_of(tmp_path, rows) == ["0.980", "262 kB", "300"]
+
+
+def test_a_policy_that_lost_the_answers_is_best_at_nothing(tmp_path):
+    rows = [row("needle", 512, "dense", 1.0),
+            row("needle", 512, "sparq", 0.98, "1/8", tokens_per_second=100, kv_bytes=9e6),
+            row("needle", 512, "sparq", 0.97, "1/4", tokens_per_second=90, kv_bytes=8e6),
+            row("needle", 512, "h2o", 0.2, "1/8", tokens_per_second=300, kv_bytes=1e6)]  # fmt: skip
+    assert rows[-1].mark == "worse"
+    assert best_of(tmp_path, rows) == ["0.980", "100", "8 MB"]
+
+
+def test_a_noisy_speed_is_grey_named_and_not_the_best(tmp_path):
+    noisy = {"tokens_per_second": 300, "tokens_per_second_min": 110, "tokens_per_second_max": 1147}
+    steady = {"tokens_per_second": 100, "tokens_per_second_min": 95, "tokens_per_second_max": 105}
+    rows = [row("needle", 512, "dense", 1.0, **steady),
+            row("needle", 512, "sparq", 0.98, "1/8", **noisy),
+            row("needle", 512, "h2o", 0.98, "1/8", **steady),
+            row("needle", 512, "odd", 0.98, "1/8", **steady | {"tokens_per_second": 99})]  # fmt: skip
     page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
-    body = page[page.index("<tbody>") :]
-    assert re.findall(r'class="best">([^<]+)<', body) == ["0.900", "262 kB", "300"]
+    assert '<span class="noisy">300</span><small>noisy: 110 to 1,147</small>' in page
+    assert page.count('class="noisy"') == 1
+    assert '<span class="best">100</span>' in page
+    assert "differ by more than 20% of their median" in page
+
+
+def test_a_difference_shows_its_interval_its_mark_and_the_answers(tmp_path):
+    rows = [row("needle", 512, "dense", 1.0),
+            row("needle", 512, "sparq", 1.0, "1/8", lost=0, won=0),
+            row("needle", 512, "h2o", 0.2, "1/8", lost=26, won=0),
+            row("needle", 512, "odd", 0.5, "1/8", mark="few")]  # fmt: skip
+    page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
+    for expected in ("<span>+0.000</span><small>-0.020 to +0.020</small><small>lost 0, won 0 of 32</small>",
+                     '<span class="worse">▼ -0.800</span><small>-0.820 to -0.780</small><small>lost 26, won 0 of 32',
+                     "<small>few samples</small>"):  # fmt: skip
+        assert expected in page, expected
 
 
 def test_what_ran_eagerly_is_said_beside_its_speed(tmp_path):
@@ -168,9 +219,9 @@ def test_what_ran_eagerly_is_said_beside_its_speed(tmp_path):
 
 
 def test_a_failed_cell_stays_in_the_table_without_numbers(tmp_path):
-    nothing = dict.fromkeys(("score_low", "score_high", "bytes_ratio", "bytes_per_step", "kv_bytes"), "")
     rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "sparq", 1.0, "1/8")]
-    failed = rows[1] | nothing | {"context": 1024, "score": "nan", "tokens_per_second": ""}
+    nothing = {field.name: None for field in dataclasses.fields(Row) if "float" in str(field.type)}
+    failed = dataclasses.replace(rows[1], **nothing | {"context": 1024})
     write_run(tmp_path, [*rows, failed])
     errors = {"needle 512, dense": None, "needle 1024, sparq 1/8": "NaN in <logits>"}
     cells = [{"label": label, "error": error} for label, error in errors.items()]
@@ -183,42 +234,88 @@ def test_a_failed_cell_stays_in_the_table_without_numbers(tmp_path):
     assert not any("data-value" in cell for cell in last[:-1])
 
 
-def test_the_finding_names_who_keeps_the_dense_score_and_who_does_not(tmp_path):
-    sentence = finding_of(tmp_path, synthetic_rows())
-    assert sentence == (
-        "SparQ kept at least 95% of the dense score in all 6 task settings "
+def test_the_headline_names_the_share_that_is_certain_and_who_is_worse():
+    assert headline_of(synthetic_rows()) == (
+        "SparQ kept at least 95% of the dense score in all 6 task settings (95% intervals, n = 32) "
         "while reading about 1/8 of the bytes; "
-        "for about as many bytes, local window fell to 6% and H2O to 0% at worst."
+        "for about as many bytes, H2O was worse than dense in 5 of 6 and local window was worse than dense in 6 of 6."
     )
 
 
-def test_the_finding_claims_no_more_than_was_measured(tmp_path):
-    needle = [one for one in synthetic_rows() if one["task"] == "needle"]
-    dense = [one for one in needle if one["policy"] == "dense"]
-    others = [one for one in needle if one["policy"] != "dense"]
-    weak = [one | {"score": 0.9 * one["score"]} for one in others]
-    eighths = [one for one in others if one["compression"] == "1/8" and one["context"] == 512]
+def without_numbers(rows):
+    return [dataclasses.replace(one, score=None, difference=None, difference_low=None) for one in rows]
+
+
+def test_the_headline_claims_no_more_than_was_measured():
+    needle = [one for one in synthetic_rows() if one.task == "needle"]
+    dense = [one for one in needle if one.policy == "dense"]
+    others = [one for one in needle if one.policy != "dense"]
+    eighths = [one for one in others if one.compression == "1/8" and one.context == 512]
     many = [row("needle", context, f"p{i}", i / 10, "1/8") for i in range(4) for context in (512, 1024, 2048)]
-    assert "the 6 others fell to between 0% and 30% at worst" in finding_of(tmp_path, needle + many)
-    assert "in all 3 task settings" in finding_of(tmp_path, needle)
-    failed = [one | {"score": ""} if one in eighths else one for one in others]
-    assert re.match(
-        r"No policy kept 95%.* SparQ, with 90% at worst .* 1/4", finding_of(tmp_path, dense + weak)
-    )
-    assert "SparQ kept" in (cheapest := finding_of(tmp_path, dense + failed))
+    assert "the 6 others were worse than dense in 3 of 3" in headline_of(needle + many)
+    assert "in all 3 task settings" in headline_of(needle)
+    failed = [*(one for one in others if one not in eighths), *without_numbers(eighths)]
+    assert "SparQ kept" in (cheapest := headline_of(dense + failed))
     assert "about 1/4 of the bytes" in cheapest
-    assert "no dense baseline" in finding_of(tmp_path, others)
-    assert "dense attention alone" in finding_of(tmp_path, dense)
-    assert "scored nothing" in finding_of(tmp_path, [one | {"score": 0.0} for one in needle])
+    assert "no dense baseline" in headline_of(others)
+    assert "dense attention alone" in headline_of(dense)
+    unpaired = [dataclasses.replace(one, difference=None) for one in others]
+    assert "No row of this run is compared with dense; `kvsieve report`" in headline_of(dense + unpaired)
 
 
-def test_lower_is_better_is_turned_round(tmp_path):
-    rows = [row("perplexity", 1024, "dense", 2.0),
+def test_the_headline_says_less_of_fewer_samples():
+    def claim(low, pairs):
+        rows = [row("needle", 512, "dense", 1.0),
+                row("needle", 512, "sparq", 1.0, "1/8", difference_low=low, pairs=pairs)]  # fmt: skip
+        return headline_of(rows)
+
+    assert (
+        "SparQ kept at least 82% of the dense score on needle at 512 tokens (95% intervals, n = 16)"
+        in claim(-0.171, 16)
+    )
+    assert claim(-1.0, 2) == (
+        "No policy can be said to have kept half of the dense score on needle at 512 tokens (95% intervals, n = 2); "
+        "closest came SparQ, with at least 0% while reading about 1/8 of the bytes."
+    )
+
+
+def test_the_headline_is_silent_where_dense_itself_is_at_chance():
+    def table(**dense):
+        rows = [
+            dataclasses.replace(row("needle", 512, "dense", 1.0), **dense),
+            row("needle", 512, "sparq", 0.0, "1/8"),
+        ]
+        return rows, [row("perplexity", 1024, "dense", 1.6), row("perplexity", 1024, "sparq", 1.61, "1/8")]
+
+    lost, known = table(score=0.0, score_low=0.0)
+    assert headline_of(lost) == (
+        "Dense attention itself did no better than chance on needle at 512 tokens (n = 32), so nothing can be said "
+        "about what a policy keeps."
+    )
+    assert (
+        "SparQ kept at least 98% of the dense score in the 1 of 2 task settings with a dense score above chance"
+        in (headline_of(lost + known))
+    )
+    untrained = [dataclasses.replace(one, score=7.99, score_high=8.01) for one in known[:1]]
+    assert "no better than chance on perplexity" in headline_of(untrained + known[1:])
+    guessing, _ = table(score=0.27, score_low=0.2, chance=0.25)
+    assert "no better than chance" in headline_of(guessing)
+
+
+def test_a_sure_loss_is_said_of_the_winner_too():
+    rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "sparq", 1.0, "1/8"),
+            row("perplexity", 1024, "dense", 1.62),
+            row("perplexity", 1024, "sparq", 1.65, "1/8", mark="worse")]  # fmt: skip
+    assert "about 1/8 of the bytes, and was measurably worse on perplexity 1024." in headline_of(rows)
+
+
+def test_lower_is_better_is_turned_round():
+    rows = [row("perplexity", 1024, "dense", 1.62),
             row("perplexity", 1024, "sparq", 2.5, "1/8"),
-            row("perplexity", 1024, "h2o", 1.9, "1/8")]  # fmt: skip
-    assert finding_of(tmp_path, rows) == (
-        "H2O kept at least 95% of the dense score on perplexity at 1,024 tokens "
-        "while reading about 1/8 of the bytes; for about as many bytes, SparQ fell to 80% at worst."
+            row("perplexity", 1024, "h2o", 1.6, "1/8")]  # fmt: skip
+    assert headline_of(rows) == (
+        "H2O kept at least 99% of the dense score on perplexity at 1,024 tokens (95% intervals, n = 32) "
+        "while reading about 1/8 of the bytes; for about as many bytes, SparQ was worse than dense."
     )
 
 
@@ -258,8 +355,12 @@ ATTACK = f"""</script><script>{OWN}</script><img src=x onerror="{OWN}">{{{{ 7*7 
 
 def attacked_run(folder):
     hostile = dict.fromkeys(("model", "task", "parameters", "metric"), ATTACK)
-    rows = [one | hostile for one in synthetic_rows()[0:7:2]]
-    rows[2] |= {"policy": ATTACK, "compression": ATTACK}
+    hostile["task_parameters"] = {ATTACK: ATTACK}
+    rows = [dataclasses.replace(one, **hostile) for one in synthetic_rows()[0:7:2]]
+    rows[2] = dataclasses.replace(
+        rows[2], policy=ATTACK, compression=ATTACK, policy_label=f"{ATTACK} {ATTACK}"
+    )
+    rows[3] = dataclasses.replace(rows[3], mark=ATTACK, ran_eagerly=ATTACK)
     write_run(folder, rows)
     (folder / "config.yaml").write_text(ATTACK)
     (folder / "environment.json").write_text(json.dumps({ATTACK: ATTACK}))
@@ -275,6 +376,15 @@ def test_strings_of_a_user_cannot_become_script(tmp_path):
     assert ATTACK in [
         point["parameters"] for points in charts_of(page)[0]["datasets"].values() for point in points
     ]
+
+
+def test_parameters_of_a_task_cannot_become_script(tmp_path):
+    rows = [row("needle", 512, "dense", 1.0, task_parameters={ATTACK: value}) for value in (ATTACK, 7)]
+    document = Document(write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8"))
+    assert (
+        document.text.count(f"needle {ATTACK}={ATTACK}, 512 tokens") == 2
+    )  # over the chart and over the table
+    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == ["script"] * 3
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -153,7 +153,7 @@ def test_own_text(tmp_path, tokenizer):
     assert task.source() != Perplexity(100).source()
     with pytest.raises(UserError, match=r"own\.txt is too short: \d+ tokens, and a prompt needs"):
         Perplexity(100_000, text=str(path)).sample(tokenizer, 0, 0)
-    with pytest.raises(UserError, match=r"nowhere\.txt cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere\.txt: cannot be read"):
         Needle(100, text="nowhere.txt").sample(tokenizer, 0, 0)
 
 

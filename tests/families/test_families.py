@@ -15,13 +15,15 @@ import torch
 import kvsieve
 from kvsieve import make_policy, transfer
 from kvsieve.cache.windows import WindowLayer
-from kvsieve.loop import Decoder
+from kvsieve.loop import Runner
+from kvsieve.testing import LayerCache
 
+from ..policies import LOOSE
 from .zoo import FAMILIES, VOCABULARY, WINDOW
 
 NEW = 24
 LENGTHS = 13, 7, 10  # of the prompts; the windows are shorter than the longest
-EXACT = {"dense": make_policy("dense"), "sparq": make_policy("sparq", r=4, k=64, local=4)}
+EXACT = {name: LOOSE[name] for name in ("dense", "sparq")}
 FEW = 8  # where all that matters shows early
 
 
@@ -67,15 +69,15 @@ def greedy(model, ids, mask=None, cache=None, new=NEW):
 
 def loop(model, rows, policy, new=NEW):
     """The same by the decode loop."""
-    decoder = Decoder(model, rows, policy, new)
-    logits = [decoder.prefill()]
-    for _ in range(new - 1):
-        logits.append(decoder.step(logits[-1].argmax(-1)))
+    runner = Runner(model, rows, policy, new)
+    logits = [runner.prefill()]
+    for step in range(new - 1):
+        logits.append(runner.run(logits[-1].argmax(-1), runner.sizes + step))
     return torch.stack(logits, 1).argmax(-1), torch.stack(logits, 1)
 
 
 def forwards(model, ids, mask, policy):
-    """The same by calling the model, with padding on the right: a row's next token follows its last real one."""
+    """Call the model itself, with padding on the right: a row's next token follows its last real one."""
     cache, sizes, steps = kvsieve.KVCache(model, policy), mask.sum(1), []
     with torch.no_grad():
         out = model(
@@ -105,7 +107,7 @@ def each_alone(case):
 def test_the_policy_acts_on_the_layers_that_see_everything(case):
     layers = kvsieve.KVCache(case.model).layers
     assert (
-        tuple(i for i, layer in enumerate(layers) if isinstance(layer, kvsieve.LayerCache))
+        tuple(i for i, layer in enumerate(layers) if isinstance(layer, LayerCache))
         == case.family.policy_layers
     )
 
@@ -130,9 +132,8 @@ class TestExactly:
     def test_padded_on_the_right(self, case, policy):
         ids, mask = padded(case.rows, "right")
         assert_same(greedy(case.model, ids, mask, kvsieve.KVCache(case.model, policy)), each_alone(case))
-        if (
-            len(case.family.policy_layers) == case.family.layers
-        ):  # else stock's own layers count the padding in
+        # Stock's own layers would count the padding in.
+        if len(case.family.policy_layers) == case.family.layers:
             assert_same(forwards(case.model, ids, mask, policy), each_alone(case))
 
 
@@ -155,9 +156,8 @@ def test_windowed_layers_are_metered(case):
     with transfer.measure() as meter:
         list(kvsieve.decode(case.model, case.rows, max_new_tokens=FEW, eos_token_id=(), cache=cache))
     policy_layer = cache.policy_layers[0]
-    number = (
-        2 * policy_layer.lengths.shape[1] * policy_layer.head_size * 4
-    )  # bytes of a token: keys and values
+    # Bytes of a token: keys and values.
+    number = 2 * policy_layer.kv.lengths.shape[1] * policy_layer.kv.head_size * 4
     full, windowed = 0, 0
     for length in LENGTHS:
         for step in range(1, FEW):  # the first new token comes from the prefill

@@ -1,4 +1,4 @@
-"""What cannot be served is refused before any work, with the reason and what to do: in memory, or in a folder."""
+"""Unsupported models are refused before any work, in memory or in a folder, with the reason and a remedy."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import kvsieve
 from kvsieve import UserError, make_policy
+from kvsieve.testing import LayerCache
 
 from .zoo import FAMILIES, VOCABULARY
 
@@ -104,9 +105,8 @@ def test_windows_in_every_layer_leave_nothing_to_a_policy_until_they_are_lifted(
         kvsieve.KVCache(model, make_policy("sparq", r=4, k=8, local=4))
     prompt = torch.arange(3, 17)[None]
     expected = stock.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert torch.equal(
-        model.generate(prompt, max_new_tokens=12, do_sample=False), expected
-    )  # without a KVCache it works
+    without_kv_cache = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert torch.equal(without_kv_cache, expected)
     model.config.sliding_window = None  # as the message says: within the window it changes nothing
     cache = kvsieve.KVCache(model, make_policy("sparq", r=4, k=64, local=4))
     assert torch.equal(
@@ -133,7 +133,7 @@ def test_a_mask_of_4_dimensions_is_refused():
 
 
 def test_a_model_that_changes_keys_after_caching_is_found_out():
-    """As MLA does, in a family that nobody has named yet: other keys reach attention than were cached."""
+    """Like MLA in a family not yet named: attention gets other keys than were cached."""
     model = kvsieve.prepare(family("llama").build())
     cache = kvsieve.KVCache(model, make_policy("sparq", r=4, k=8, local=4))
     update = cache.update
@@ -143,7 +143,7 @@ def test_a_model_that_changes_keys_after_caching_is_found_out():
 
 
 def test_keys_and_values_of_different_sizes_are_refused():
-    layer = kvsieve.LayerCache(make_policy("dense"))
+    layer = LayerCache(make_policy("dense"))
     with pytest.raises(UserError, match="keys of 8 and values of 4 numbers"):
         layer.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 4))
 
@@ -175,7 +175,7 @@ def test_attention_that_is_not_causal_stays_so():
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "llama4"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_transformers_own_caches_still_work_in_pieces(name, kind):
-    """A prepared model without a KVCache: a prompt in several pieces, then a single token, as stock does it."""
+    """Without a KVCache, a prepared model takes a prompt in pieces, then a single token, and equals stock."""
     stock, model = family(name).build(), kvsieve.prepare(family(name).build())
     tokens = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -18,7 +18,7 @@ WINDOW = 9
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One row of the table. `config` names the config class, `options` is what its tiny model is built with."""
+    """One row of the table: `config` names the config class, `options` build its tiny model."""
 
     name: str
     config: str
@@ -38,9 +38,8 @@ class Family:
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if (
-                    weight.dim() > 1
-                ):  # large enough for attention to matter and for greedy tokens not to repeat
+                # Large enough for attention to matter and for greedy tokens not to repeat.
+                if weight.dim() > 1:
                     weight.mul_(6 if "embed" not in name else 3)
                 elif "sinks" in name:
                     weight.normal_()

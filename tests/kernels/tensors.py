@@ -1,4 +1,4 @@
-"""Tensors that kernels are tried on: what must not be read, or was not written, is NaN."""
+"""Tensors to try kernels on: NaN where they must not read, and where they have not written."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def on_gpu(*values: object) -> object:
 
 @contextlib.contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """torch fills new memory with NaN, so that what a kernel leaves out shows."""
+    """torch fills new memory with NaN, so that a number which a kernel leaves out shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -33,7 +33,7 @@ def unwritten_is_nan() -> Iterator[None]:
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32).to(DEVICE, dtype)
 
 
 def slots_of(
@@ -59,5 +59,5 @@ def laid_out(layout: str, block: int, keys: torch.Tensor, lengths: torch.Tensor)
 
 
 def clean(tensor: torch.Tensor) -> torch.Tensor:
-    """What the reference is given: it may read dead slots, which must then be finite; in float32."""
+    """The reference's copy: in float32, and zero where it must not matter."""
     return tensor.float().nan_to_num(0)

@@ -1,9 +1,13 @@
 """Which implementation of the ops runs is chosen, and never another."""
 
+import importlib
+import inspect
+
 import pytest
 import torch
 
 from kvsieve import UserError, ops
+from kvsieve.ops import reference
 
 
 def test_triton_runs_on_a_gpu_unless_the_reference_is_chosen() -> None:
@@ -27,15 +31,10 @@ def test_an_unknown_implementation_is_refused_with_the_legal_ones() -> None:
         pass
 
 
-def test_triton_has_every_op_of_the_reference() -> None:
-    with ops.use("reference"):
-        reference = ops.implementation(torch.device("cpu"))
-    triton = ops.implementation(torch.device("cuda"))
-    mine = {
-        name
-        for name, item in vars(reference).items()
-        if getattr(item, "__module__", "") == reference.__name__
-    }
-    public = {name for name in mine if not name.startswith("_")} - {"tempered"}  # no op: the CPU shares it
-    assert len(public) > 5
-    assert not {name for name in public if not hasattr(triton, name)}
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_an_implementation_has_the_ops_of_the_reference_with_the_same_parameters(name: str) -> None:
+    other = importlib.import_module(f"kvsieve.ops.{name}")
+    assert other.__all__ == reference.__all__
+    assert len(reference.__all__) == 10
+    for op in reference.__all__:
+        assert inspect.signature(getattr(other, op)) == inspect.signature(getattr(reference, op)), op

@@ -1,4 +1,4 @@
-"""What two processes and a single one both compute: families x policies. torchrun runs it on a folder of models."""
+"""Families x policies, computed by one process and by two; torchrun runs this module on saved models."""
 
 from __future__ import annotations
 
@@ -14,20 +14,17 @@ import kvsieve
 from kvsieve.compare import config, run
 from kvsieve.processes import rank
 
+from ..policies import TIGHT
+
 FAMILIES = ["llama (GQA)", "qwen3", "gemma2", "mistral"]
-POLICIES: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "sparq": {"r": 4, "k": 8, "local": 2},
-    "h2o": {"budget": 12, "recent": 4},
-    "local_window": {"budget": 10, "sinks": 2},
-}
+POLICIES = {name: TIGHT[name] for name in ("dense", "sparq", "h2o", "local_window")}
 NEW = 10
 PROMPTS = [[(7 * i + 3 * i * i) % 101 for i in range(24)], [(5 * i + 1) % 101 for i in range(15)]]
 
 
 def measured(model: Any, policy_name: str) -> dict[str, Any]:
     """Tokens and log-probabilities under a policy, and what the meter says: here, and over all processes."""
-    policy = kvsieve.make_policy(policy_name, **POLICIES[policy_name])
+    policy = POLICIES[policy_name]
     cache = kvsieve.KVCache(model, policy)
     with kvsieve.transfer.measure() as meter:
         steps = kvsieve.decode(model, PROMPTS, policy, max_new_tokens=NEW, eos_token_id=(), cache=cache)
@@ -37,7 +34,7 @@ def measured(model: Any, policy_name: str) -> dict[str, Any]:
     return {
         "tokens": tokens.tolist(),
         "scores": [row.tolist() for row in scores],
-        "kv_heads": cache.policy_layers[0].lengths.shape[1],
+        "kv_heads": cache.policy_layers[0].kv.lengths.shape[1],
         "memory": cache.memory(),
         "here": [meter.read, meter.written, meter.dense_read, meter.steps],
         "everywhere": [everywhere.read, everywhere.written, everywhere.dense_read, everywhere.steps],

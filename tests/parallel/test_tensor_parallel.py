@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +16,7 @@ import kvsieve
 from kvsieve import UserError
 from kvsieve.compare import config, run, samples
 from kvsieve.hf import parallel
-from kvsieve.reference_model.tokenizer import byte_tokenizer
+from tests.models import save_byte_llama
 
 from ..families.zoo import FAMILIES
 from . import matrix
@@ -55,26 +54,16 @@ def folder(tmp_path_factory):
     for family in matrix.FAMILIES:
         save(family, folder / family)
     save("gemma", folder / "one KV head")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "max_position_embeddings": 512,
-    }
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape, **heads)).save_pretrained(folder / "bytes")
-    byte_tokenizer().save_pretrained(folder / "bytes")
+    save_byte_llama(folder / "bytes", kv_heads=2)
     (folder / "comparison.yaml").write_text(COMPARISON.format(model=folder / "bytes", split="true"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def split(folder):
-    """What each of two processes found: one start for the whole matrix."""
+    """Results of each of two processes: one start for the whole matrix."""
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'kvsieve[parallel]'")
-    script = Path(matrix.__file__)
-    done = torchrun(script, folder, timeout=300)
+    done = torchrun("-m", matrix.__name__, folder, timeout=300, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -53,7 +53,7 @@ def attention(
     policy: Policies = None,
     layout: Layout = "double,blocked,single",
     dense: Annotated[
-        str | None, typer.Option(help="of sdpa, flex, flashinfer, flash-attn, kvsieve; default: what runs")
+        str | None, typer.Option(help="of sdpa, flex, flashinfer, flash-attn, kvsieve; default: all that run")
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -68,9 +68,9 @@ def attention(
     from .shapes import read_heads
 
     place = _place(device, dtype, threads, ops)
-    from . import attention as bench
+    from . import attention_speed as bench
 
-    plan = bench.Plan(
+    plan = bench.AttentionPlan(
         device=place.device,
         dtype=place.dtype,
         heads=[read_heads(text) for text in heads or ["32x8x128"]],
@@ -107,9 +107,9 @@ def decode(
 ) -> None:
     """Tokens a second of a model with random weights, against dense and transformers' own generate."""
     place = _place(device, dtype, threads, ops)
-    from . import decode as bench
+    from . import decode_speed as bench
 
-    plan = bench.Plan(
+    plan = bench.DecodePlan(
         device=place.device,
         dtype=place.dtype,
         shape=shape or ("llama-3-8b" if place.on_gpu else "tiny"),
@@ -137,7 +137,7 @@ class _Place(NamedTuple):
 
 
 def _place(device: str | None, dtype: str | None, threads: int | None, ops: str | None) -> _Place:
-    """Where and in what type to measure.
+    """Choose device and type to measure with.
 
     Raises:
         UserError: there is no such device or type here, or no such implementation of the ops.
@@ -178,16 +178,16 @@ def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
     """Measure; print the table of each cell and write it to the file as it comes; say where the files are."""
     from rich.console import Console
 
-    from . import results
-    from .table import tables
+    from . import record
+    from .terminal import tables
 
-    results.prepare_folder(out)
-    path, settings = results.new_file(out, benchmark, plan.device), _settings(plan)
+    record.prepare_folder(out)
+    path, settings = record.new_file(out, benchmark, plan.device), _settings(plan)
     console = Console(highlight=False)
     cells: list[dict[str, Any]] = []
     for cell in run(plan, lambda line: typer.echo(line, err=True)):
         cells.append(cell)
-        results.write(path, benchmark, plan.device, settings, cells)
+        record.write(path, benchmark, plan.device, settings, cells)
         if "failed" in cell:
             typer.echo(f"B={cell['batch']} T={cell['context']} failed: {cell['failed']}", err=True)
         for table in tables(benchmark, [cell]):

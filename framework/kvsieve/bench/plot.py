@@ -1,4 +1,4 @@
-"""Speed against context: measured beside what the bytes allow."""
+"""Speed against context: measured, beside the limit that the bytes set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..compare.report import chart
 from ..errors import UserError
-from .table import tokens
+from .terminal import tokens
 
 try:
     import altair as alt
@@ -38,7 +38,9 @@ def write(path: Path, benchmark: str, cells: Sequence[dict[str, Any]]) -> None:
         _panel(group, names, colours).properties(
             width=340,
             height=260,
-            title=alt.TitleParams(title, subtitle=f"speed over {against}; dashed: what the bytes allow"),
+            title=alt.TitleParams(
+                title, subtitle=f"speed over {against}; dashed: the limit that the bytes set"
+            ),
         )
         for title, group in list(groups.items())[:_PANELS]
     ]

@@ -40,7 +40,7 @@ def interleave(measures: Mapping[str, Measure], seconds: float, warm_up: int = 2
 
 
 def summary(times: Sequence[float]) -> dict[str, float | int]:
-    """What is kept of the times of one thing, in seconds."""
+    """Summarise the times of one measurement, in seconds."""
     ordered = sorted(times)
 
     def quantile(share: float) -> float:
@@ -58,7 +58,7 @@ def summary(times: Sequence[float]) -> dict[str, float | int]:
 
 
 def ratio(times: Sequence[float], against: Sequence[float], paired: bool = True) -> float:
-    """How many times faster than `against`: the median over rounds; unless paired, of the medians."""
+    """Speed-up over `against`: the median of the rounds' ratios; unless paired, the ratio of the medians."""
     if not paired:
         return statistics.median(against) / statistics.median(times)
     return statistics.median(b / a for a, b in zip(times, against, strict=True))
@@ -76,7 +76,7 @@ class Stopwatch:
         self.sum = torch.zeros((), device=device)
 
     def measure(self, run: Callable[[], object], prepare: Callable[[], None]) -> Measure:
-        """`run`, timed; `prepare`, before it and not timed, puts back what a run changes."""
+        """Return a timed `run`; the untimed `prepare` before it undoes the changes of the last run."""
 
         def on_cpu() -> float:
             prepare()
@@ -153,7 +153,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 class Bandwidth:
-    """How fast this machine copies and reads, measured beside what is judged by it, in the same rounds."""
+    """Copy and read bandwidth of this machine, measured in the same rounds as the steps judged by it."""
 
     def __init__(self, watch: Stopwatch) -> None:
         size = last_level_cache(watch.device) if watch.device.type == "cpu" else 2**30
@@ -167,24 +167,24 @@ class Bandwidth:
         self.bytes = {"copy": 2 * size, "read": size}
 
     def found(self, times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Bytes a second, of each."""
+        """Bytes a second of each."""
         return {name: moved / statistics.median(times[name]) for name, moved in self.bytes.items()}
 
 
 def nothing() -> None:
-    """What `prepare` does where a run changes nothing."""
+    """Prepare nothing: for a run that changes nothing."""
 
 
 def describe_failure(error: Exception) -> dict[str, Any]:
-    """Why something was not timed, on one line."""
+    """Say on one line why something was not timed."""
     text = str(error).strip().splitlines()
     return {"not_run": f"{type(error).__name__}: {text[0] if text else ''}"[:300]}
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured; or, so that the other cells are not lost, why nothing was."""
+    """Measure; a failure is recorded in the result, so that the other cells are not lost."""
     try:
         return measure()
     except Exception as error:
-        gc.collect()  # what an exhausted memory held
+        gc.collect()  # frees the tensors of an exhausted memory
         return {"failed": describe_failure(error)["not_run"], "rows": []}

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from ..errors import UserError
 from ..policy import Policy
 from .layer import LayerCache
+from .slots import Checkpoint
 from .windows import WindowLayer
 
 ATTENTION = "kvsieve"  # our name among transformers' attention implementations
@@ -45,14 +46,14 @@ class KVCache(Cache):
         layers = list(DynamicCache(config=config).layers)
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                layers[i] = LayerCache(policy.for_layer(i, config.num_hidden_layers), capacity)
+                layers[i] = LayerCache(policy.for_layer(i, config.num_hidden_layers), capacity, i)
             elif type(layer) is DynamicSlidingWindowLayer:
                 layers[i] = WindowLayer(layer.sliding_window)
         self.policy = policy
-        self.captured: Any = None  # the decode step that was captured with this cache: see loop.py
-        self.ran_eagerly: str | None = (
-            None  # why the steps of the last `decode` ran from Python; None: as a graph
-        )
+        self.captured: Any = None  # the decode step that was captured with this cache: see graph.py
+        # Why the steps of the last `decode` ran from Python; None: they were a CUDA graph.
+        self.eager_because: str | None = None
+        self._claim: object | None = None  # of the decode that is using this cache
         super().__init__(layers=layers)
         if not self.policy_layers:
             raise UserError(_nothing_to_do(model, layers))
@@ -70,6 +71,67 @@ class KVCache(Cache):
     def _told(self) -> list[LayerCache | WindowLayer]:
         return [layer for layer in self.layers if isinstance(layer, LayerCache | WindowLayer)]
 
+    def check_free(self) -> None:
+        """Raise UserError if a decode is using the cache, or if it holds tokens."""
+        if self._claim is not None:
+            raise UserError(
+                "another decode is using this cache: let it end, call cache.reset(), or make another cache"
+            )
+        if self.get_seq_length() > 0:
+            raise UserError(
+                "the cache already holds tokens: decode needs a fresh one, or call cache.reset() first"
+            )
+
+    def claim(self) -> object:
+        """Reserve a free cache for one decode, until it is released or `reset`. Returns the claim.
+
+        Raises:
+            UserError: the cache is not free.
+        """
+        self.check_free()
+        self._claim = object()
+        return self._claim
+
+    def check_claim(self, claim: object) -> None:
+        """Raise UserError if the cache was reset, and perhaps claimed by another decode, since this claim was made."""
+        if self._claim is not claim:
+            raise UserError(
+                "the cache of this decode was reset while it was running: its tokens are gone. Give every decode a "
+                "cache of its own"
+            )
+
+    def release(self, claim: object) -> None:
+        """End a claim, if it still holds; the tokens stay."""
+        if self._claim is claim:
+            self._claim = None
+
+    def reset(self) -> None:
+        """Forget all tokens, and end any claim. The storage stays, and the decode step that was captured with it."""
+        self._claim = None
+        super().reset()  # type: ignore[no-untyped-call]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand the new tokens of a layer to its cache.
+
+        Raises:
+            UserError: the model has more layers than the one that the cache was made for.
+        """
+        if layer_idx >= len(self.layers):
+            raise UserError(
+                f"the cache has {len(self.layers)} layers, and the model asks for layer {layer_idx}: make the cache "
+                "for this model"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, *args: Any) -> None:
+        """Refuse to take tokens back out."""
+        raise UserError(
+            "a KVCache cannot be cropped: what a policy has dropped or summed up is gone. Start a new cache, or use "
+            "transformers' own"
+        )
+
     def expect_prompt(self, columns: int) -> None:
         """Say that the prompt is complete when the cache has been fed `columns` tokens a row, padding included.
 
@@ -86,23 +148,22 @@ class KVCache(Cache):
 
     def places(self) -> list[tuple[int, torch.Size]]:
         """Where in memory everything is that a step reads and writes, and its shape: as a captured one expects it."""
-        return [place for layer in self.policy_layers for place in layer.places()]
+        return [place for layer in self.policy_layers for place in layer.slots.places()]
 
     def count_fed(self) -> None:
         """One more token was fed to every row while shapes were fixed."""
         for layer in self.policy_layers:
             layer.fed += 1
 
-    def checkpoint(self) -> list[tuple[LayerCache, int, int, torch.Tensor, torch.Tensor]]:
-        """How far every layer on which the policy acts has come, for `restore`."""
-        return [(kv, kv.used, kv.fed, kv.lengths.clone(), kv.seen.clone()) for kv in self.policy_layers]
+    def checkpoint(self) -> list[tuple[LayerCache, int, Checkpoint]]:
+        """Note where the rows end in every layer on which the policy acts, for `restore`."""
+        return [(layer, layer.fed, layer.slots.checkpoint()) for layer in self.policy_layers]
 
-    def restore(self, checkpoint: list[tuple[LayerCache, int, int, torch.Tensor, torch.Tensor]]) -> None:
-        """Go back to a checkpoint, to repeat steps for their time alone: slots overwritten since stay overwritten."""
-        for kv, used, fed, lengths, seen in checkpoint:
-            kv.used, kv.fed = used, fed
-            kv.lengths.copy_(lengths)
-            kv.seen.copy_(seen)
+    def restore(self, checkpoint: list[tuple[LayerCache, int, Checkpoint]]) -> None:
+        """Go back to a checkpoint, to time steps again; slots overwritten since are not restored."""
+        for layer, fed, slots in checkpoint:
+            layer.fed = fed
+            layer.slots.restore(slots)
 
     def set_active(self, active: torch.Tensor | None) -> None:
         """Rows `[B]` bool that still decode: the others neither append nor count as traffic. None: all."""
@@ -123,11 +184,11 @@ class KVCache(Cache):
             layer.check_room(tokens)
 
     def memory(self) -> int:
-        """Bytes held for keys and values, and for what the policy keeps beside them, in all layers and rows."""
+        """Bytes held for keys and values, and for columns and summaries, in all layers and rows."""
         total = 0
         for layer in self.layers:
             if isinstance(layer, LayerCache):
-                total += layer.memory()
+                total += layer.slots.memory() if layer.is_initialized else 0
             else:
                 held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
                 total += sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))

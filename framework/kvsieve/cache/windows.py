@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .. import transfer
+from .forward import Forward, kind_of_forward
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
@@ -24,10 +25,10 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As transformers does, with a mark on the keys by which attention finds this layer."""
-        begun = self.get_seq_length() > 0
+        held, new = self.get_seq_length() > 0, key_states.shape[2]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        decodes = begun and key_states.shape[2] == 1 and self.get_seq_length() > (self.prompt_end or 0)
-        self.meter = transfer.current() if decodes else None
+        kind = kind_of_forward(new, held=held, fed=self.get_seq_length(), prompt_end=self.prompt_end)
+        self.meter = transfer.current() if kind is Forward.STEP else None
         ones = torch.ones(len(keys), dtype=torch.int64, device=keys.device)
         self._count("written", ones, keys, values)
         keys.kvsieve_layer = self  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -10,9 +11,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..policy import Policy
+from ..values import Mistake
 from . import identity
 from .config import Config
-from .source import Mistake
 from .tasks import Task
 
 
@@ -37,7 +38,7 @@ class Cell:
     @property
     def label(self) -> str:
         """A name that tells it from its neighbours: `needle 512, sparq 1/8`."""
-        how = str(self.compression or self.parameters)
+        how = str(self.compression or describe_parameters(self.policy, changed=True))
         return f"{self.task.title} {self.task.context}, {self.policy_name} {how}".rstrip()
 
     def record(self) -> dict[str, Any]:
@@ -50,17 +51,29 @@ class Cell:
         }
 
 
-def describe_parameters(policy: Policy) -> str:
-    """A policy's parameters in one line: `r=8 k=64 local=16 ...`."""
+def describe_parameters(policy: Policy, *, changed: bool = False, only: Iterable[str] | None = None) -> str:
+    """`r=8 k=64 local=16`: all parameters, those that are not the defaults, or those in `only`."""
 
     def plain(value: Any) -> str:
         if isinstance(value, Policy):
-            return f"{next(iter(value.spec()))}({describe_parameters(value)})"
+            inner = describe_parameters(value, changed=changed)
+            return f"{next(iter(value.spec()))}({inner})" if inner else next(iter(value.spec()))
         if isinstance(value, list | tuple):
             return "[" + ",".join(map(plain, value)) + "]"
         return str(value).lower() if isinstance(value, bool) else str(value)
 
-    return " ".join(f"{f.name}={plain(getattr(policy, f.name))}" for f in dataclasses.fields(policy))
+    fields = dataclasses.fields(policy)
+    if only is not None:
+        fields = tuple(field for field in fields if field.name in set(only))
+    if changed:
+        fields = tuple(field for field in fields if getattr(policy, field.name) != _default(field))
+    return " ".join(f"{field.name}={plain(getattr(policy, field.name))}" for field in fields)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def expand(config: Config, model: PreTrainedModel, shared: identity.Fields | None = None) -> list[Cell]:

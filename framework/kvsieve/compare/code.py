@@ -1,4 +1,4 @@
-"""Digests of the source files that a number depends on: an edited policy, task or op gets new results, not old ones."""
+"""Digests of the source files that a number depends on: edited code gets new results, not old ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 _Stamp = tuple[int, int]  # of a file: when it was changed, and its size
 
-# What these import, directly or not, computes answers and counts bytes. Implementations of the ops are imported by name.
+# What these import, directly or not, computes answers and counts bytes. Implementations of the ops are
+# imported by name.
 _ROOTS = (
     "kvsieve.loop",
     "kvsieve.scoring",
@@ -56,7 +57,8 @@ def framework_files() -> dict[str, str]:
 
 
 def class_files(*classes: type) -> dict[str, str]:
-    """A digest for each file that these classes are written in, and for those of their packages that they import.
+    """A digest for each file that these classes are written in, and for each that it imports from its
+    package.
 
     A class that was typed into an interpreter has no file: its name stands for it.
     """
@@ -69,7 +71,7 @@ def class_files(*classes: type) -> dict[str, str]:
 
 
 def _files(root: str) -> dict[str, str]:
-    """A digest for the file of a module and of every module of its top-level package that it imports in turn."""
+    """A digest for the file of a module, and for each that it imports in turn from its top-level package."""
     package = root.partition(".")[0]
     found: dict[str, str] = {}
     waiting = [root]

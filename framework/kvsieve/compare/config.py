@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 
+from .. import files
 from ..errors import UserError, unknown
-from .choices import PolicyChoice, read_policies, read_tasks
-from .source import Loc, Mistake, Source
+from ..specs import PolicySpec, read_policies, read_tasks
+from ..values import NOTHING, Loc, Mistake, read_value, shortened
+from .sweep import printed_policy, read_section, without_repetitions
 from .tasks import Task
+from .tasks.text import MOST_BYTES_OF_TEXT
+from .yaml_source import Source, unquoted
+
+MOST_CELLS = 10_000
+# Of one name in a path, on nearly every file system.
+MOST_BYTES_OF_NAME = 255
+_SECTIONS = ("tasks", "policies")
 
 
 class Settings(pydantic.BaseModel):
@@ -23,19 +34,20 @@ class Settings(pydantic.BaseModel):
     model: str = pydantic.Field(min_length=1, description="`reference`, a Hugging Face id, or a local folder")
     revision: str | None = pydantic.Field(None, description="branch, tag or commit on the hub")
     trust_remote_code: bool = pydantic.Field(
-        False, description="run model code that comes with the checkpoint"
+        False,
+        description="run model code that comes with the checkpoint; needs the flag --trust-remote-code, too",
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = pydantic.Field(
-        None, description="none: float32 on a CPU, the checkpoint's own elsewhere"
+        None, description="null: float32 on a CPU, the checkpoint's own elsewhere"
     )
     device: str | None = pydantic.Field(
-        None, description="such as cpu or cuda:1; none: the first GPU, else the CPU"
+        None, description="such as cpu or cuda:1; null: the first GPU, else the CPU"
     )
     tensor_parallel: bool = pydantic.Field(
         False, description="share the model among the processes that torchrun starts"
     )
-    seed: int = pydantic.Field(0, ge=0, description="of the samples: which text, which numbers")
-    batch_size: int = pydantic.Field(1, ge=1, description="prompts decoded together")
+    seed: int = pydantic.Field(0, ge=0, le=2**63 - 1, description="of the samples: which text, which numbers")
+    batch_size: int = pydantic.Field(1, ge=1, le=65_536, description="prompts decoded together")
     eager: bool = pydantic.Field(
         False, description="run decode steps from Python, on a GPU too, instead of as one CUDA graph"
     )
@@ -50,7 +62,9 @@ class Config:
     source: Source
     settings: Settings
     tasks: list[tuple[Task, Loc]]
-    policies: list[PolicyChoice]
+    policies: list[PolicySpec]
+    # What is worth saying although it is no mistake, a line each, with its place.
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -60,18 +74,61 @@ class Config:
         """The same comparison as YAML, nothing left to a default; `facts` are settings known better now."""
         settings = self.settings.model_dump(exclude={"tasks", "policies"}) | facts
         tasks = [{task.name: dataclasses.asdict(task)} for task, _ in self.tasks]
-        policies = [choice.entry() for choice in self.policies]
+        policies = [spec.entry() for spec in self.policies]
         everything = settings | {"tasks": tasks, "policies": policies}
-        return yaml.dump(everything, Dumper=_Plain, sort_keys=False, width=110, default_flow_style=None)
+        return dump(everything)
+
+    def check_output(self, folder: Path) -> None:
+        """Refuse to read texts from the folder that the run writes to.
+
+        Raises:
+            UserError: with the place of every such text.
+        """
+        own = folder.resolve()
+        self.source.refuse(
+            [
+                Mistake((*loc, parameter), f"lies in the run's own folder {folder}", str(path))
+                for task, loc in self.tasks
+                for parameter, path in task.files().items()
+                if path.resolve().is_relative_to(own)
+            ]
+        )
+
+
+def dump(data: Any) -> str:
+    """Plain data as YAML that `yaml_source` reads as the same."""
+    return yaml.dump(
+        data, Dumper=_Plain, sort_keys=False, width=110, default_flow_style=None, allow_unicode=True
+    )
 
 
 class _Plain(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """In quotes where yaml_source would read something else."""
+        style = None if unquoted(data) == data else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
-def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read and check a configuration; `overrides` are `path.to.key=value`.
+
+_Plain.add_representer(str, _Plain.represent_str)
+
+
+def load(
+    path: Path,
+    overrides: list[str] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    trust_task_code: bool = False,
+) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        path: of the YAML file.
+        overrides: `path.to.key=value`, which replace or add one value each.
+        trust_remote_code: the file may ask for code that comes with the checkpoint.
+        trust_task_code: the file may name folders with tasks, whose code runs (lm_eval's include_path).
 
     Raises:
         UserError: with every mistake there is, a line each: `file.yaml:line:column: path: message (got ...)`.
@@ -83,33 +140,83 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
             f"{path}: {found}; a comparison names a model, tasks and policies: see configs/quickstart.yaml"
         )
     mistakes = source.mistakes
-    settings = _settings(source.data, mistakes)
-    tasks = [
-        task for loc, entry in _entries(source.data, "tasks") for task in read_tasks(entry, loc, mistakes)
-    ]
-    policies = [
-        p for loc, entry in _entries(source.data, "policies") for p in read_policies(entry, loc, mistakes)
-    ]
+    settings = _settings(source.data, mistakes, trust_remote_code=trust_remote_code)
+    sections = {_meant(key, source.data): key for key in source.data}
+    tasks, remarks = without_repetitions(
+        read_section(source.data, sections.get("tasks", "tasks"), read_tasks, mistakes), repr
+    )
+    policies, more = without_repetitions(
+        read_section(source.data, sections.get("policies", "policies"), _read_policies, mistakes),
+        printed_policy,
+    )
+    if len(tasks) * len(policies) > MOST_CELLS:
+        what = f"{len(tasks)} tasks x {len(policies)} policies are more than {MOST_CELLS} cells"
+        mistakes.append(Mistake((), what))
+    for task, loc in tasks:
+        mistakes += _files(task, loc, trust_task_code=trust_task_code)
     source.refuse(mistakes)
-    assert settings is not None  # else there was a mistake
-    return Config(source, settings, tasks, policies)
+    # Without them there was a mistake.
+    assert settings is not None
+    lines = [source.describe(remark) for remark in [*remarks, *more]]
+    return Config(source, settings, tasks, [spec for spec, _ in policies], lines)
 
 
-def _settings(data: dict[Any, Any], mistakes: list[Mistake]) -> Settings | None:
-    try:
-        return Settings.model_validate({str(key): value for key, value in data.items()})
-    except pydantic.ValidationError as error:
-        for detail in error.errors():
-            loc = detail["loc"]
-            if detail["type"] == "extra_forbidden":
-                mistakes.append(Mistake(loc[:1], unknown("key", loc[0], Settings.model_fields)))
-            elif detail["type"] == "missing":
-                mistakes.append(Mistake((), f"{loc[0]} is missing"))
-            else:
-                mistakes.append(Mistake(loc, detail["msg"], detail["input"]))
-        return None
+def _read_policies(entry: Any, loc: Loc, mistakes: list[Mistake]) -> list[tuple[PolicySpec, Loc]]:
+    return [(spec, spec.loc) for spec in read_policies(entry, loc, mistakes)]
 
 
-def _entries(data: dict[Any, Any], key: str) -> list[tuple[Loc, Any]]:
-    entries = data.get(key)
-    return [((key, i), entry) for i, entry in enumerate(entries)] if isinstance(entries, list) else []
+def _settings(data: dict[str, Any], mistakes: list[Mistake], *, trust_remote_code: bool) -> Settings | None:
+    before = len(mistakes)
+    values: dict[str, Any] = {}
+    for name, field in Settings.model_fields.items():
+        if name in data:
+            limited = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+            section = name in _SECTIONS and isinstance(data[name], list) and data[name]
+            values[name] = data[name] if section else read_value(limited, data[name], (name,), mistakes)
+        elif field.is_required():
+            mistakes.append(Mistake((), f"{name} is missing"))
+    for key in data:
+        if key not in Settings.model_fields:
+            mistakes.append(Mistake((key,), unknown("key", shortened(key), Settings.model_fields)))
+    if values.get("trust_remote_code") is True and not trust_remote_code:
+        message = (
+            "runs code that comes with the checkpoint, which a file alone cannot ask for: if you trust it, "
+            "give --trust-remote-code on the command line, too"
+        )
+        mistakes.append(Mistake(("trust_remote_code",), message))
+    model = values.get("model", NOTHING)
+    if isinstance(model, str) and (why := wrong_name(model)):
+        mistakes.append(Mistake(("model",), why, model))
+    return Settings(**values) if len(mistakes) == before else None
+
+
+def wrong_name(path: str) -> str | None:
+    """Why no file system takes this path; None if one may."""
+    if "\0" in path:
+        return "holds the character U+0000"
+    if any(len(os.fsencode(part)) > MOST_BYTES_OF_NAME for part in path.split("/")):
+        return f"has a name of more than {MOST_BYTES_OF_NAME} bytes"
+    return None
+
+
+def _meant(key: str, data: dict[str, Any]) -> str:
+    """The section that a misspelt key means, so that the entries beneath it are checked as well."""
+    missing = [name for name in _SECTIONS if name not in data]
+    return (difflib.get_close_matches(key[:80], missing, n=1) or [key])[0]
+
+
+def _files(task: Task, loc: Loc, *, trust_task_code: bool) -> list[Mistake]:
+    mistakes = []
+    for parameter, path in task.files().items():
+        try:
+            files.check_readable(path, MOST_BYTES_OF_TEXT)
+        except UserError as error:
+            mistakes.append(Mistake((*loc, parameter), str(error)))
+    for parameter, folder in task.code().items():
+        if not trust_task_code:
+            message = (
+                "tasks in a folder of their own run code, which a file alone cannot ask for: if you trust them, "
+                "give --trust-task-code on the command line, too"
+            )
+            mistakes.append(Mistake((*loc, parameter), message, str(folder)))
+    return mistakes

@@ -58,7 +58,7 @@ class Load:
         return {"load_average": [round(value, 2) for value in psutil.getloadavg()]}
 
     def since(self) -> dict[str, Any]:
-        """The same, and the shares of all cores' time that other processes had, and other virtual machines stole."""
+        """The same, and the shares of the cores' time that others took: processes, virtual machines."""
         times, seconds = psutil.cpu_times(), time.monotonic() - self._began
         spent = {name: getattr(times, name) - getattr(self._times, name) for name in times._fields}
         stolen = spent.get("steal", 0.0)

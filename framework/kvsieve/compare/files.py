@@ -14,8 +14,8 @@ from ..errors import UserError
 def write(path: Path, content: str | bytes) -> None:
     """Replace `path` by a file with this content, in one move; its folder is made if it is missing.
 
-    A reader, a crash or a full disk sees the old file or the new one, never a part. A symbolic link at `path` is
-    replaced and never followed. The file's mode follows the umask; a lone surrogate is written as `?`.
+    A reader, a crash or a full disk sees the old file or the new one, never a part. A symbolic link at `path`
+    is replaced and never followed. The file's mode follows the umask; a lone surrogate is written as `?`.
 
     Raises:
         UserError: the file cannot be written; what stood there still does.
@@ -39,8 +39,8 @@ def read(path: Path, limit: int | None = None) -> bytes:
     """The content of a regular file, or of one that a symbolic link leads to.
 
     Raises:
-        UserError: there is none, it cannot be read, it is a pipe, a device or a folder, or it has more than `limit`
-            bytes.
+        UserError: there is none, it cannot be read, it is a pipe, a device or a folder, or it has more than
+            `limit` bytes.
     """
     try:
         # A pipe without a writer would block the opening.

@@ -28,7 +28,7 @@ Fields = dict[str, Any]  # plain data
 
 
 def shared_fields(config: Config, model: PreTrainedModel) -> Fields:
-    """What the results of all cells of a comparison depend on. The size of a batch is not in it: answers do not."""
+    """Everything that all cells of a comparison depend on; not the batch size, on which no answer depends."""
     rare: Fields = {"processes": len(processes.gather(0))} if parallel.is_split(model) else {}
     if config.settings.eager:
         rare["eager"] = True
@@ -52,7 +52,7 @@ def shared_fields(config: Config, model: PreTrainedModel) -> Fields:
 
 
 def fields(task: Task, policy: Policy, shared: Fields) -> Fields:
-    """What the results of one cell depend on, as plain data."""
+    """Everything that the results of one cell depend on, as plain data."""
     return {
         **shared,
         "task": {task.name: task_parameters(task)},
@@ -88,7 +88,7 @@ def differences(old: Fields, new: Fields) -> list[str]:
 
 
 def read(folder: Path) -> dict[str, Fields]:
-    """The fields of every cell that was ever measured in a folder, by its id; empty where they were not kept."""
+    """The fields of every cell that was ever measured in a folder, by its id; older runs kept none."""
     try:
         known = json.loads(files.read(folder / PROTOCOL))
     except (UserError, ValueError):

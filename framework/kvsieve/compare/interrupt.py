@@ -1,4 +1,4 @@
-"""SIGTERM stops a comparison as Ctrl-C does: workers are cancelled, and a message says that the samples are safe."""
+"""SIGTERM stops a comparison as Ctrl-C does: workers are cancelled, and a message says what is safe."""
 
 from __future__ import annotations
 

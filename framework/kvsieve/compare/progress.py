@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a bar with the time left in a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar with the time left in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .cells import Cell
 
 
 class RunProgress:
-    """Counts work in prompt tokens; a decoded token, for which all weights are read, is worth several."""
+    """Counts work in prompt tokens; a decoded token reads all weights and counts as `_STEP` of them."""
 
     _STEP = 8
 
     def __init__(self, console: Console, work: list[tuple[Cell, int, int]]) -> None:
-        """`work`: each cell, how many of its samples are missing, and how many tokens a sample decodes."""
+        """`work`: cells, with the number of samples that each misses and of tokens that a sample decodes."""
         self.console = console
         self.cost = {cell.id: cell.task.context + self._STEP * new for cell, _, new in work}
         self.samples = sum(missing for _, missing, _ in work)
@@ -44,18 +44,19 @@ class RunProgress:
             self.bar.stop()
 
     def begin(self, cell: Cell) -> None:
+        """Show which cell is being measured."""
         if self.bar:
             self.bar.update(self.task, description=cell.label)
 
     def advance(self, cell: Cell, samples: int, measured: bool = True) -> None:
-        """`samples` more are done, or not `measured`, given up because their cell failed."""
+        """Count `samples` as done; not `measured`: their cell failed."""
         self.done += samples * self.cost[cell.id]
         self.measured += samples if measured else 0
         if self.bar:
             self.bar.update(self.task, completed=self.done, count=self._count())
 
     def finish(self, cell: Cell) -> None:
-        """A cell is through; outside a terminal that is worth a line."""
+        """Print a line for a finished cell, outside a terminal."""
         if self.bar is None:
             elapsed = time.monotonic() - self.started
             left = elapsed * (self.total - self.done) / self.done if self.done else 0.0
@@ -64,13 +65,14 @@ class RunProgress:
             )
 
     def again(self, cell: Cell, reason: str) -> None:
-        """A cell goes on where it stopped."""
+        """Say that a cell continues where it stopped."""
         self.console.print(
             f"{reason}, goes on where it stopped: {cell.label}", style="yellow", soft_wrap=True, markup=False,
             highlight=False,
         )  # fmt: skip
 
     def fail(self, cell: Cell, reason: str) -> None:
+        """Say that a cell failed."""
         self.console.print(
             f"failed: {cell.label}: {reason}", style="red", soft_wrap=True, markup=False, highlight=False
         )

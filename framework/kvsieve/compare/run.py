@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import datetime
 import json
 import os
@@ -17,13 +16,13 @@ from transformers import PreTrainedModel
 
 from .. import plugins, processes
 from ..errors import UserError
-from . import files, identity, summary
-from .cells import Cell
+from . import files, identity, manifest, summary
 from .config import Config
 from .environment import Load
 from .execute import Executor, Failed, Measured, Prepared, Restarted, Work
 from .execute.local import Local
 from .progress import RunProgress
+from .results import Row
 from .samples import Store
 
 
@@ -31,7 +30,7 @@ class Compared(NamedTuple):
     """The results of a comparison."""
 
     folder: Path
-    rows: list[dict[str, Any]]  # the lines of summary.csv
+    rows: list[Row]  # of summary.csv
     failures: dict[str, str]  # by cell id: why
     missing: int = 0  # samples that were asked for and are not in the folder, though their cells did not fail
 
@@ -62,6 +61,7 @@ def compare(
         processes.check_alone()
     console = console or Console(stderr=True)
     folder = folder or Path("results") / config.name
+    config.check_output(folder)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     executor = executor or Local(model)
     load = Load()
@@ -71,9 +71,10 @@ def compare(
         return _take_part(executor, folder)
     cells = prepared.cells
     with Store(folder / "samples.jsonl") as store:
-        _write(folder / "config.yaml", config.resolved(**prepared.facts))
-        _write_environment(folder, prepared, {"start": at_start})
-        _write_cells(folder, config, cells, {})
+        with _safe():
+            files.write(folder / "config.yaml", config.resolved(**prepared.facts))
+            _write_environment(folder, prepared, {"start": at_start})
+            manifest.write(folder, cells, config.settings.model, {})
         _tell(console, "run_started", folder=folder, cells=list(cells))
         missing = {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells}
         work = [(cell, missing[cell.id]) for cell in cells if missing[cell.id]]
@@ -87,18 +88,20 @@ def compare(
         with _safe():
             identity.write(folder, prepared.fields)
         failures = _measure(executor, work, prepared, store, console)
-        _write_environment(folder, prepared, {"start": at_start, "run": load.since()})
-        _write_cells(folder, config, cells, failures)
+        with _safe():
+            _write_environment(folder, prepared, {"start": at_start, "run": load.since()})
+            manifest.write(folder, cells, config.settings.model, failures)
         store.restore()
         rows = summary.write(folder, store.records.values())
-        _tell(console, "run_finished", folder=folder, summary=copy.deepcopy(rows))
-        lost = sum(len(store.missing(c.id, c.task.samples)) for c in cells if c.id not in failures)
+        _tell(console, "run_finished", folder=folder, summary=list(rows))
         store.restore()
         if store.restored:
             console.print(
-                f"{store.path}: another program changed it during the run; {store.restored} samples were written again",
+                f"{store.path}: another program changed it during the run; {store.restored} samples were "
+                "written again",
                 style="yellow", soft_wrap=True, markup=False, highlight=False,
             )  # fmt: skip
+        lost = sum(len(store.missing(c.id, c.task.samples)) for c in cells if c.id not in failures)
     return Compared(folder, rows, failures, lost)
 
 
@@ -133,7 +136,7 @@ def _asked(record: dict[str, Any]) -> str:
 def _measure(
     executor: Executor, work: Work, prepared: Prepared, store: Store, console: Console
 ) -> dict[str, str]:
-    """Store batches as they come; a cell that fails is reported, and the others continue. Returns the failures."""
+    """Store batches as they come; report cells that fail. Returns the reasons by cell id."""
     failures: dict[str, str] = {}
     left = {cell.id: len(missing) for cell, missing in work}
     sizes = [(cell, left[cell.id], prepared.new_tokens[cell.id]) for cell, _ in work]
@@ -160,44 +163,17 @@ def _measure(
 
 
 def _take_part(executor: Executor, folder: Path) -> Compared:
-    """In a process that does not write: measure, with its heads, the work that the first process hands out."""
+    """In a process that does not write: measure the work that the first process hands out."""
     work: Work = []
     for _ in executor.measure(processes.gather(work)[0]):
         pass
     return Compared(folder, [], {})
 
 
-def _write_cells(folder: Path, config: Config, cells: list[Cell], failures: dict[str, str]) -> None:
-    """cells.json: the lines of the summary in their order, without their numbers."""
-    lines = [
-        {
-            "cell": cell.id,
-            "label": cell.label,
-            "model": config.settings.model,
-            "task": cell.task.title,
-            "context": cell.task.context,
-            "policy": cell.policy_name,
-            "parameters": cell.parameters,
-            "compression": "" if cell.compression is None else str(cell.compression),
-            "metric": cell.task.metric,
-            "higher_is_better": cell.task.higher_is_better,
-            "samples": cell.task.samples,
-            "error": failures.get(cell.id),
-        }
-        for cell in cells
-    ]
-    _write(folder / summary.CELLS, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
-
-
 def _write_environment(folder: Path, prepared: Prepared, load: dict[str, Any]) -> None:
     """environment.json; `load` is how busy the machine was that stores the samples."""
     text = json.dumps(prepared.environment | {"load": load}, indent=2, ensure_ascii=False)
-    _write(folder / "environment.json", text + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with _safe():
-        files.write(path, text)
+    files.write(folder / "environment.json", text + "\n")
 
 
 def _append(path: Path, text: str) -> None:
@@ -224,9 +200,5 @@ def _safe() -> Iterator[None]:
 
 def _tell(console: Console, hook: str, **arguments: Any) -> None:
     """Call a run-level hook; a plugin that fails in it is reported and spoils nothing."""
-    try:
-        getattr(plugins.hook(), hook)(**arguments)
-    except Exception as error:
-        console.print(
-            f"a plugin failed in {hook}: {type(error).__name__}: {error}", style="yellow", markup=False
-        )
+    for problem in plugins.tell(hook, **arguments):
+        console.print(problem, style="yellow", markup=False)

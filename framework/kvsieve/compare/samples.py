@@ -1,7 +1,7 @@
 """samples.jsonl: a line per measured sample, appended as it comes, so that a run continues where it stopped.
 
-Every line ends with a checksum of the rest of it. A line that is torn, damaged or no whole record is skipped: its
-sample is missing then, and is measured again.
+Every line ends with a checksum of the rest of it. A line that is torn, damaged or no whole record is skipped:
+its sample is missing then, and is measured again.
 """
 
 from __future__ import annotations
@@ -72,8 +72,6 @@ def _decode(line: bytes) -> Record | None:
         _Fields.model_validate(record)
     except (ValueError, RecursionError):  # pydantic's errors are ValueErrors
         return None
-    if "ran_eagerly" in record:  # its name in version 0.1
-        record["eager_because"] = record.pop("ran_eagerly")
     return record
 
 
@@ -130,7 +128,7 @@ class Store:
         self.records |= {_key(record): record for record in records}
 
     def restore(self) -> int:
-        """Write again what another program took out of the file, or deleted with it; returns how many samples.
+        """Write again what another program took out of the file; returns how many samples.
 
         Raises:
             UserError: as `append`.

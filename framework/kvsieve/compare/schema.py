@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import typing
 from collections.abc import Iterable
 from typing import Any
 
 import pydantic
 
-from .. import specs
+from ..entries import COMPRESSION, can_compress, fields
 from ..plugins import Registered
-from .choices import COMPRESSION, accepts_list, can_compress
+from ..values import is_list
 from .config import Settings
 
 _FRACTION = {
@@ -50,17 +49,16 @@ def _entry(registered: Iterable[Registered]) -> dict[str, Any]:
 
 
 def _parameters(cls: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    nested = specs.policy_fields(cls)
     properties: dict[str, Any] = {COMPRESSION: _sweep(_FRACTION)} if can_compress(cls) else {}
-    for field in dataclasses.fields(cls):
-        if field.name in nested:
-            properties[field.name] = _sweep({"$ref": "#/$defs/policy"})
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    for name, field in fields(cls).items():
+        if field.is_policy:
+            properties[name] = _sweep({"$ref": "#/$defs/policy"})
             continue
-        kind = pydantic.TypeAdapter(hints[field.name]).json_schema()
-        properties[field.name] = kind if accepts_list(hints[field.name]) else _sweep(kind)
-        if field.default is not dataclasses.MISSING:
-            properties[field.name] |= {"default": field.default}
+        kind = pydantic.TypeAdapter(field.kind).json_schema()
+        properties[name] = kind if is_list(field.kind) else _sweep(kind)
+        if defaults[name] is not dataclasses.MISSING:
+            properties[name] |= {"default": defaults[name]}
     described = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
     return {
         "type": ["object", "null"],
@@ -72,8 +70,7 @@ def _parameters(cls: Any) -> dict[str, Any]:
 
 
 def _required(cls: Any) -> list[str]:
-    missing = dataclasses.MISSING
-    return [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
+    return [name for name, field in fields(cls).items() if field.required]
 
 
 def _sweep(kind: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ _CHUNK = 2**20  # words that are reduced at a time, which bounds the memory
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Sixteen hexadecimal digits that depend on every byte of every parameter and buffer, and on their names and types.
+    """Sixteen hexadecimal digits that depend on every byte of every parameter and buffer.
 
-    Nothing is cached: weights that were changed in place have another digest at once. Processes that share a model
-    digest their own shares, and agree.
+    Nothing is cached: weights that were changed in place have another digest at once. Processes that share a
+    model digest their own shares, and agree.
 
     Raises:
         UserError: some weights are not in memory.
@@ -45,7 +45,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors that a tensor consists of: itself, this process's share, or quantised values with scales."""
+    """The plain tensors of which a tensor consists: itself, this process's share, or values and scales."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor
@@ -58,8 +58,8 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def _reduce(tensor: torch.Tensor) -> bytes:
     """Two sums of 64 bits for each chunk.
 
-    The first is linear with odd factors, so that it cannot stay the same when a single word changes. The second is not
-    linear: changes in several words, such as two signs, do not cancel each other.
+    The first is linear with odd factors, so that it cannot stay the same when a single word changes. The
+    second is not linear: changes in several words, such as two signs, do not cancel each other.
     """
     data = tensor.contiguous().view(-1).view(torch.uint8)
     size = _CHUNK * _WORD

@@ -1,9 +1,9 @@
-"""`model.generate` of a prepared model: transformers' own, told beforehand what a KVCache must know.
+"""`model.generate` of a prepared model: transformers' own, after a KVCache was told what it must know.
 
 Greedy search, sampling, beam search, several sequences per prompt, streaming and continuing a conversation
-need nothing from here. Looked after are prefill in chunks (a policy that evicts must not do so before the
-last one), prompts padded on the right (transformers would continue the padding), and what cannot work,
-refused before any work.
+need nothing from here. This file handles prefill in chunks (a policy must not evict before the last one) and
+prompts padded on the right (transformers would continue the padding), and refuses before any work what cannot
+work.
 """
 
 import inspect
@@ -19,25 +19,28 @@ from ..errors import UserError
 
 
 def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """As transformers' `generate`; without a `KVCache` as `past_key_values` it is exactly that.
+    """Generate as transformers does; without a `KVCache` as `past_key_values` this is its `generate`.
 
-    Prompts may be padded on either side. The columns returned are as transformers has them: the prompt as
-    given, then the new tokens.
+    Token ids may be padded on either side, `inputs_embeds` on the left. The columns returned are
+    transformers': the prompt as given, then the new tokens.
 
     Raises:
-        UserError: a 4-dimensional mask, a cache without room, a conversation that cannot be continued so.
+        UserError: a 4-dimensional mask, a cache without room, `inputs_embeds` padded on the right or read in
+            chunks, a conversation that cannot be continued so.
     """
     stock = type(self).generate  # type: ignore[attr-defined]
     named = inspect.signature(stock).bind(self, *args, **kwargs).arguments
     options: dict[str, Any] = named.get("kwargs", {})
-    cache, prompt = options.get("past_key_values"), named.get("inputs")
+    cache: Any = options.get("past_key_values")
+    prompt: Any = named.get("inputs")
     if prompt is None:
         prompt = options.get("input_ids")
-    if not isinstance(cache, KVCache) or not isinstance(prompt, torch.Tensor):
+    embeds = options.get("inputs_embeds")
+    if not isinstance(cache, KVCache) or not isinstance(prompt if embeds is None else embeds, torch.Tensor):
         return stock(self, *args, **kwargs)
 
     def setting(name: str) -> Any:
-        """As transformers reads it: from the call, its generation_config, the model's."""
+        """Read an option where transformers does: in the call, its generation_config, the model's."""
         found = [options.get(name)]
         found += [
             getattr(config, name, None) for config in (named.get("generation_config"), self.generation_config)
@@ -45,18 +48,23 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return next((value for value in found if value is not None), None)
 
     mask = options.get("attention_mask")
-    if mask is None:
+    if mask is None and embeds is not None:
+        mask = embeds.new_ones(embeds.shape[:2], dtype=torch.int64)
+    elif mask is None:
         mask = _mask_of_pads(prompt, setting("pad_token_id"), setting("eos_token_id"))
     columns, past = mask.shape[-1], cache.get_seq_length()
     if mask.dim() != 2:
         raise UserError(
-            f"a policy cannot follow an attention_mask of {mask.dim()} dimensions; give one of 2, [rows, tokens]"
+            f"a policy cannot follow an attention_mask of {mask.dim()} dimensions; give one of 2, "
+            "[rows, tokens]"
         )
     if new_tokens := setting("max_new_tokens"):
         cache.check_room(columns + new_tokens - 1)  # the last one is never fed
     if past > 0:
         _check_continuation(cache, mask, past)
     if setting("prefill_chunk_size") is not None:
+        if embeds is not None:
+            raise UserError("transformers cannot read inputs_embeds in chunks: leave prefill_chunk_size out")
         if past > 0 and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
             raise UserError(
                 f"transformers {transformers.__version__} cannot continue on a cache in chunks: leave "
@@ -72,7 +80,7 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 def _generate_right_padded(
     model: PreTrainedModel, named: dict[str, Any], prompt: torch.Tensor, mask: torch.Tensor
 ) -> Any:
-    """Move each row's padding to the left, generate, and give the prompts back as they came."""
+    """Move each row's padding to the left, generate, and return the prompts as they came."""
     options = dict(named.pop("kwargs"))
     if per_token := {"position_ids", "token_type_ids", "inputs_embeds"} & options.keys():
         raise UserError(
@@ -88,7 +96,7 @@ def _generate_right_padded(
 
 
 def _mask_of_pads(prompt: torch.Tensor, pad: int | None, ends: int | list[int] | None) -> torch.Tensor:
-    """What transformers assumes without a mask: pad tokens are padding, unless they can also end a text."""
+    """Assume what transformers does without a mask: pads are padding, unless they can also end a text."""
     if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
         return torch.ones_like(prompt)
     return (prompt != pad).long()

@@ -5,6 +5,7 @@ transformers keeps itself) the attention is plain.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import decode_step, prefill
+from .. import attention
+from ..cache.kv import Scoring
 from ..cache.kv_cache import ATTENTION
 from ..cache.layer import LayerCache
 from ..cache.windows import WindowLayer
@@ -58,18 +60,12 @@ def attention_forward(
     if attention_mask is not None:
         _check_mask(attention_mask, layer, new, type(module).__name__)
     kv_heads = key.shape[1]
-    sinks = None if s_aux is None else s_aux.view(kv_heads, heads // kv_heads)
-    layer.scoring = {"scale": scale, "softcap": softcap, "sinks": sinks}
-    grouped = query.view(rows, kv_heads, heads // kv_heads, new, size)
+    group = heads // kv_heads
+    layer.scoring = Scoring(scale, softcap, None if s_aux is None else s_aux.view(kv_heads, group))
     valid = None if attention_mask is None else attention_mask[:, -new:].bool()
-    if layer.incoming is not None:  # else it borrows another layer's slots, and that layer has just decided
-        layer.decoding = new == 1 and layer.used > 0 and layer.phase == "auto"
     # Kernels are launched on the current device, and the layers of one model may be on several.
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        if layer.decoding:
-            output = decode_step(layer, grouped[:, :, :, 0], valid)[:, :, :, None]
-        else:
-            output = prefill(layer, grouped, valid)
+        output = attention.attend(layer, query.view(rows, kv_heads, group, new, size), valid)
     return output.reshape(rows, heads, new, size).transpose(1, 2).contiguous(), None
 
 
@@ -80,7 +76,7 @@ def _check_mask(mask: torch.Tensor, layer: LayerCache, new: int, module: str) ->
             f"{module} asks for a mask beyond causal order and padding, which a policy cannot follow; "
             "give a 2-dimensional attention_mask, or use transformers' own cache"
         )
-    if new > 1 and layer.used > 0 and layer.counts_steps and layer.incoming is not None:
+    if new > 1 and layer.slots.used > 0 and layer.counts_steps and layer.incoming is not None:
         layer.check_earlier(mask[:, :-new])  # not in decode steps: it waits for the device
 
 
@@ -94,11 +90,10 @@ def _plain(
     sinks: torch.Tensor | None,
     causal: bool,
 ) -> torch.Tensor:
-    """What transformers' own attention does: no policy, nothing stored."""
+    """Compute what transformers' own attention does: no policy, nothing stored."""
     heads, new, total = query.shape[1], query.shape[2], key.shape[2]
-    if (
-        mask is None or mask.dim() == 2
-    ):  # the new tokens are the last ones; if they are all, is_causal will do
+    # The new tokens are the last ones; if they are all, is_causal will do.
+    if mask is None or mask.dim() == 2:
         padding = None if mask is None else mask[:, None, None, :total].bool()
         in_order = None
         if causal and new > 1 and (total > new or padding is not None):
@@ -145,14 +140,16 @@ def attention_mask_for(
     if plain and kv_length == q_offset + q_length:
         return attention_mask
     if not isinstance(q_offset, int) or kv_offset + kv_length > q_offset + q_length:
-        kwargs["allow_is_causal_skip"] = (
-            False  # slots behind the last token (StaticCache): None would not tell
-        )
+        # There are slots behind the last token (StaticCache): None would not tell.
+        kwargs["allow_is_causal_skip"] = False
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
     return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
 
 
-def register() -> None:
-    """Make the name known to transformers; done when a model is prepared, not at import."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_forward)
+def register(function: Callable[..., tuple[torch.Tensor, None]] = attention_forward) -> None:
+    """Make our name known to transformers, with this attention function; done when a model is prepared, not at import.
+
+    Another function than ours is for measurements: it stands for everything that a layer does with its cache.
+    """
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, function)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, attention_mask_for)

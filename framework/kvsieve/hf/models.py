@@ -1,33 +1,25 @@
-"""Models: load one by name or path, or make ready one that is there; refuse what cannot work, with the reason."""
+"""Load a model by name or folder, or prepare one that is there; refuse what cannot work, with the reason."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import ssl
 import types
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..cache.kv_cache import ATTENTION
 from ..errors import UserError
-from . import generate, interface, parallel
-
-REFERENCE = "reference"
-REFERENCE_FOLDER = Path(__file__).parent.parent / "reference_model" / "model"
-_SECONDS_TO_REACH_THE_HUB = 10
+from ..reference_model import FOLDER as REFERENCE_FOLDER
+from ..reference_model import NAME as REFERENCE
+from . import checkpoints, generate, interface, parallel, placement
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def load(
-    id_or_path: str,
+    id_or_path: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -54,39 +46,47 @@ def load(
             the same.
 
     Raises:
-        UserError: not found, not reachable, not safetensors, or a kind of model that cannot be served.
+        UserError: before any weight is read, a device or type that cannot be used, or a model that is not
+            found, not reachable, without safetensors or of a kind that cannot be served; then, broken or
+            missing weights.
     """
     if tensor_parallel:
         parallel.check_launch(device, device_map)
     if device_map is not None:
-        _check_device_map(device)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path = str(REFERENCE_FOLDER) if id_or_path == REFERENCE else str(Path(id_or_path).expanduser())
+        placement.check_device_map(device_map, device)
+    if not isinstance(trust_remote_code, bool):
+        raise UserError(f"trust_remote_code must be True or False, not {trust_remote_code!r}")
+    target = placement.device(device)
+    in_type = placement.dtype(dtype, target)
+    folder = REFERENCE_FOLDER if id_or_path == REFERENCE else checkpoints.locate(id_or_path, revision)
+    path = str(id_or_path if folder is None else folder)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if Path(path).is_dir():
-        _check_folder(id_or_path, Path(path))
-    else:
-        _check_hub(id_or_path, revision)
     try:
         config = AutoConfig.from_pretrained(path, **hub)
         check_config(config)
         if tensor_parallel:
             parallel.check_split(config)
         placed = parallel.split_arguments(config) if tensor_parallel else {"device_map": device_map}
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=_dtype(dtype, target),
+            output_loading_info=True,
+            dtype=in_type,
             use_safetensors=True,
             attn_implementation="eager",
             **placed,
             **hub,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub) if _has_tokenizer(Path(path)) else None
+        model, info = loaded
+        checkpoints.check_complete(id_or_path, info["missing_keys"])
+        has_tokenizer = folder is None or checkpoints.has_tokenizer(folder)
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub) if has_tokenizer else None
+        if device_map is None and not tensor_parallel:
+            model = model.to(target)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise UserError(_why_not_loaded(id_or_path, error)) from error
-    prepare(model.to(target) if device_map is None and not tensor_parallel else model)
+    except Exception as error:  # a checkpoint is a stranger's files, and any of them may be wrong
+        raise UserError(checkpoints.why_not_loaded(id_or_path, error)) from error
+    prepare(model)
     model.tokenizer = tokenizer
     return cast(PreTrainedModel, model)
 
@@ -98,7 +98,8 @@ def prepare(model: Model) -> Model:
     after what a KVCache must know (`kvsieve.hf.generate`).
 
     Raises:
-        UserError: its attention cannot be reached or cannot be served by a policy.
+        UserError: its attention cannot be reached or cannot be served by a policy, or its weights have no
+            numbers (the device "meta").
     """
     check_config(model.config)
     untyped: Any = model
@@ -106,6 +107,8 @@ def prepare(model: Model) -> Model:
     if not type(model)._can_set_attn_implementation():
         raise UserError(_no_interface(name))
     _check_devices(model)
+    if model.device.type == "meta" and not getattr(model, "hf_device_map", None):
+        raise UserError(f"{name} is on the device 'meta', without numbers: load its weights first")
     interface.register()
     model.set_attn_implementation(ATTENTION)
     if model.config._attn_implementation != ATTENTION:
@@ -145,13 +148,6 @@ def _no_interface(name: str) -> str:
     )
 
 
-def _check_device_map(device: str | torch.device | None) -> None:
-    if device is not None:
-        raise UserError(f"device {str(device)!r} and a device_map were given: leave one out")
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError("device_map needs the package accelerate: pip install accelerate")
-
-
 def _check_devices(model: PreTrainedModel) -> None:
     """Layers that borrow keys find the cache through them, which a move to another device would undo."""
     places = set(getattr(model, "hf_device_map", {}).values())
@@ -160,87 +156,3 @@ def _check_devices(model: PreTrainedModel) -> None:
             f"{type(model).__name__} shares keys and values between layers, and its layers are on several "
             f"devices ({', '.join(sorted(map(str, places)))}): load it on one"
         )
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    """Refuse a local folder that could not be loaded, saying what it lacks."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"model {name!r}: the folder has no config.json")
-    try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"model {name!r}: its config.json is not JSON: {error}") from error
-    if not any(folder.glob("*.safetensors")):
-        found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        pickles = (
-            f", only {', '.join(found)}: a pickle can run any code when it is read, so kvsieve does not. "
-            "Convert it once where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
-        )
-        raise UserError(f"model {name!r}: the folder has no weights as safetensors{pickles if found else ''}")
-
-
-def _check_hub(name: str, revision: str | None) -> None:
-    """Say at once, not after many retries, that a model is neither here nor can be had."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model {name!r}: no such folder")
-    from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return
-    except HFValidationError as error:
-        raise UserError(f"model {name!r}: no such folder, and no name for the hub: {error}") from error
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
-    if reason:
-        raise UserError(
-            f"model {name!r} is not {REFERENCE!r}, not a folder here, not in the local copy of the hub "
-            f"({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} was not asked or not reached: {reason}"
-        )
-
-
-def _unreachable(address: str) -> str | None:
-    """Why an address does not answer; None if it does, were it with an error."""
-    try:
-        request = urllib.request.Request(address, method="HEAD")
-        with urllib.request.urlopen(request, timeout=_SECONDS_TO_REACH_THE_HUB):
-            return None
-    except urllib.error.HTTPError:
-        return None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        return (
-            None if isinstance(reason, ssl.SSLError) else str(reason)
-        )  # the hub's client may know the certificate
-
-
-def _has_tokenizer(path: Path) -> bool:
-    """Whether to ask for a tokenizer: always on the hub, and in a folder that has the files of one."""
-    if not path.is_dir():
-        return True
-    return any(any(path.glob(pattern)) for pattern in ("*token*.json", "vocab*", "*.model", "*.tiktoken"))
-
-
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else "auto"
-    if isinstance(dtype, str) and dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise UserError(
-                f"dtype {dtype!r} is not a floating-point type. Legal: float32, bfloat16, float16, auto"
-            )
-        return found
-    return dtype
-
-
-def _why_not_loaded(name: str, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return (
-            f"model {name!r} comes with code of its own, which runs on your machine: read it, and if you "
-            "trust it, ask for it with trust_remote_code=True"
-        )
-    if not Path(name).is_dir():
-        return f"model {name!r} could not be had from the Hugging Face hub: {str(error).splitlines()[0]}"
-    return f"model {name!r} could not be loaded: {error}"

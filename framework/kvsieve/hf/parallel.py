@@ -1,8 +1,8 @@
-"""Tensor parallel: the processes that torchrun started hold a share of every layer's heads, and decode as one.
+"""Tensor parallel: each process that torchrun started holds a share of every layer's heads.
 
-transformers splits the weights (its tensor-parallel plans) and adds up what the shares contribute. A policy sees
-the local KV heads and decides for them alone, as it decides per KV head anyway; every process sees the same
-logits, and so chooses the same tokens.
+transformers splits the weights (its tensor-parallel plans) and adds up what the shares contribute. A policy
+sees the local KV heads and decides for them alone, because it decides per KV head anyway; every process sees
+the same logits, and so chooses the same tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_launch(device: object, device_map: object) -> None:
     """Refuse tensor parallel where it cannot begin.
 
     Raises:
-        UserError: not started by torchrun, without accelerate, or with a device that is not this process's own.
+        UserError: not started by torchrun, without accelerate, or with a device that is given.
     """
     if device is not None or device_map is not None:
         raise UserError(
@@ -37,7 +37,8 @@ def check_launch(device: object, device_map: object) -> None:
     if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
         raise UserError(
             f"tensor_parallel needs several processes, and {', '.join(missing)} is not set: start them with "
-            "torchrun --nproc-per-node <GPUs> <script>, or torchrun --nproc-per-node <GPUs> -m kvsieve compare ..."
+            "torchrun --nproc-per-node <GPUs> <script>, or torchrun --nproc-per-node <GPUs> -m kvsieve "
+            "compare ..."
         )
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("tensor_parallel needs the package accelerate: pip install 'kvsieve[parallel]'")
@@ -53,8 +54,8 @@ def check_split(config: PreTrainedConfig) -> None:
     plan = getattr(text, "base_model_tp_plan", None)
     if not plan:
         raise UserError(
-            f"transformers has no tensor-parallel plan for {config.model_type}: load it on one device, or with "
-            "device_map"
+            f"transformers has no tensor-parallel plan for {config.model_type}: load it on one device, or "
+            "with device_map"
         )
     size = int(os.environ["WORLD_SIZE"])
     splits = any(
@@ -63,15 +64,15 @@ def check_split(config: PreTrainedConfig) -> None:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     if splits and heads % size:
         raise UserError(
-            f"{config.model_type} has {heads} KV heads, which {size} processes cannot share evenly: start as many"
-            f" processes as divide {heads}"
+            f"{config.model_type} has {heads} KV heads, which {size} processes cannot share evenly: start as "
+            f"many processes as divide {heads}"
         )
 
 
 def split_arguments(config: PreTrainedConfig) -> dict[str, Any]:
-    """What `from_pretrained` is told: transformers' own plan for the model.
+    """Arguments of `from_pretrained` that ask for transformers' own plan for the model.
 
-    Before 5.21 transformers cannot share out a vocabulary that the processes do not divide: there the plan leaves
+    Before 5.21 transformers cannot split a vocabulary that the processes do not divide: there the plan leaves
     it out, and every process holds all of the embeddings and of the output layer.
     """
     import transformers

@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
+
 
 def lm_eval(
     tasks: Annotated[str, typer.Option(help="names of lm_eval's tasks or groups, with commas between them")],
     model: Annotated[str, typer.Option(help="reference, a Hugging Face id, or a local folder")] = "reference",
-    policy: Annotated[str, typer.Option(help="see: kvsieve policies")] = "dense",
+    policy: Annotated[
+        str, typer.Option(help="a name, or a name with parameters: 'sparq: {r: 16}'; see: kvsieve policies")
+    ] = "dense",
     compression: Annotated[
         str | None, typer.Option(help="fraction of dense attention's bytes to read, such as 1/8")
     ] = None,
@@ -34,7 +38,9 @@ def lm_eval(
         bool, typer.Option("--apply-chat-template", help="ask in the model's chat format")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="requests computed together")] = 1,
-    seed: Annotated[int, typer.Option(help="of the sampling, for tasks that sample")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="of the sampling, for tasks that sample")
+    ] = 0,
     out: Annotated[Path | None, typer.Option(help="write lm_eval's results as JSON to this file")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto")] = None,
     device: Annotated[str | None, typer.Option(help="such as cpu or cuda")] = None,
@@ -42,15 +48,22 @@ def lm_eval(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run model code that comes with the checkpoint")
     ] = False,
+    trust_task_code: Annotated[
+        bool, typer.Option("--trust-task-code", help="let the tasks in --include-path run their code")
+    ] = False,
     eager: Annotated[
         bool,
         typer.Option("--eager", help="run decode steps from Python, on a GPU too, not as one CUDA graph"),
     ] = False,
 ) -> None:
     """Run lm-evaluation-harness's own tasks under a policy (needs kvsieve\\[lm-eval])."""
-    from ..compare.choices import choice_from_options
+    from ..compare.sweep import policy_from_options
 
-    choice = choice_from_options(policy, compression, parameters or [])
+    if include_path is not None and not trust_task_code:
+        raise UserError(
+            "--include-path: tasks in a folder of their own run code: if you trust them, give --trust-task-code, too"
+        )
+    spec = policy_from_options(policy, compression, parameters or [])
     from . import require
 
     require()
@@ -70,7 +83,7 @@ def lm_eval(
         outcome = run.evaluate(
             loaded,
             [name.strip() for name in tasks.split(",") if name.strip()],
-            (lambda tokens: choice.build(size, tokens)) if choice.needs_context else choice.build(size, 0),
+            (lambda tokens: spec.build(size, tokens)) if spec.needs_context else spec.build(size, 0),
             include_path=include_path,
             limit=limit,
             num_fewshot=num_fewshot,
@@ -80,7 +93,7 @@ def lm_eval(
             seed=seed,
         )
     typer.echo(outcome.table)
-    facts = [f"{choice.name} {describe_parameters(outcome.policy)}".strip()]
+    facts = [f"{spec.name} {describe_parameters(outcome.policy)}".strip()]
     if outcome.bytes_ratio is not None:
         facts.append(f"{outcome.bytes_ratio:.3f} of dense attention's bytes read")
     typer.echo("; ".join(facts))

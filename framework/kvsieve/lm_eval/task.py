@@ -1,4 +1,6 @@
-"""A task of lm-evaluation-harness as a task of a comparison (`kvsieve[lm-eval]`); registered as a plugin's task is."""
+"""A task of lm-evaluation-harness as a task of a comparison (`kvsieve[lm-eval]`); registered as a plugin's
+task is.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..compare.tasks.base import Answer, Sample, Task
@@ -32,7 +35,8 @@ class Judged(Answer):
 class LmEval(Task):
     """A task of lm-evaluation-harness: its prompts and its metric, computed through our decode path.
 
-    A compression refers to `context`: say how long the task's prompts are. The samples are the task's first documents.
+    A compression refers to `context`: say how long the task's prompts are. The samples are the task's first
+    documents.
     """
 
     name = "lm_eval"
@@ -46,6 +50,13 @@ class LmEval(Task):
     @property
     def title(self) -> str:
         return self.task
+
+    def code(self) -> Mapping[str, Path]:
+        return {} if self.include_path is None else {"include_path": Path(self.include_path)}
+
+    def positions(self) -> None:
+        """Its prompts have their own lengths; `context` is only what a compression refers to."""
+        return None
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         task = self._loaded()

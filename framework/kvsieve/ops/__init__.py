@@ -1,4 +1,5 @@
-"""What policies are made of. Each op takes the layer's cache `kv`, counts what it reads, and runs an implementation.
+"""What policies are made of. Each op takes the view `kv` of a layer's cache, counts what it reads, and
+runs an implementation.
 
 The implementations know nothing of caches or meters: tensors in, tensors out. Which one runs is explicit:
 `kvsieve.ops.use("reference")`, by default "triton" on a GPU and "cpu" on a CPU, and never another than was chosen.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, cast
@@ -19,76 +21,87 @@ from ..errors import UserError, unknown
 from . import reference
 
 if TYPE_CHECKING:
-    from ..cache.layer import LayerCache
+    from ..cache.kv import KVView
     from ..policy import Selection
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
-_chosen: str | None = None
 _loaded: dict[str, ModuleType] = {"reference": reference}
+
+
+class _Choice(threading.local):
+    """Of this thread. (Not a context variable: that would break a traced graph.)"""
+
+    name: str | None = None
+
+
+_choice = _Choice()
 
 
 @contextlib.contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Run every op inside with this implementation, whatever the device.
+    """Run every op inside with this implementation, whatever the device; in this thread.
 
     Raises:
         UserError: there is no such implementation.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(unknown("implementation of the ops", implementation, IMPLEMENTATIONS))
-    global _chosen  # noqa: PLW0603  (a context variable would break a traced graph)
-    before, _chosen = _chosen, implementation
+    before, _choice.name = _choice.name, implementation
     try:
         yield
     finally:
-        _chosen = before
+        _choice.name = before
 
 
 def implementation(device: torch.device) -> ModuleType:
     """The module that runs the ops on this device.
 
     Raises:
-        UserError: the implementation that was chosen cannot run there.
+        UserError: the implementation that was chosen cannot run there, or is not installed.
     """
     on_gpu = device.type == "cuda"
-    name = _chosen or ("triton" if on_gpu else "cpu")
+    name = _choice.name or ("triton" if on_gpu else "cpu")
     if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(
             f"the triton ops need a GPU, but the model is on {str(device)!r}: choose 'reference', or set "
             "TRITON_INTERPRET=1 before Python starts, and Triton interprets its kernels (for tests: it is slow)"
         )
     if name not in _loaded:  # kept by name: an import inside a traced step would break the trace
-        _loaded[name] = importlib.import_module(f".{name}", __name__)
+        try:
+            _loaded[name] = importlib.import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the {name} ops need {error.name}: pip install 'kvsieve[{name}]', or choose 'reference'"
+            ) from None
     return _loaded[name]
 
 
 def attend(
-    query: torch.Tensor, kv: LayerCache, selection: Selection | None = None, want_mass: bool = False
+    query: torch.Tensor, kv: KVView, selection: Selection | None = None, want_mass: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of `query [B, K, G, D]` over the selection, or over every live slot.
 
     Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]` float32 that each slot received, averaged
     over the group. Reads `2 * D` numbers per slot read and KV head.
     """
-    run = implementation(query.device)
+    run, slots, scoring = implementation(query.device), kv._slots, kv._scoring._asdict()
+    read = slots.lengths if selection is None else selection.counts
+    kv._traffic.read("keys", read, slots.head_size, slots.dtype)
+    kv._traffic.read("values", read, slots.head_size, slots.dtype)
     if selection is None:
-        kv.count_read("keys", kv.lengths, kv.head_size)
-        kv.count_read("values", kv.lengths, kv.head_size)
-        return run.attend(query, kv.live_keys, kv.live_values, kv.lengths, want_mass=want_mass, **kv.scoring)
-    kv.count_read("keys", selection.counts, kv.head_size)
-    kv.count_read("values", selection.counts, kv.head_size)
+        return run.attend(query, slots.keys, slots.values, slots.lengths, want_mass=want_mass, **scoring)
     weight, value = selection.tail or (None, None)
     return run.attend(
         query,
-        kv.live_keys,
-        kv.live_values,
-        kv.lengths,
+        slots.keys,
+        slots.values,
+        slots.lengths,
         slots=selection.slots,
         counts=selection.counts,
         tail_weight=weight,
         tail_value=value,
         want_mass=want_mass,
-        **kv.scoring,
+        **scoring,
     )
 
 
@@ -97,25 +110,26 @@ def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
     return implementation(query.device).top_channels(query, r)
 
 
-def channel_scores(query: torch.Tensor, kv: LayerCache, channels: torch.Tensor) -> torch.Tensor:
+def channel_scores(query: torch.Tensor, kv: KVView, channels: torch.Tensor) -> torch.Tensor:
     """Approximate logits `[B, K, G, T]` float32 from `channels [B, K, r]` of the keys alone; dead slots get -inf.
 
     Scaled, soft-capped and tempered for the missing channels. Reads r numbers per live slot and KV head.
     """
-    kv.count_read("channels", kv.lengths, channels.shape[2])
-    scale, softcap = kv.scoring["scale"], kv.scoring["softcap"]
-    run = implementation(query.device)
-    scores = run.channel_scores(query, kv.live_channels, kv.lengths, channels, scale=scale, softcap=softcap)
-    return cast(torch.Tensor, scores[..., : kv.used])
+    run, slots, scoring = implementation(query.device), kv._slots, kv._scoring
+    kv._traffic.read("channels", slots.lengths, channels.shape[2], slots.dtype)
+    scores = run.channel_scores(
+        query, slots.channels, slots.lengths, channels, scale=scoring.scale, softcap=scoring.softcap
+    )
+    return cast(torch.Tensor, scores[..., : slots.used])
 
 
-def slot_weights(scores: torch.Tensor, kv: LayerCache) -> torch.Tensor:
+def slot_weights(scores: torch.Tensor, kv: KVView) -> torch.Tensor:
     """Softmax of `scores [B, K, G, T]` over the slots, the model's attention sinks counted in."""
-    return implementation(scores.device).slot_weights(scores, kv.scoring["sinks"])
+    return implementation(scores.device).slot_weights(scores, kv._scoring.sinks)
 
 
 def top_slots(
-    ranking: torch.Tensor, kv: LayerCache, k: int, newest: int = 0
+    ranking: torch.Tensor, kv: KVView, k: int, newest: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k live slots with the highest `ranking [B, K, T]`, the `newest` tokens forced in.
 
@@ -127,7 +141,7 @@ def top_slots(
 
 def top_by_channels(
     query: torch.Tensor,
-    kv: LayerCache,
+    kv: KVView,
     channels: torch.Tensor,
     k: int,
     *,
@@ -140,24 +154,25 @@ def top_by_channels(
     slots `[B, K, k]`, how many of them are live `[B, K]`, and the approximate attention weight `[B, K, G]` float32 of
     the live slots that were left out. Reads r numbers per live slot and KV head.
     """
-    kv.count_read("channels", kv.lengths, channels.shape[2])
+    slots = kv._slots
+    kv._traffic.read("channels", slots.lengths, channels.shape[2], slots.dtype)
     return implementation(query.device).top_by_channels(
         query,
-        kv.live_channels,
-        kv.lengths,
+        slots.channels,
+        slots.lengths,
         channels,
         k,
-        size=kv.used,
+        size=slots.used,
         group_score=group_score,
         newest=newest,
         forced=_newest_by_position(kv, newest),
-        **kv.scoring,
+        **kv._scoring._asdict(),
     )
 
 
-def _newest_by_position(kv: LayerCache, n: int) -> torch.Tensor | None:
+def _newest_by_position(kv: KVView, n: int) -> torch.Tensor | None:
     """The newest n tokens as a mask `[B, K, T]`, where slots do not stand in the order of tokens."""
-    return None if kv.in_order else kv.newest(n)
+    return None if kv._in_order else kv.newest(n)
 
 
 def running_mean(

@@ -1,29 +1,37 @@
-"""The ops on a CPU: the reference's, but what a SparQ step does is made for speed.
+"""CPU ops: the reference, with SparQ's hot path optimised.
 
-A CPU gains from reading less only if nothing large is allocated, copied or passed over twice. So the approximate logits
-are made by an embedding bag, a weighted sum of chosen rows of a table, each read where it stands: in a channel-major
-layout a piece of a channel is such a row. Token-major keys are read whole, which beats gathering single numbers.
+A CPU gains from reading less only if nothing large is allocated, copied or passed over twice. So an embedding bag makes
+the approximate logits: a weighted sum of chosen rows of a table, each read where it stands. In a channel-major layout
+a piece of a channel is such a row. Token-major keys are read whole, which beats gathering single numbers.
+
+Dead slots are made harmless bit by bit: `x & 0` is zero for every x, NaN included, and takes a tenth of the time of
+`masked_fill`. Attention over all slots is the exception: there dead slots must be finite, because masking them would
+copy every value. The cache sees to that.
 """
 
 import math
 import threading
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from . import reference
 from .reference import (
-    append,
+    below,
+    blend,
     channel_scores,
     compact,
+    mass_by_slot,
     prefill,
+    readable,
     running_mean,
     slot_weights,
     tempered,
     top_channels,
     top_slots,
+    with_tail,
+    within,
 )
-from .reference import attend as _attend
 
 __all__ = [
     "append",
@@ -38,28 +46,29 @@ __all__ = [
     "top_slots",
 ]
 
-_AT_ONCE = (
-    2**21
-)  # logits of as many rows as fit are worked on together: 8 MiB, which stay in the last-level cache
-_PIECE = 512  # slots of a channel that are one row of the table, at most
+_AT_ONCE = 2**21  # logits in one batch of rows: 8 MiB, which stay in the last-level cache
+_PIECE = 512  # slots of a channel in one row of the table, at most
 _PARTS = 16  # of a ranking, in the search for its largest
 _LOG2_E = math.log2(math.e)  # exp2 takes half the time of exp
 _LOWEST = torch.finfo(torch.float32).min
 _TINY = torch.finfo(torch.float32).tiny
+_MINUS_INFINITY = -(2**23)  # the bits of float32 -inf
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class _Workspace(threading.local):
-    """Memory that is used again at the next step: allocating it anew costs more than the arithmetic in it."""
+    """Memory that each thread uses again at its next step: allocating it anew costs more than the arithmetic in it."""
 
     def __init__(self) -> None:
         self.held: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """A tensor of this shape, valid until the same is taken again; its contents are whatever they are."""
+        """A tensor of this shape with any content, valid until the name is taken again in this thread."""
         size = math.prod(shape)
         held = self.held.get(name)
         if held is None or held.numel() < size or held.dtype != dtype:
-            held = self.held[name] = torch.empty(size, dtype=dtype)
+            with torch.inference_mode(False):  # else it could not be written to outside of inference mode
+                held = self.held[name] = torch.empty(size, dtype=dtype)
         return held[:size].view(shape)
 
 
@@ -77,23 +86,49 @@ def attend(
     sinks: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
+    tail_weight: torch.Tensor | None = None,
+    tail_value: torch.Tensor | None = None,
     want_mass: bool = False,
-    **tail: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `reference.attend`. All slots: torch's fused attention, the group as queries of one sequence. Chosen ones are
-    copied as whole rows, four times quicker than number by number."""
-    given: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, **tail}
-    token_major = _token_major(keys) and _token_major(values)
-    if slots is None and softcap is None and sinks is None and not want_mass and token_major:
-        live = torch.arange(keys.shape[2]) < lengths[..., None]
-        return F.scaled_dot_product_attention(query, keys, values, live[:, :, None], scale=scale), None
-    if slots is None or counts is None or want_mass or not token_major:
-        return _attend(query, keys, values, lengths, slots=slots, counts=counts, want_mass=want_mass, **given)
-    # In float32, for most CPUs multiply 16-bit numbers one by one.
-    output, mass = _attend(
-        query.float(), _at(keys, slots).float(), _at(values, slots).float(), counts, **given
-    )
-    return output.to(query.dtype), mass
+    """`reference.attend`. Over all slots, torch's fused attention takes the group as queries of one sequence; dead slots
+    must be finite. Chosen slots are copied as whole rows, four times as fast as number by number."""
+    size = values.shape[2]
+    if slots is None:
+        keys = keys if keys.dim() == 4 else keys.flatten(2, 3)[:, :, :size]
+        live = below(lengths, size)
+        plain = softcap is None and sinks is None and not want_mass
+        if plain and _token_major(keys) and _token_major(values):
+            output = F.scaled_dot_product_attention(query, keys, values, live[:, :, None], scale=scale)
+        else:
+            output, weights = blend(query, keys, values, live, scale, softcap, sinks)
+    else:
+        assert counts is not None
+        slots, live = readable(slots, counts, lengths)
+        # In float32, because most CPUs multiply 16-bit numbers one by one.
+        keys, values = _at(keys, slots).float(), _at(values, slots).float()
+        _zero_where_not(live.int().neg_()[..., None], values)
+        output, weights = blend(query.float(), keys, values, live, scale, softcap, sinks)
+        output = output.to(query.dtype)
+    if tail_weight is not None:
+        assert tail_value is not None
+        output = with_tail(output, tail_weight, tail_value)
+    return output, mass_by_slot(weights, slots, size) if want_mass else None
+
+
+def append(
+    storage: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
+) -> None:
+    """`reference.append`; one token a row is written without an index of rows and heads."""
+    if slots.shape[2] > 1 or storage.dim() == 5:
+        reference.append(storage, new, slots, active)
+        return
+    inside = within(slots, storage.shape[2])
+    written = inside == slots
+    if active is not None:
+        written &= active[:, None, None]
+    if new.dim() == 4:
+        inside, written = inside[..., None].expand(new.shape), written[..., None]
+    storage.scatter_(2, inside, torch.where(written, new, storage.gather(2, inside)))
 
 
 def top_by_channels(
@@ -111,42 +146,45 @@ def top_by_channels(
     newest: int = 0,
     forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.top_by_channels`."""
-    (rows, heads, group, _) = query.shape
+    """`reference.top_by_channels`, a few rows at a time."""
+    (rows, heads, group, head_size), k = query.shape, min(k, size)
     chosen, factor = tempered(query, channels, scale)
+    channels = within(channels, head_size)
     if softcap is None:
         factor = factor * _LOG2_E
     slots = lengths.new_empty(rows, heads, k)
     missed = query.new_empty(rows, heads, group, dtype=torch.float32)
+    order = torch.arange(_width(keys, size), dtype=torch.int32)
     together = max(1, _AT_ONCE // (heads * group * size))
     for first in range(0, rows, together):
         some = slice(first, first + together)
-        logits = _logits(query[some], chosen[some], factor[some, ..., None], keys[some], channels[some], size)
-        order = torch.arange(logits.shape[3], dtype=torch.int32)
         alive = lengths[some, :, None].int()
-        dead = torch.zeros(*alive.shape[:2], len(order)).masked_fill_(order >= alive, -math.inf)
+        live = order - alive >> 31  # [B, K, T']: all bits of a live slot are set, and none of a dead one
+        dead = live.bitwise_not().bitwise_and_(_MINUS_INFINITY).view(torch.float32)  # 0 or -inf
+        logits = _logits(query[some], chosen[some], factor[some, ..., None], keys[some], channels[some], live)
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap * _LOG2_E)
-        logits.add_(dead[:, :, None])  # adding takes a seventh of the time of masked_fill_
-        ranking = logits.sum(2) if group_score == "logits" else None
+        logits.add_(dead[:, :, None])
+        ranking = logits.sum(2).clamp_(min=_LOWEST) if group_score == "logits" else None
         peak = logits.amax(3, keepdim=True).clamp_(min=_LOWEST)
         if sinks is not None:
             peak = torch.maximum(peak, sinks[..., None].float() * _LOG2_E)
         weights = logits.sub_(peak).exp2_()
-        live = weights.sum(3)
-        total = live if sinks is None else live + torch.exp2(sinks.float() * _LOG2_E - peak[..., 0])
-        share = 1 / total.clamp(min=_TINY)
+        total = weights.sum(3)
+        with_sink = total if sinks is None else total + torch.exp2(sinks.float() * _LOG2_E - peak[..., 0])
+        share = 1 / with_sink.clamp(min=_TINY)
         if ranking is None:
             ranking = torch.matmul(share[:, :, None], weights)[:, :, 0]
-        ranking.add_(dead)
         if forced is None:
-            newest_slots = (alive - 1 - order[:newest]).clamp_(min=0).long()
+            newest_slots = (alive - 1 - order[: max(newest, 0)]).clamp_(min=0).long()
             ranking.scatter_(2, newest_slots, math.inf)
         else:
             ranking[..., :size].masked_fill_(forced[some], math.inf)
+        _zero_where_not(live, ranking)
+        ranking.add_(dead)
         slots[some] = best = _top(ranking, k).clamp_(max=size - 1)
         held = weights.gather(3, best[:, :, None].expand(-1, -1, group, -1)).sum(3)
-        missed[some] = (live - held) * share
+        missed[some] = (total - held) * share
     missed.clamp_(min=0).masked_fill_((lengths <= k)[..., None], 0)
     return slots, lengths.clamp(max=k), missed
 
@@ -157,37 +195,45 @@ def _logits(
     factor: torch.Tensor,
     keys: torch.Tensor,
     channels: torch.Tensor,
-    size: int,
+    live: torch.Tensor,
 ) -> torch.Tensor:
-    """`factor [B, K, G, 1]` times the products of `query [B, K, G, D]`, or of its `chosen [B, K, G, r]`, with the keys
-    in `channels [B, K, r]`: a float32 workspace `[B, K, G, T']`, T' at least T = `size`; what is beyond T is finite.
+    """The products of `chosen [B, K, G, r]`, numbers of `query [B, K, G, D]`, with the keys in `channels [B, K, r]`.
+
+    Times `factor [B, K, G, 1]`. A float32 workspace `[B, K, G, T']`; zero where no bit of `live [B, K, T']` is set.
     """
     if _in_pieces(keys):
-        products = _bags(chosen, keys, channels, size)
-        logits = _workspace.take("logits", torch.float32, *products.shape)
-        return logits.copy_(products).mul_(factor[..., None]).flatten(3)
-    index = channels[:, :, None].expand_as(chosen)
-    only_chosen = torch.zeros_like(query).scatter_(3, index, chosen)
-    products = torch.matmul(only_chosen, keys.transpose(2, 3))
+        products = _bags(chosen, keys, channels, live.shape[2])
+    else:
+        index = channels[:, :, None].expand_as(chosen)
+        only_chosen = torch.zeros_like(query).scatter_add_(3, index, chosen)
+        products = torch.matmul(only_chosen, keys.transpose(2, 3))[..., None, :]
+    pieces, piece = products.shape[3:]
+    _zero_where_not(live.unflatten(2, (pieces, piece))[:, :, None], products)
     logits = _workspace.take("logits", torch.float32, *products.shape)
-    return logits.copy_(products).mul_(factor)
+    return logits.copy_(products).mul_(factor[..., None]).flatten(3)
 
 
-def _bags(chosen: torch.Tensor, keys: torch.Tensor, channels: torch.Tensor, size: int) -> torch.Tensor:
+def _zero_where_not(live: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Zero, in place, the numbers where `live`, an integer with all bits set or none, is 0."""
+    integers = _INTEGERS[numbers.element_size()]
+    numbers.view(integers).bitwise_and_(live.to(integers))
+
+
+def _bags(chosen: torch.Tensor, keys: torch.Tensor, channels: torch.Tensor, width: int) -> torch.Tensor:
     """The products with channel-major or blocked keys, piece by piece: `[B, K, G, n, T'/n]`, n pieces of a channel."""
     rows, heads, group, r = chosen.shape
     row, head, *block, channel = keys.stride()
-    piece = keys.shape[3] if keys.dim() == 5 else math.gcd(channel, _PIECE)
+    piece = _piece(keys)
     step = block[0] if keys.dim() == 5 else piece
     table = _table(keys, piece)
-    pieces = -(-size // piece)
+    pieces = width // piece
     dtype = torch.int32 if len(table) < 2**31 else torch.int64
 
     def places(count: int, stride: int) -> torch.Tensor:
         return torch.arange(count, dtype=dtype) * (stride // piece)
 
     starts = places(rows, row)[:, None, None] + places(heads, head)[:, None] + places(pieces, step)
-    # The heads of a group one after the other: what the first has read is still in the cache for the others.
+    # The heads of a group in turn: what the first has read is still in the CPU's cache for the others.
     bags = _workspace.take("bags", dtype, rows, heads, pieces, r)
     torch.add(starts[..., None], channels[:, :, None].to(dtype), alpha=channel // piece, out=bags)
     index = _workspace.take("index", dtype, rows, heads, pieces, group, r).copy_(bags[:, :, :, None])
@@ -212,7 +258,9 @@ def _top(ranking: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _at(stored: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """`slots [B, K, S]` of token-major `stored [B, K, T, D]`: `[B, K, S, D]`."""
+    """A copy of `slots [B, K, S]` of `stored`: `[B, K, S, D]`."""
+    if not _token_major(stored):
+        return stored[reference.places(stored, slots)]
     (rows, heads, _, size), strides = stored.shape, stored.stride()
     table = _table(stored, size)
     starts = torch.arange(rows)[:, None] * strides[0] + torch.arange(heads) * strides[1]
@@ -222,12 +270,23 @@ def _at(stored: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 def _token_major(stored: torch.Tensor) -> bool:
     """Whether a token's vector is contiguous, one after the other, so that all storage is a table of them."""
     size = stored.shape[-1]
-    return stored.dim() == 4 and stored.stride()[2:] == (size, 1) and stored.stride(1) % size == 0
+    row, head, *token = stored.stride()
+    return stored.dim() == 4 and token == [size, 1] and row % size == 0 and head % size == 0
 
 
 def _in_pieces(keys: torch.Tensor) -> bool:
     """Whether a channel of neighbouring slots is contiguous: layouts double and blocked."""
     return keys.stride(-2) == 1 and keys.stride(-1) >= 16
+
+
+def _piece(keys: torch.Tensor) -> int:
+    """Slots of a channel that are contiguous and start at a multiple of their number: a row of the table."""
+    return keys.shape[3] if keys.dim() == 5 else math.gcd(keys.stride(3), _PIECE)
+
+
+def _width(keys: torch.Tensor, size: int) -> int:
+    """T': the slots T = `size`, or whole pieces that hold them."""
+    return -(-size // _piece(keys)) * _piece(keys) if _in_pieces(keys) else size
 
 
 def _table(stored: torch.Tensor, width: int) -> torch.Tensor:

@@ -1,15 +1,35 @@
 """Every op in plain torch. This file defines what is correct; kernels are compared with it and never import it.
 
 Letters: B rows, H = K * G query heads, K KV heads, G query heads per KV head, T slots, S chosen slots, D head size,
-Q new tokens, r channels. Weights and scores are float32 whatever the cache holds. `lengths [B, K]`: slots below it are
-live; no other is ever given a weight. `keys` may be `[B, K, T, D]` of any strides, or `[B, K, T/n, n, D]`, the blocked
-layout, whose last block may reach beyond T.
+Q new tokens, r channels. Weights and scores are float32 whatever the cache holds. `keys` may be `[B, K, T, D]` of any
+strides, or `[B, K, T/n, n, D]`, the blocked layout, whose last block may reach beyond T.
+
+Whatever a policy answers, nothing outside its row and head is read or written:
+
+- `lengths [B, K]`: slots below are live. A dead slot gets no weight, and its content, NaN included, reaches no output.
+- `slots [B, K, S]` with `counts [B, K]`: counts are clamped to [0, S]. A slot outside [0, length) is not read and gets
+  no weight and no mass.
+- `channels [B, K, r]`: one outside [0, D) adds nothing.
+- A ranking may hold NaN and infinities: the slots found are below T, and live ones come first.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+
+__all__ = [
+    "append",
+    "attend",
+    "channel_scores",
+    "compact",
+    "prefill",
+    "running_mean",
+    "slot_weights",
+    "top_by_channels",
+    "top_channels",
+    "top_slots",
+]
 
 _LOWEST = torch.finfo(torch.float32).min
 _PREFILL_BLOCK = 2**22  # attention weights held at once during prefill: 16 MiB
@@ -33,29 +53,23 @@ def attend(
     """Attention of one query token over all live slots, or over the first `counts` of `slots [B, K, S]`.
 
     `query [B, K, G, D]`; `keys`, `values [B, K, T, D]`; `sinks [K, G]`: a logit per head that takes weight and gives no
-    value. Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]`: mean weight over the group.
+    value. Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]`: mean weight over the group. Without
+    a slot to read, the output before the tail is zero.
     """
     size = values.shape[2]
     if slots is None:
         keys = keys if keys.dim() == 4 else keys.flatten(2, 3)[:, :, :size]
-        live = _below(lengths, size)
+        live = below(lengths, size)
     else:
         assert counts is not None
-        keys, values = keys[_places(keys, slots)], values[_places(values, slots)]
-        live = _below(counts, slots.shape[2])
-    logits = _logits(query, keys, scale, softcap)
-    weights = _softmax(logits, live[:, :, None], sinks)
-    output = torch.matmul(weights.to(values.dtype), values)
+        slots, live = readable(slots, counts, lengths)
+        keys, values = keys[places(keys, slots)], values[places(values, slots)]
+    values = values.masked_fill(~live[..., None], 0)  # 0 * NaN is NaN
+    output, weights = blend(query, keys, values, live, scale, softcap, sinks)
     if tail_weight is not None:
         assert tail_value is not None
-        weight = tail_weight[..., None]
-        output = ((1 - weight) * output.float() + weight * tail_value[:, :, None].float()).to(output.dtype)
-    if not want_mass:
-        return output, None
-    mass = weights.mean(2)
-    if slots is not None:
-        mass = torch.zeros(*mass.shape[:2], size, device=mass.device).scatter_add_(2, slots, mass)
-    return output, mass
+        output = with_tail(output, tail_weight, tail_value)
+    return output, mass_by_slot(weights, slots, size) if want_mass else None
 
 
 def prefill(
@@ -74,9 +88,9 @@ def prefill(
     """Dense causal attention of Q new tokens: token i of a row sees the slots up to `starts + i`, its own included.
 
     `query [B, K, G, Q, D]`; `keys`, `values [B, K, T, D]`, the new tokens in them; `starts [B, K]`: slots in use
-    before; `counts [B]`: how many of the Q are real, the rest follow them. `fresh`: all starts are zero and T = Q.
-    Returns the output `[B, K, G, Q, D]`, zero where not real, and, if wanted, the mass `[B, K, T]` summed over the real
-    queries. Works in blocks of queries: no T x T matrix.
+    before; `counts [B]`: how many of the Q are real, the rest follow them. `fresh`: all starts are zero, T = Q, and what
+    follows the real tokens is finite. Returns the output `[B, K, G, Q, D]`, zero where not real, and, if wanted, the
+    mass `[B, K, T]` summed over the real queries. Works in blocks of queries: no T x T matrix.
     """
     (rows, heads, group, new, size), total = query.shape, keys.shape[2]
     real = torch.arange(new, device=query.device) < counts[:, None]
@@ -88,7 +102,8 @@ def prefill(
         output = output.view(query.shape)
         return output.masked_fill(~real[:, None, None, :, None], 0), None
     output = torch.empty_like(query)
-    mass = torch.zeros(rows, heads, total, device=query.device) if want_mass else None
+    mass = query.new_zeros(rows, heads, total, dtype=torch.float32) if want_mass else None
+    values = values.masked_fill(~below(starts + counts[:, None], total)[..., None], 0)  # 0 * NaN is NaN
     step = max(1, _PREFILL_BLOCK // (rows * heads * group * total))
     for first in range(0, new, step):
         block = slice(first, min(first + step, new))
@@ -116,9 +131,11 @@ def tempered(query: torch.Tensor, channels: torch.Tensor, scale: float) -> tuple
 
     The dot product over r of D channels is smaller than the whole one; it is divided by `sqrt(coverage)`, coverage
     being the share of |query| that the channels hold (SparQ, equation 9: with the usual scale this is the paper's
-    temperature).
+    temperature). A channel outside [0, D) is chosen as a zero.
     """
-    chosen = query.gather(3, channels[:, :, None].expand(-1, -1, query.shape[2], -1))
+    inside = within(channels, query.shape[3])
+    chosen = query.gather(3, inside[:, :, None].expand(-1, -1, query.shape[2], -1))
+    chosen = chosen.masked_fill((inside != channels)[:, :, None], 0)
     norm = query.float().abs().sum(3)
     coverage = chosen.float().abs().sum(3) / norm.clamp(min=torch.finfo(torch.float32).tiny)
     # A zero query (the embedding of a pad token, say) covers nothing of nothing: 0 / 0. Its logits are all zero.
@@ -140,7 +157,7 @@ def channel_scores(
     `channels [B, K, r]`, scaled as `tempered` says.
     """
     chosen, factor = tempered(query, channels, scale)
-    index = channels[:, :, None]
+    index = within(channels, query.shape[3])[:, :, None]
     if keys.dim() == 5:
         part = keys.gather(4, index[:, :, None].expand(-1, -1, *keys.shape[2:4], -1)).flatten(2, 3)
     else:
@@ -148,13 +165,16 @@ def channel_scores(
     logits = torch.matmul(chosen, part.transpose(2, 3)).float() * factor[..., None]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    live = _below(lengths, part.shape[2])[:, :, None]
+    live = below(lengths, part.shape[2])[:, :, None]
     return logits.masked_fill(~live, -math.inf)
 
 
 def slot_weights(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
-    """Softmax of `scores [B, K, G, T]` over the slots; with sinks the weights of a head sum to less than one."""
-    return _softmax(scores, scores > -math.inf, sinks)
+    """Softmax of `scores [B, K, G, T]` over the slots; with sinks the weights of a head sum to less than one.
+
+    Slots of -inf, the dead ones, get zero. A NaN makes a head's weights NaN.
+    """
+    return _softmax(scores, scores != -math.inf, sinks)
 
 
 def top_slots(
@@ -165,17 +185,19 @@ def top_slots(
     newest: int = 0,
     forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best live slots of `ranking [B, K, T]`, the last `newest` ones first: `[B, K, k]`, `[B, K]`.
+    """The k best live slots of `ranking [B, K, T]`, the last `newest` ones first: `[B, K, min(k, T)]`, `[B, K]`.
 
     Where slots do not stand in the order of tokens, `forced [B, K, T]` bool marks the newest instead. A set, not a
-    ranking: among equal scores any may be taken. Rows with fewer than k live slots take all of theirs, and those come
-    before whatever fills the rest.
+    ranking: among equal scores any may be taken, and NaN counts as the highest. The second result is how many of the
+    slots are live: `min(k, length)`. They come first; what fills the rest is below T, and dead.
     """
-    slots = torch.arange(ranking.shape[2], device=lengths.device)
+    size = ranking.shape[2]
+    slots = torch.arange(size, device=lengths.device)
     if forced is None:
         forced = slots >= (lengths - newest)[..., None]
-    ranking = ranking.masked_fill(forced, math.inf).masked_fill(slots >= lengths[..., None], -math.inf)
-    return ranking.topk(k, dim=2).indices, lengths.clamp(max=k)
+    ranking = ranking.float().masked_fill(forced, math.inf).clamp(min=_LOWEST)
+    ranking = ranking.masked_fill(slots >= lengths[..., None], -math.inf)
+    return ranking.topk(min(k, size), dim=2).indices, lengths.clamp(max=min(k, size))
 
 
 def top_by_channels(
@@ -195,8 +217,8 @@ def top_by_channels(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`channel_scores` over T = `size` slots, added up over the group, and the `top_slots` of that.
 
-    `group_score` "softmax" adds the heads' weights, "logits" their logits. Returns slots `[B, K, k]`, how many are live
-    `[B, K]`, and the approximate weight `[B, K, G]` of the live slots that were left out, zero where none was.
+    `group_score` "softmax" adds the heads' weights, "logits" their logits. Returns slots `[B, K, min(k, T)]`, how many
+    are live `[B, K]`, and the approximate weight `[B, K, G]` of the live slots left out, zero where none was.
     """
     scores = channel_scores(query, keys, lengths, channels, scale=scale, softcap=softcap)[..., :size]
     weights = slot_weights(scores, sinks)
@@ -210,22 +232,34 @@ def top_by_channels(
 def append(
     storage: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
 ) -> None:
-    """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`; inactive rows `[B]` stay as they
-    are.
+    """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`, of any strides or in blocks.
 
-    Storage may be of any strides, and in blocks: `[B, K, C/n, n, D]`.
+    Nothing is written for a slot outside [0, C), nor in rows that are not `active [B]`.
     """
-    places = _places(storage, slots)
+    inside = within(slots, capacity(storage))
+    written = inside == slots
     if active is not None:
-        new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, storage[places])
-    storage[places] = new
+        written &= active[:, None, None]
+    if slots.shape[2] == 1:  # a decode step: the device is not looked at
+        index = places(storage, inside)
+        written = written.view(*written.shape, *[1] * (new.dim() - 3))
+        storage[index] = torch.where(written, new, storage[index])
+    else:
+        rows, heads, tokens = written.nonzero(as_tuple=True)
+        within_row = _split(storage, slots[rows, heads, tokens])
+        storage[rows, heads, *within_row] = new[rows, heads, tokens]
 
 
 def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
-    """Write `slots [B, K, S]` of `storage [B, K, C, ...]` to the first S slots of `out`, another storage, in that
-    order."""
+    """Write `slots [B, K, S]` of `storage [B, K, C, ...]` to the first S slots of `out`, another storage, in that order.
+
+    For a slot outside [0, C) zeros are written.
+    """
     target = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
-    out[_places(out, target)] = storage[_places(storage, slots)]
+    inside = within(slots, capacity(storage))
+    kept = storage[places(storage, inside)]
+    missing = (inside != slots).view(*slots.shape, *[1] * (kept.dim() - 3))
+    out[places(out, target)] = kept.masked_fill(missing, 0)
 
 
 def running_mean(
@@ -237,17 +271,70 @@ def running_mean(
     return mean + (new.sum(2, dtype=torch.float32) - counts.view(-1, 1, 1) * mean) / total
 
 
-def _places(storage: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What `storage[...]` takes to mean the slots `[B, K, S]`, in blocks or not."""
+def readable(
+    slots: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of `slots [B, K, S]` are read, bool: those before the count that are live. And slots, 0 for the others."""
+    live = below(counts, slots.shape[2]) & (slots >= 0) & (slots < lengths[..., None])
+    return slots * live, live
+
+
+def within(index: torch.Tensor, size: int) -> torch.Tensor:
+    """The index brought into [0, size)."""
+    return index.clamp(0, size - 1)
+
+
+def below(lengths: torch.Tensor, size: int) -> torch.Tensor:
+    """`[..., size]` bool: true at places below the length."""
+    return torch.arange(size, device=lengths.device) < lengths[..., None]
+
+
+def capacity(storage: torch.Tensor) -> int:
+    """How many slots the storage holds, in blocks or not."""
+    return storage.shape[2] * storage.shape[3] if storage.dim() == 5 else storage.shape[2]
+
+
+def places(storage: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The index that makes `storage[...]` the slots `[B, K, S]`, in blocks or not."""
     rows = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
     heads = torch.arange(slots.shape[1], device=slots.device)[:, None]
-    if storage.dim() == 5:
-        return rows, heads, slots // storage.shape[3], slots % storage.shape[3]
-    return rows, heads, slots
+    return rows, heads, *_split(storage, slots)
 
 
-def _below(lengths: torch.Tensor, size: int) -> torch.Tensor:
-    return torch.arange(size, device=lengths.device) < lengths[..., None]
+def _split(storage: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A slot's place in blocked storage: block, and slot within. Elsewhere: the slot."""
+    return (slots // storage.shape[3], slots % storage.shape[3]) if storage.dim() == 5 else (slots,)
+
+
+def blend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    live: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `query [B, K, G, D]` over `keys, values [B, K, S, D]` where `live [B, K, S]`: output and weights.
+
+    Values must be finite where not live.
+    """
+    weights = _softmax(_logits(query, keys, scale, softcap), live[:, :, None], sinks)
+    return torch.matmul(weights.to(values.dtype), values), weights
+
+
+def with_tail(output: torch.Tensor, weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The output `[B, K, G, D]`, a share `weight [B, K, G]` of it replaced by `value [B, K, D]`."""
+    weight = weight[..., None]
+    return ((1 - weight) * output.float() + weight * value[:, :, None].float()).to(output.dtype)
+
+
+def mass_by_slot(weights: torch.Tensor, slots: torch.Tensor | None, size: int) -> torch.Tensor:
+    """The mass `[B, K, T]` from weights `[B, K, G, S]` of chosen slots `[B, K, S]`, or of all."""
+    mass = weights.mean(2)
+    if slots is None:
+        return mass
+    return mass.new_zeros(*mass.shape[:2], size).scatter_add_(2, slots, mass)
 
 
 def _logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """Measure a trained reference model and write its card: `python -m kvsieve.reference_model.card FOLDER`.
 
-FOLDER holds the model; its README.md becomes the card. Text and keys are held out: none was trained on.
+FOLDER holds the model; the card is its README.md. Text and keys are held out from training.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from ..compare import config, run
+from ..compare.results import Row
 
 _CARD = """---
 license: apache-2.0
@@ -16,23 +16,23 @@ library_name: transformers
 ---
 # kvsieve's reference model
 
-A small Llama (4 layers, width 256, 4 query and 2 KV heads of 64 channels, byte-level tokens, {size:.1f} MB in bfloat16)
-that finds and repeats things in its context. It exists to compare attention policies offline; it is no use as a
-language model.
+A small Llama (4 layers, width 256, 4 query and 2 KV heads of 64 channels, byte-level tokens, {size:.1f} MB in
+bfloat16) that retrieves and repeats parts of its context. It serves to compare attention policies offline and
+is of no use as a language model.
 
-Trained by `python -m kvsieve.reference_model.train` on {tokens:,} tokens of the Python standard library's sources with
-retrieval and repetition written into them (seed {seed}). One file in eight is held out, and so are the names that
-`needle` asks for. Longest trained sequence: 2048 tokens; positions reach to 4096.
+Trained by `python -m kvsieve.reference_model.train` on {tokens:,} tokens of the Python standard library's
+sources, with retrieval and repetition inserted (seed {seed}). One file in eight is held out, and so are the
+names that `needle` asks for. Longest training sequence: 2048 tokens; the configuration allows 4096.
 
-Measured by `python -m kvsieve.reference_model.card` (`card.yaml` beside it says what). Policies other than dense read
-an eighth of dense attention's bytes. Brackets: 95 % bootstrap interval.
+Measured by `python -m kvsieve.reference_model.card` with the settings in `card.yaml`. Policies other than
+dense read an eighth of dense attention's bytes. Brackets: 95 % interval.
 
 {table}
 """
 
 
 def write(folder: Path, results: Path) -> Path:
-    """Measure the model in `folder`, keep the samples in `results`, write the card; returns its path.
+    """Measure the model in `folder`, store the samples in `results`, write the card and return its path.
 
     Raises:
         RuntimeError: a cell of the comparison failed.
@@ -48,13 +48,13 @@ def write(folder: Path, results: Path) -> Path:
     return card
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
+def _table(rows: list[Row]) -> str:
+    policies = list(dict.fromkeys(row.policy for row in rows))
     lines = ["| task | context | " + " | ".join(policies) + " |", "|---|---|" + "---|" * len(policies)]
     cells: dict[tuple[str, int], dict[str, str]] = {}
     for row in rows:
-        shown = f"{row['score']:.3g} [{row['score_low']:.3g}, {row['score_high']:.3g}]"
-        cells.setdefault((f"{row['task']} ({row['metric']})", row["context"]), {})[row["policy"]] = shown
+        shown = f"{row.score:.3g} [{row.score_low:.3g}, {row.score_high:.3g}]"
+        cells.setdefault((f"{row.task} ({row.metric})", row.context), {})[row.policy] = shown
     for (task, context), found in cells.items():
         lines.append(f"| {task} | {context} | " + " | ".join(found[policy] for policy in policies) + " |")
     return "\n".join(lines)

@@ -1,25 +1,23 @@
-"""What the reference model is trained on: source text with retrieval and repetition written into it.
+"""Training data of the reference model: source text with retrieval and repetition inserted.
 
-Every sequence is a function of (seed, step, row), so a resumed run sees what an uninterrupted one would have seen.
-The shapes are the tasks' own; the words are not: keys here are made-up syllables, the tasks ask for real names, and
-the text around them is the other half of the corpus.
+A sequence depends on (seed, step, row) alone, so a resumed run sees the same data as an uninterrupted one.
+Training shares the form of the evaluation tasks but no content: keys are invented syllables where the tasks
+use real names, and the surrounding text is never held-out text.
 """
 
 import numpy as np
 
 from .tokenizer import BOS, PAD
 
-FILLER, ANSWER = (
-    0.1,
-    4.0,
-)  # loss weights of plain text and of retrieved values; repeated text has its own schedule
+# Loss weights of plain text and of retrieved values; `copy`, that of repeated text, follows a schedule.
+FILLER, ANSWER = 0.1, 4.0
 _SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "il", "on")]
 
 
 def batch(
     text: np.ndarray, seed: int, step: int, rows: int, length: int, copy: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids `[rows, length]` and the loss weight `[rows, length]` of each as a target; `copy`: of repeated text."""
+    """Return token ids `[rows, length]` and the loss weight of each as a target, `[rows, length]`."""
     sequences = [
         _sequence(text, np.random.default_rng([seed, step, row]), length, copy) for row in range(rows)
     ]
@@ -36,7 +34,7 @@ def _sequence(
 
 
 class _Builder:
-    """Appends pieces of text, each with its weight, until the sequence is full."""
+    """Appends pieces of text with their loss weights until the sequence is full."""
 
     def __init__(self, text: np.ndarray, rng: np.random.Generator, length: int, copy: float) -> None:
         self.text, self.rng, self.length, self.copy = text, rng, length, copy
@@ -71,7 +69,7 @@ class _Builder:
         self.filler(self.length)
 
     def needles(self) -> None:
-        """Statements hidden anywhere in the text; questions about them later, the last one at the very end."""
+        """Hide statements in the text and ask about each of them later, the last time at the very end."""
         count = int(self.rng.integers(1, 3 + self.length // 256))
         answers = {self.key(): self.digits() for _ in range(count)}
         asked = [*self.rng.permutation(list(answers))]
@@ -93,7 +91,7 @@ class _Builder:
             self.add(".\n", FILLER)
 
     def repetitions(self) -> None:
-        """Text, then segments of what stands anywhere before them, each after a line break."""
+        """Begin with text; then repeat segments from anywhere before, each after a line break."""
         self.filler(int(self.length * self.rng.uniform(0.4, 0.85)))
         while self.size < self.length:
             size = int(self.rng.integers(64, 193))
@@ -101,13 +99,13 @@ class _Builder:
             if len(before) <= size + 1:
                 return self.filler(self.length - self.size)
             start = int(self.rng.integers(1, len(before) - size))
-            prompt = int(self.rng.integers(16, 33))  # what it takes to know which place is meant
+            prompt = int(self.rng.integers(16, 33))  # long enough to identify the segment
             self.add("\n", FILLER)
             self.add(before[start : start + prompt], FILLER)
             self.add(before[start + prompt : start + size], self.copy)
 
     def pairs(self) -> None:
-        """A JSON object of random pairs, a few of which are asked for."""
+        """Write a JSON object of random pairs and ask for a few of them."""
         questions = int(self.rng.integers(1, 5))
         count = max(2, (self.length - 40 - 24 * questions) // 26)
         hexadecimal = [f"{n:08x}" for n in self.rng.integers(0, 2**32, size=2 * count)]

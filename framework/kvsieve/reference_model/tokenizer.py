@@ -1,4 +1,4 @@
-"""The reference model's tokenizer: one token a byte, plus three special ones, in transformers' format."""
+"""The reference model's tokenizer in transformers' format: one token per byte and three special tokens."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -8,8 +8,8 @@ VOCABULARY = 259
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes 0..255 are tokens 0..255; then `<bos>`, `<eos>`, `<pad>`. A text is given a `<bos>` in front."""
-    # GPT-2's printable stand-ins for the 256 bytes; the ones that stand for themselves come first there.
+    """Bytes 0..255 are tokens 0..255; then come `<bos>`, `<eos>`, `<pad>`. Every text begins with `<bos>`."""
+    # GPT-2's printable characters for the 256 bytes: printable bytes stand for themselves.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     stand_in = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in stand_in]
@@ -18,7 +18,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<bos>", "<eos>", "<pad>"])
-    # Every text begins with <bos>, as in training: without it the model has lost its footing.
+    # As in training: the model has never seen a text without <bos>.
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", BOS)]
     )

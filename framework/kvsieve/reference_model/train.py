@@ -1,8 +1,8 @@
 """Train the reference model: `python -m kvsieve.reference_model.train --out DIR`.
 
-Deterministic for a seed and a number of threads, resumable after any interruption (`--out` holds the last checkpoint),
-made for two CPU cores. The learning rate is constant after a warm-up and falls to zero over the last quarter, so a run
-can be made longer by giving more tokens before that quarter begins.
+Deterministic for a seed and a number of threads; continues from the last checkpoint in `--out`; made for two
+CPU cores. The learning rate is constant after a warm-up and falls to zero over the last quarter, so a run can
+be extended with a larger `--tokens` before that quarter begins.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from .tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
 
 TOKENS_PER_STEP = 8192
 SAVE_EVERY = 100  # steps
-# (before this step, sequence length, weight of repeated text). Repeated text weighs more once the model has found out
-# how to repeat: then exactness is what is left to learn.
+# (before this step, sequence length, weight of repeated text). Repeated text weighs more once the model can
+# repeat: then only exactness is left to learn.
 CURRICULUM = ((769, 256, 0.6), (1641, 512, 0.6), (2820, 1024, 0.6), (math.inf, 2048, 2.0))
 
 
@@ -51,7 +51,7 @@ def configuration() -> LlamaConfig:
 
 
 def stage(step: int, rng: np.random.Generator) -> tuple[int, float]:
-    """Sequence length and weight of repeated text at this step; one step in four revisits a shorter length."""
+    """Sequence length and weight of repeated text at this step; one step in four draws any length so far."""
     reached = 1 + next(i for i, (end, _, _) in enumerate(CURRICULUM) if step < end)
     lengths = [length for _, length, _ in CURRICULUM[:reached]]
     length = int(rng.choice(lengths)) if rng.random() < 0.25 else lengths[-1]
@@ -63,10 +63,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(out: Path, tokens: int, seed: int, peak: float) -> LlamaForCausalLM:
-    """Train for `tokens` tokens and return the model; continues from the checkpoint in `out` if there is one."""
+    """Train on `tokens` tokens and return the model; continue from the checkpoint in `out`, if any."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    # It would cost a tenth of the time and changes nothing here.
+    # Filling would take a tenth of the time and changes nothing here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = LlamaForCausalLM(configuration())
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -130,7 +130,7 @@ def _update(
 
 
 def _save(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Replaces the checkpoint in one move, so that an interruption leaves the old or the new one whole."""
+    """Replace the checkpoint in one move: an interruption leaves either the old or the new one complete."""
     state = {
         f"model/{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
     }
@@ -161,7 +161,7 @@ def _restore(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
 
 
 def export(model: LlamaForCausalLM, folder: Path, tokens: int, seed: int) -> None:
-    """Write the model in bfloat16 with its tokenizer, as `from_pretrained` reads it, and how it was trained."""
+    """Save the model in bfloat16 and its tokenizer for `from_pretrained`, and the training settings."""
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Who measures the cells of a comparison: `local`, in this process, or `ray`, on a cluster. `cell` measures one."""
+"""Measure the cells of a comparison: `local` in this process, `ray` on a cluster; `cell` measures one."""
 
 from __future__ import annotations
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from ... import graph, loop, processes, transfer
+from ... import graph, processes, transfer
 from ...cache.kv_cache import KVCache
 from ...hf import parallel
+from ...loop import Decoding, Runner
 from ...prompts import check_lengths
 from ...sampling import Sampler
-from ...scoring import Forcing
+from ...scoring import Scoring
 from ..cells import Cell, new_tokens_at_most
 from ..samples import Record
 from ..tasks import Answer, Sample
@@ -36,8 +37,8 @@ class Measurement:
     def batch(self, indexes: Sequence[int], samples: Sequence[Sample]) -> list[Record]:
         """A record for each of the samples, decoded together.
 
-        The prompts of a task are of equal length and take equal steps: each is charged its share of the batch. Tasks
-        that implement `answer` report no tokens/s: their requests are of unequal length.
+        The prompts of a task are of equal length and take equal steps: each is charged its share of the
+        batch. Tasks that implement `answer` report no tokens/s: their requests are of unequal length.
 
         Raises:
             ArithmeticError: a score or a log-probability is not a number.
@@ -77,56 +78,54 @@ class Measurement:
     def _answers(
         self, indexes: Sequence[int], samples: Sequence[Sample]
     ) -> tuple[Sequence[Answer], int, list[float]]:
-        """The model's answers, metered; the bytes of KV cache held for them; and speeds, without the meter."""
+        """The model's answers, metered; the bytes of KV cache held for them; speeds, without the meter."""
         prompts = [sample.prompt for sample in samples]
         limit = max(map(new_tokens_at_most, samples))
         cache = self._empty_cache(self.cell.task.context + limit)
         with transfer.measure(self.meter):
             if samples[0].forced:
-                answers, generation = self._score(indexes, samples, prompts, cache)
+                answers, decoding = self._score(indexes, samples, prompts, cache)
             else:
-                answers, generation = self._decode(samples, prompts, limit, cache)
-        return answers, cache.memory(), self.stopwatch.measure(generation, limit - 1)
+                answers, decoding = self._decode(samples, prompts, limit, cache)
+        return answers, cache.memory(), self.stopwatch.measure(decoding)
 
     def _score(
         self, indexes: Sequence[int], samples: Sequence[Sample], prompts: list[list[int]], cache: KVCache
-    ) -> tuple[list[Answer], loop.Generation]:
+    ) -> tuple[list[Answer], Decoding]:
         forced = [list(sample.forced) for sample in samples]
-        forcing = Forcing(self.model, prompts, forced, self.cell.policy, cache=cache)
-        next(iter(forcing))
-        self.stopwatch.mark(forcing.generation)
+        scoring = Scoring(self.model, prompts, forced, self.cell.policy, cache=cache)
+        for step, _ in enumerate(scoring):
+            self.stopwatch.passed(step, scoring.decoding, scoring.steps)
         answers = []
-        for index, row in zip(indexes, forcing.result(), strict=True):
+        for index, row in zip(indexes, scoring.result(), strict=True):
             if row.log_probabilities.isnan().any():
                 raise ArithmeticError(f"a log-probability of sample {index} is nan")
             answers.append(Answer(log_probabilities=row.log_probabilities.tolist()))
-        return answers, forcing.generation
+        return answers, scoring.decoding
 
     def _decode(
         self, samples: Sequence[Sample], prompts: list[list[int]], limit: int, cache: KVCache
-    ) -> tuple[list[Answer], loop.Generation]:
+    ) -> tuple[list[Answer], Decoding]:
         model = self.model
         check_lengths(model, prompts, limit)
-        decoder = loop.Decoder(model, prompts, self.cell.policy, limit, cache=cache)
+        runner = Runner(model, prompts, self.cell.policy, limit, cache=cache)
         # No token ends a row: every policy takes the same steps, and ending early is a wrong answer anyway.
-        generation = loop.Generation(
-            decoder, Sampler(None, None, None, 0, None, prompts, model.device), eager=False
-        )
+        decoding = Decoding(runner, Sampler(None, None, None, 0, None, prompts, model.device), eager=False)
         rows: list[list[int]] = [[] for _ in samples]
         said = ["" for _ in samples]
-        for step, tokens in enumerate(loop._decode(generation, limit)):
-            if step == 0:
-                self.stopwatch.mark(generation)
+        for step, tokens in enumerate(decoding.tokens(limit)):
+            self.stopwatch.passed(step, decoding, limit)
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 row.append(token)
             said = [texts.continuation(model.tokenizer, p, row) for p, row in zip(prompts, rows, strict=True)]
             if all(len(text) >= sample.characters for text, sample in zip(said, samples, strict=True)):
                 break
-        return [Answer(text) for text in said], generation
+        decoding.end()
+        return [Answer(text) for text in said], decoding
 
     def _empty_cache(self, capacity: int) -> KVCache:
         if self.cache is None or self.capacity != capacity:
             self.cache, self.capacity = KVCache(self.model, self.cell.policy, capacity=capacity), capacity
         else:
-            self.cache.reset()  # type: ignore[no-untyped-call]
+            self.cache.reset()
         return self.cache

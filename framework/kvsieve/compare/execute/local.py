@@ -67,8 +67,8 @@ def prepare(config: Config, model: PreTrainedModel, started: str) -> Prepared:
 def measure_cell(model: PreTrainedModel, settings: Settings, cell: Cell, missing: list[int]) -> Events:
     """Measure batch by batch; an error fails this cell alone.
 
-    Where processes share a model, only errors that all of them raise alike fail the cell: after any other the rest
-    would wait for ever.
+    Where processes share a model, only errors that all of them raise alike fail the cell: after any other the
+    rest would wait for ever.
     """
     alone = (UserError, ArithmeticError) if parallel.is_split(model) else Exception
 

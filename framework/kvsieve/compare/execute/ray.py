@@ -1,7 +1,7 @@
 """Measure on a Ray cluster: a process per cell, on a GPU of its own where the cluster has any.
 
-The cluster only measures. Batches come back as they are measured and are stored by the process that asked, so that a
-comparison continues in the same way as a local one; a worker that dies loses the batch in flight.
+The cluster only measures. Batches come back as they are measured and are stored by the process that asked, so
+that a comparison continues in the same way as a local one; a worker that dies loses the batch in flight.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class OnRay:
         self.workers = workers
         if not ray.is_initialized():
             self._connect(address or os.environ.get("RAY_ADDRESS"))
-            # Whatever log_to_driver says, Ray prints a paragraph about a worker that died; `Restarted` says it.
+            # Whatever log_to_driver says, Ray prints a paragraph about a worker that died.
             ray._private.worker._worker_logs_enabled = False
 
     def _connect(self, address: str | None) -> None:
@@ -67,8 +67,9 @@ class OnRay:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         _check_answers(address)
         if address is None and private.services.canonicalize_bootstrap_address(None) is None:
-            # A new cluster. Ray would listen on every network interface. The one switch that it has against that was
-            # made for the firewalls of other systems: all of its processes then take the loopback for this machine.
+            # A new cluster. Ray would listen on every network interface. The one switch that it has against
+            # that was made for the firewalls of other systems: all of its processes then take the loopback
+            # for this machine.
             os.environ[private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
             private.ray_constants.ENABLE_RAY_CLUSTER = False
             options |= {"include_dashboard": False}
@@ -87,7 +88,8 @@ class OnRay:
         settings = config.settings
         if settings.tensor_parallel:
             raise UserError(
-                "tensor_parallel runs under torchrun, not on Ray, which gives every cell one GPU: leave out one"
+                "tensor_parallel runs under torchrun, not on Ray, which gives every cell one GPU: "
+                "leave out one"
             )
         gpus = settings.device != "cpu" and self.ray.cluster_resources().get("GPU", 0) > 0
         if gpus and settings.device not in (None, "cuda"):
@@ -151,7 +153,7 @@ class OnRay:
 
 
 def _check_answers(address: str | None) -> None:
-    """Refuse at once, not after minutes, a `host:port` where nothing listens; other addresses are left to Ray."""
+    """Refuse at once, not after minutes, a `host:port` where nothing listens."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return
@@ -182,6 +184,6 @@ def _measure(folder: str, settings: Settings, cell: Cell, missing: list[int]) ->
 
 
 def _enter(folder: str) -> None:
-    """Paths in a comparison are relative to where it was started; a machine without that folder has its own."""
+    """Paths are relative to where the comparison was started; a machine without that folder has its own."""
     with contextlib.suppress(OSError):
         os.chdir(folder)

@@ -1,4 +1,4 @@
-"""What a run shows: report.html, one standalone page, and the picture for a README.
+"""The report of a run: report.html, one standalone page, and the picture for a README.
 
 python -m kvsieve.compare.report RUN_FOLDER                              # writes RUN_FOLDER/report.html
 python -m kvsieve.compare.report RUN_FOLDER --picture quickstart.png     # or .svg
@@ -6,8 +6,8 @@ python -m kvsieve.compare.report RUN_FOLDER --picture quickstart.png     # or .s
 
 from pathlib import Path
 
-from ...errors import UserError
-from .results import read
+from .. import files
+from .folder import read
 
 __all__ = ["write_picture", "write_report"]
 
@@ -20,9 +20,8 @@ def write_report(run_folder: Path) -> Path:
     """
     from .page import render  # needs the extra
 
-    results = read(Path(run_folder))
     path = Path(run_folder) / "report.html"
-    _write(path, render(results).encode())
+    files.write(path, render(read(Path(run_folder))))
     return path
 
 
@@ -32,17 +31,9 @@ def write_picture(run_folder: Path, path: Path) -> Path:
     Raises:
         UserError: as write_report; or the file's name ends in something else.
     """
-    from .picture import render
+    from .figure import render
 
     path = Path(path)
-    image = render(read(Path(run_folder)), path.suffix)
-    _write(path, image)
+    image = render(read(Path(run_folder)).results, path.suffix)
+    files.write(path, image)
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

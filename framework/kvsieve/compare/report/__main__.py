@@ -1,4 +1,4 @@
-"""The command line of the report; see the package."""
+"""The command line of the report: `python -m kvsieve.compare.report`."""
 
 import argparse
 import sys

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import UserError
-from .results import DENSE, MISSING, Group, Results, Row, policy_name
+from ..results import DENSE, MISSING, Group, Results, Row
+from .names import policy_name, readable_label
 
 try:
     import altair as alt
@@ -73,7 +74,7 @@ class Palette:
 
 
 def panel(group: Group, results: Results, palette: Palette, legend: bool = False) -> Panel:
-    """Score, with its 95% interval, against bytes read over dense, on an axis of halves."""
+    """Score with its 95% interval against bytes read over dense, on an axis of halves; dense's is a band."""
     rows = [row for row in group.rows if row.score is not None and row.bytes_ratio]
     look = styles(results.policies)
     names = [policy_name(policy) for policy in results.policies]
@@ -96,11 +97,12 @@ def panel(group: Group, results: Results, palette: Palette, legend: bool = False
     tooltip = [
         alt.Tooltip(f"{field}:N", title=title)
         for field, title in {
-            "name": "Policy",
+            "label": "Policy",
             "parameters": "Parameters",
             "score_text": group.metric.capitalize(),
             "interval": "95% interval",
-            "quality": "Of dense",
+            "against": "Against dense",
+            "changes": "Answers",
             "ratio_text": "Bytes read",
             "samples": "Samples",
         }.items()
@@ -209,9 +211,9 @@ def _series(rows: Sequence[Row], group: Group) -> list[dict[str, Any]]:
 
 
 def _point(group: Group, row: Row) -> dict[str, Any]:
-    quality = group.quality(row)
     return {
         "name": policy_name(row.policy),
+        "label": readable_label(row.policy, row.policy_label),
         "parameters": row.parameters or MISSING,
         "score": row.score,
         "score_low": row.score if row.score_low is None else row.score_low,
@@ -219,15 +221,16 @@ def _point(group: Group, row: Row) -> dict[str, Any]:
         "bytes_ratio": row.bytes_ratio,
         "score_text": group.text(row.score),
         "interval": group.interval(row) or MISSING,
-        "quality": MISSING if quality is None else f"{quality:.1%}",
+        "against": f"{group.difference(row)} {row.mark}".strip() or MISSING,
+        "changes": row.changes or MISSING,
         "ratio_text": MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f} of dense",
-        "samples": MISSING if row.samples is None else f"{row.samples:.0f}",
+        "samples": MISSING if row.samples is None else str(row.samples),
     }
 
 
 def _range(group: Group, results: Results) -> list[float]:
     """The score axis: the same for all contexts of a task, and from zero where more is better."""
-    rows = [row for other in results.groups if other.task == group.task for row in other.rows]
+    rows = [row for other in results.groups if other.rows[0].task == group.rows[0].task for row in other.rows]
     values = [
         value for row in rows for value in (row.score, row.score_low, row.score_high) if value is not None
     ]

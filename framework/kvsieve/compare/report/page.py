@@ -1,7 +1,6 @@
-"""The page: what was run, the finding, the figure and the table, in one file that needs no network."""
+"""The page: what was run, the headline, the figure and the table, in one file that needs no network."""
 
 import base64
-import dataclasses
 import hashlib
 import json
 import re
@@ -12,17 +11,20 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..summary import eager_notes
+from ..results import Results, eager_notes, noise_note
 from . import chart
-from .finding import finding
-from .results import Results, policy_name
+from .folder import RunFolder
+from .headline import headline
+from .names import policy_name, readable_label
 from .table import HEADER, table
 
 _HERE = Path(__file__).parent
 _INK = {name: f"var(--{name})" for name in ("ink", "muted", "line", "paper")}
 
 
-def render(results: Results) -> str:
+def render(run: RunFolder) -> str:
+    """The page of a run, as HTML."""
+    results = run.results
     look = chart.styles(results.policies)
     palette = chart.Palette(
         **_INK, policies={name: f"var(--policy-{i})" for i, name in enumerate(results.policies)}
@@ -40,16 +42,17 @@ def render(results: Results) -> str:
     )
     return environment.get_template("page.html.jinja").render(
         model=", ".join(_distinct(row.model for row in results.rows)),
-        finding=finding(results),
-        facts=_facts(results),
+        headline=headline(results),
+        facts=_facts(run),
         legend=[{"name": policy_name(name), "shape": look[name].shape} for name in results.policies],
         columns=_columns(results),
         groups=[table(group, results) for group in results.groups],
         header=HEADER,
-        failures=results.failures,
-        eager=eager_notes(dataclasses.asdict(row) for row in results.rows),
-        config=results.config,
-        environment=json.dumps(results.environment, indent=2, ensure_ascii=False),
+        parameters=_parameters(results),
+        failures=run.failures,
+        notes=[note for note in [noise_note(results.rows), *eager_notes(results.rows)] if note],
+        config=run.config,
+        environment=json.dumps(run.environment, indent=2, ensure_ascii=False),
         charts=_data_block(specifications),
         scripts=[Markup(script) for script in scripts],
         script_hashes=Markup(" ".join(_hash(script) for script in scripts)),
@@ -57,9 +60,10 @@ def render(results: Results) -> str:
     )
 
 
-def _facts(results: Results) -> list[tuple[str, str]]:
-    """What was run, where and with what; the rest of environment.json can be unfolded below."""
-    known = {key: value for key, value in results.environment.items() if value not in (None, "", {})}
+def _facts(run: RunFolder) -> list[tuple[str, str]]:
+    """The task, machine and versions of the run; the rest of environment.json can be unfolded below."""
+    results = run.results
+    known = {key: value for key, value in run.environment.items() if value not in (None, "", {})}
     size = f"{known['parameters'] / 1e6:,.3g} M parameters" if "parameters" in known else ""
     cores = f"{known['cores']} cores" if "cores" in known else ""
     packages = ("kvsieve", "torch", "transformers", "python")
@@ -70,7 +74,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         "Model": [*_distinct(row.model for row in results.rows), size, known.get("dtype", "")],
         "Tasks": _distinct(row.task for row in results.rows),
         "Policies": [policy_name(name) for name in results.policies],
-        "Samples decoded": [f"{results.answers:,}" if results.answers else ""],
+        "Samples decoded": [f"{run.answers:,}" if run.answers else ""],
         "Started": [started],
         "Machine": [known.get("gpu", ""), known.get("cpu", ""), cores],
         "Versions": [*versions, *plugins],
@@ -84,9 +88,24 @@ def _columns(results: Results) -> int:
     """Panels side by side: one task in a line where its contexts allow it."""
     contexts = [
         sum(group.task == task for group in results.groups)
-        for task in _distinct(row.task for row in results.rows)
+        for task in _distinct(group.task for group in results.groups)
     ]
     return min(len(results.groups), 2 if max(contexts) == 2 and len(contexts) > 1 else 3)
+
+
+def _parameters(results: Results) -> list[tuple[str, str]]:
+    """All parameters of every policy; once for each context where a compression means others there."""
+    found: dict[str, dict[str, str]] = {}
+    for group in results.groups:
+        for row in group.rows:
+            if row.parameters:
+                label = readable_label(row.policy, row.policy_label)
+                found.setdefault(label, {}).setdefault(row.parameters, group.context)
+    return [
+        (label if len(ways) == 1 else f"{label}, {context} tokens", parameters)
+        for label, ways in found.items()
+        for parameters, context in ways.items()
+    ]
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

@@ -1,10 +1,12 @@
-"""The table, group by group: what stands in each cell, and which values are the best."""
+"""The table, group by group: the text of each cell, and which values are the best."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from ..results import DENSE, MISSING, Group, Results, Row, speed
+from ..statistics import FEW, WORSE
 from . import chart
-from .results import DENSE, MISSING, Group, Results, policy_name
+from .names import policy_name
 
 
 class Column(NamedTuple):
@@ -14,64 +16,62 @@ class Column(NamedTuple):
 
 
 HEADER = [
-    Column("Policy", "The policy, the compression asked for, and its parameters.", number=False),
-    Column("Score", "The mean score of the task, with its 95% bootstrap interval."),
     Column(
-        "Of dense",
-        "Share of the dense score; turned round where lower is better, so that more is always better.",
+        "Policy",
+        "The policy, with the compression asked for or the parameters that are not its defaults.",
+        number=False,
+    ),
+    Column(
+        "Score",
+        "The mean score of the task, with its 95% interval: Wilson for right or wrong answers, else t.",
+    ),
+    Column(
+        "Against dense",
+        "The score minus that of dense on the same samples, with its 95% interval, and the answers that were "
+        "lost and won. ▼ worse, ▲ better: of all such marks at most 5% are expected to be wrong "
+        "(Benjamini-Hochberg). few: too few samples to tell.",
     ),
     Column(
         "Bytes ratio", "Bytes that attention read while decoding, over what dense attention would have read."
     ),
-    Column("KV memory", "Bytes held for keys, values and what the policy keeps beside them."),
-    Column("Tokens/s", "Decoded tokens a second on this machine, all rows of the batch together."),
+    Column("KV memory", "Bytes held for keys, values and the policy's own data beside them."),
+    Column(
+        "Tokens/s",
+        "Decoded tokens a second on this machine, all rows of a batch together: the median of the batches. "
+        "Grey and noisy: the batches differ by more than 20%.",
+    ),
     Column("Samples", "How many samples the score is the mean of."),
 ]
 
 
+class Cell(NamedTuple):
+    """`value` sorts the column; None is not measured."""
+
+    value: float | None
+    text: str
+    style: str = ""  # a class of page.css
+    notes: tuple[str, ...] = ()
+
+
 def table(group: Group, results: Results) -> dict[str, Any]:
-    """What the template shows of a group: its rows, with the best values of the sparse policies marked."""
+    """The template's view of a group: its rows, with the best values of the sparse policies marked."""
     look = chart.styles(results.policies)
-    sparse = [row for row in group.rows if row.policy != DENSE]
-    most = max if group.higher_is_better else min
     best = {
-        "score": _best(most, (row.score for row in sparse)),
-        "kv_bytes": _best(min, (row.kv_bytes for row in sparse)),
-        "tokens_per_second": _best(max, (row.tokens_per_second for row in sparse)),
+        "score": _best(max if group.higher_is_better else min, (row.score for row in group.contenders)),
+        "kv_bytes": _best(min, (row.kv_bytes for row in group.contenders)),
+        "tokens_per_second": _best(max, (row.tokens_per_second for row in group.contenders if not row.noisy)),
     }
-    lines = []
-    for row in group.rows:
-        marked = {
-            name: row.policy != DENSE and value is not None and getattr(row, name) == value
-            for name, value in best.items()
+    lines = [
+        {
+            "name": policy_name(row.policy),
+            "how": row.policy_label.removeprefix(row.policy).strip(),
+            "index": results.policies.index(row.policy),
+            "shape": look[row.policy].shape,
+            "parameters": row.parameters,
+            "cells": _cells(group, row, best if row in group.contenders else {}),
         }
-        quality = group.quality(row)
-        lines.append(
-            {
-                "name": policy_name(row.policy),
-                "index": results.policies.index(row.policy),
-                "shape": look[row.policy].shape,
-                "compression": row.compression,
-                "parameters": row.parameters,
-                "cells": [
-                    _cell(row.score, group.text(row.score), marked["score"], note=group.interval(row)),
-                    _cell(quality, MISSING if quality is None else f"{quality:.1%}"),
-                    _cell(
-                        row.bytes_ratio,
-                        MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}",
-                        note="" if row.bytes_per_step is None else f"{_bytes(row.bytes_per_step)} a step",
-                    ),
-                    _cell(row.kv_bytes, _bytes(row.kv_bytes), marked["kv_bytes"]),
-                    _cell(
-                        row.tokens_per_second,
-                        _count(row.tokens_per_second),
-                        marked["tokens_per_second"],
-                        note="eager" if row.ran_eagerly else "",
-                    ),
-                    _cell(row.samples, _count(row.samples)),
-                ],
-            }
-        )
+        for row in group.rows
+    ]
     return {
         "task": group.task,
         "context": group.context,
@@ -81,8 +81,51 @@ def table(group: Group, results: Results) -> dict[str, Any]:
     }
 
 
-def _cell(value: float | None, text: str, best: bool = False, note: str = "") -> dict[str, Any]:
-    return {"value": value, "text": text, "best": best, "note": note}
+def _cells(group: Group, row: Row, best: dict[str, float | None]) -> list[Cell]:
+    def style(name: str) -> str:
+        value = getattr(row, name)
+        return "best" if value is not None and best.get(name) == value else ""
+
+    per_step = () if row.bytes_per_step is None else (f"{_bytes(row.bytes_per_step)} a step",)
+    return [
+        Cell(row.score, group.text(row.score), style("score"), _notes(group.interval(row))),
+        _against(group, row),
+        Cell(
+            row.bytes_ratio, MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}", notes=per_step
+        ),
+        Cell(row.kv_bytes, _bytes(row.kv_bytes), style("kv_bytes")),
+        Cell(
+            row.tokens_per_second,
+            speed(row.tokens_per_second),
+            "noisy" if row.noisy else style("tokens_per_second"),
+            _notes(_spread(row), "eager" if row.ran_eagerly else ""),
+        ),
+        Cell(row.samples, MISSING if row.samples is None else str(row.samples)),
+    ]
+
+
+def _against(group: Group, row: Row) -> Cell:
+    if row.policy == DENSE or row.difference is None:
+        return Cell(None, MISSING)
+    difference, _, interval = group.difference(row).partition(" ")
+    style = "worse" if row.mark == WORSE else ""
+    few = "few samples" if row.mark == FEW else ""
+    return Cell(
+        row.difference,
+        f"{row.symbol} {difference}".strip(),
+        style,
+        _notes(interval.strip("()"), row.changes, few),
+    )
+
+
+def _spread(row: Row) -> str:
+    if not row.noisy:
+        return ""
+    return f"noisy: {speed(row.tokens_per_second_min)} to {speed(row.tokens_per_second_max)}"
+
+
+def _notes(*notes: str) -> tuple[str, ...]:
+    return tuple(note for note in notes if note)
 
 
 def _best(most: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
@@ -99,7 +142,3 @@ def _bytes(count: float | None) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB" if count < 999.5 else f"{count:,.0f} GB"
-
-
-def _count(value: float | None) -> str:
-    return MISSING if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+
+MOST_TOKENS = 2**24
+MOST_SAMPLES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +41,14 @@ class Task:
     name: ClassVar[str] = ""
     metric: ClassVar[str] = ""
     higher_is_better: ClassVar[bool] = True
+    chance: ClassVar[float | None] = None  # the score of a model that knows nothing; None: not known
 
     context: int = 1024  # tokens in the prompt
     samples: int = 32
 
     def __post_init__(self) -> None:
-        for field in ("context", "samples"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        for field, most in (("context", MOST_TOKENS), ("samples", MOST_SAMPLES)):
+            check_range(field, getattr(self, field), 1, most)
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         """The sample `index`, whose prompt is exactly `context` tokens long with this tokenizer.
@@ -58,6 +62,23 @@ class Task:
     def title(self) -> str:
         """What tables call it."""
         return self.name
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The lowest and the highest score of a sample. None: there are none, or none are known."""
+        return None
+
+    def files(self) -> Mapping[str, Path]:
+        """The text files that prompts are made of, by the parameter that names them."""
+        return {}
+
+    def code(self) -> Mapping[str, Path]:
+        """The folders whose code the task runs, by the parameter that names them; the user must allow them."""
+        return {}
+
+    def positions(self) -> int | None:
+        """Positions that a prompt with its answer needs at least; None is not known before prompts are made."""
+        return self.context + 1
 
     def answer(
         self, model: Any, policy: Any, samples: Sequence[Sample]
@@ -79,6 +100,14 @@ class Task:
     def random(self, seed: int, index: int) -> np.random.Generator:
         """The random numbers of one sample."""
         return np.random.default_rng([seed, index, *self.name.encode()])
+
+
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """Raise ValueError unless `least <= value <= most`."""
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, not {value}")
 
 
 def spread(index: int) -> float:

@@ -16,6 +16,7 @@ class KeyValue(Task):
 
     name = "key_value"
     metric = "exact match"
+    chance = 0.0
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         rng = self.random(seed, index)
@@ -42,6 +43,10 @@ class KeyValue(Task):
         # What is left of the context are line breaks before the question.
         blank = text.encode(tokenizer, "\n")[-1:] * room
         return Sample(before + lines + end + blank + question, reference=value, characters=8)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
     def score(self, sample: Sample, answer: Answer) -> float:
         return float(answer.text[:8] == sample.reference)

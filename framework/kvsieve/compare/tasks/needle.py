@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
@@ -31,6 +33,7 @@ class Needle(Task):
 
     name = "needle"
     metric = "exact match"
+    chance = 0.0
 
     distractors: int = 0  # other names with other numbers, hidden in the same text
     text: str | None = None  # a text file to hide the number in; none: held-out Python sources
@@ -62,8 +65,15 @@ class Needle(Task):
             start = place
         return Sample(prompt + hay[start:] + question, reference=f" {numbers[0]}", characters=7)
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
     def score(self, sample: Sample, answer: Answer) -> float:
         return float(answer.text.lstrip()[:6] == sample.reference.strip())
+
+    def files(self) -> Mapping[str, Path]:
+        return text.named(self.text)
 
     def source(self) -> str:
         return text.digest(self.text)

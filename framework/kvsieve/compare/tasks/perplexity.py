@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from . import text
-from .base import Answer, Sample, Task
+from .base import MOST_TOKENS, Answer, Sample, Task, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Perplexity(Task):
     name = "perplexity"
     metric = "bits per byte"
     higher_is_better = False
+    chance = 8.0  # a byte has eight bits: nothing was predicted
 
     tokens: int = 128  # that are predicted after the context
     text: str | None = None  # a text file to predict; none: held-out Python sources
@@ -27,6 +30,10 @@ class Perplexity(Task):
             raise ValueError(
                 f"tokens must be at least 2 (the first comes from the prefill), not {self.tokens}"
             )
+        check_range("tokens", self.tokens, 2, MOST_TOKENS)
+
+    def positions(self) -> int:
+        return self.context + self.tokens
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         before = text.beginning(tokenizer)
@@ -37,6 +44,9 @@ class Perplexity(Task):
 
     def score(self, sample: Sample, answer: Answer) -> float:
         return -sum(answer.log_probabilities) / math.log(2) / len(sample.reference.encode())
+
+    def files(self) -> Mapping[str, Path]:
+        return text.named(self.text)
 
     def source(self) -> str:
         return text.digest(self.text)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from . import text
-from .base import Answer, Sample, Task
+from .base import MOST_TOKENS, Answer, Sample, Task, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Repetition(Task):
 
     name = "repetition"
     metric = "matching characters"
+    chance = 0.0
 
     prompt: int = 64  # characters that say which passage is meant
     length: int = 64  # characters to go on with: the highest score
@@ -24,8 +27,7 @@ class Repetition(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("prompt", "length"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+            check_range(field, getattr(self, field), 1, MOST_TOKENS)
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         rng = self.random(seed, index)
@@ -54,6 +56,10 @@ class Repetition(Task):
             f"{self.context} tokens: give a longer context, or a text that repeats itself less"
         )
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        return 0.0, float(self.length)
+
     def score(self, sample: Sample, answer: Answer) -> float:
         given, wanted = answer.text, sample.reference
         if given[:1] == " " != wanted[:1]:  # some tokenizers put a space before the first word
@@ -62,6 +68,9 @@ class Repetition(Task):
             given = " " + given
         pairs = zip(given, wanted, strict=False)
         return float(next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(given), len(wanted))))
+
+    def files(self) -> Mapping[str, Path]:
+        return text.named(self.text)
 
     def source(self) -> str:
         return text.digest(self.text)

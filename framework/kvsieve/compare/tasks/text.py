@@ -8,30 +8,34 @@ from typing import Any
 
 import numpy as np
 
-from ... import corpus
+from ... import corpus, files
 from ...errors import UserError
+
+MOST_BYTES_OF_TEXT = 64 * 1024 * 1024
 
 
 def read(path: str | None) -> str:
     """The text of a file, or that part of the standard library which the reference model has never seen.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read: not a regular file, too large, not UTF-8.
     """
     if path is None:
         try:
             return corpus.held_out_text()
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
-    return _read_file(Path(path).expanduser())
+    return _read_file(files.user_path(path))
+
+
+def named(path: str | None) -> dict[str, Path]:
+    """What `Task.files` says of a parameter `text`."""
+    return {} if path is None else {"text": files.user_path(path)}
 
 
 @functools.cache
 def _read_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text: {path} cannot be read as UTF-8 text: {error}") from None
+    return files.read_text(path, MOST_BYTES_OF_TEXT)
 
 
 def digest(path: str | None) -> str:

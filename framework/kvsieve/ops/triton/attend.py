@@ -1,9 +1,8 @@
 """Attention of one query token: flash decoding, split over the sequence.
 
-One program takes a piece of a row and KV head with the whole query group, so every key and value is read
-once; a second, small kernel merges the pieces by their log-sum-exps. The grid depends on the capacity alone
-and lengths are read by pointer: no host synchronisation, and what the step costs follows the lengths. Logits
-are kept in base 2.
+One program takes a piece of a row and KV head with the whole query group, so that every key and value is read once; a
+second, small kernel merges the pieces by their log-sum-exps. The grid depends on the capacity alone and lengths are
+read by pointer: the host never waits, and the cost of a step follows the lengths. Logits are kept in base 2.
 """
 
 from typing import Any
@@ -13,8 +12,10 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .storage import head_start, in_block, shaped, slot_start, slot_strides, strides
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-3.4e38)  # finite, for rows without a slot to read: -inf - -inf is NaN
 _MASS_BLOCK = 512
 
 
@@ -33,24 +34,23 @@ def attend(
     tail_value: torch.Tensor | None = None,
     want_mass: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `reference.attend`. Slots that are not live, or not chosen, are never read.
+    """`reference.attend`. Slots that are not live, or not chosen, are never read.
 
-    The mass comes from the same pass: logits are stored once, G * 4 bytes a slot, and a last kernel turns
-    them into weights when the log-sum-exp of the whole row is known. Their sum over the group cannot be taken
-    earlier, because each head's weights have another divisor; reading the keys again would move D * 2 bytes a
-    slot. For G = 4, D = 128 in 16 bit it is 36 bytes beside the 512 that attention reads, mostly in the L2
-    cache.
+    The mass comes from the same pass: logits are stored once, G * 4 bytes a slot, and a last kernel turns them into
+    weights when the log-sum-exp of the whole row is known. Their sum over the group cannot be taken earlier, because
+    each head's weights have another divisor; reading the keys again would move D * 2 bytes a slot. For G = 4, D = 128
+    in 16 bit it is 36 bytes beside the 512 that attention reads, mostly in the L2 cache.
     """
     rows, heads, group, size = query.shape
     total, pairs = values.shape[2], rows * heads
     many = total if slots is None else slots.shape[2]
-    plan = launch.decode(size, keys.dtype, keys.dim() == 5)
+    plan = launch.decode(size, keys.dtype, in_block(keys) > 1)
     splits = launch.splits(pairs, many, query.device)
     aligned = triton.cdiv(many, 16) * 16  # one compiled kernel serves a growing cache
     query, lengths = query.contiguous(), lengths.contiguous()
     if slots is not None:
         assert counts is not None
-        slots, lengths = slots.contiguous(), counts.contiguous()
+        slots, counts = shaped(slots, rows, heads, many), shaped(counts, rows, heads)
 
     new: dict[str, Any] = {"device": query.device, "dtype": torch.float32}
     output = torch.empty_like(query)
@@ -58,49 +58,63 @@ def attend(
     logits = torch.empty(pairs, group, aligned, **new) if want_mass else None
     pieces = torch.empty(pairs, splits, group, size, **new) if splits > 1 else None
     piece_lse = torch.empty(pairs, splits, group, **new) if splits > 1 else None
-    ending = (
-        None if sinks is None else sinks.contiguous(),
-        None if tail_weight is None else tail_weight.contiguous(),
-        None if tail_value is None else tail_value.contiguous(),
-        heads,
-        group,
-        size,
-        triton.next_power_of_2(size),
-        plan.slots,
-    )
+    read: dict[str, Any] = {"lengths": lengths, "counts": counts, "many": many}
+    ending: dict[str, Any] = {
+        "output": output,
+        "lse": lse,
+        "splits": splits,
+        "sinks": None if sinks is None else sinks.contiguous(),
+        "tail_weight": None if tail_weight is None else shaped(tail_weight, rows, heads, group),
+        "tail_value": None if tail_value is None else shaped(tail_value, rows, heads, size),
+        "KV_HEADS": heads,
+        "G": group,
+        "D": size,
+        "BLOCK_D": triton.next_power_of_2(size),
+        "BLOCK": plan.slots,
+    }
     _attend_piece[(pairs, splits)](
-        *(query, keys, values, lengths, slots),
-        *(output, lse, pieces, piece_lse, logits),
-        *(scale, softcap),
-        *_key_strides(keys),
-        *values.stride(),
-        *(many, aligned, splits),
-        *ending,
+        query=query,
+        keys=keys,
+        **slot_strides("key", keys),
+        values=values,
+        **strides("value", values, "row head slot channel"),
+        slots=slots,
+        **read,
+        pieces=pieces,
+        piece_lse=piece_lse,
+        logits=logits,
+        aligned=aligned,
+        scale=scale,
+        softcap=softcap,
+        **ending,
         ROWS=max(plan.rows, triton.next_power_of_2(group)),
-        KEY_BLOCK=1 if keys.dim() == 4 else keys.shape[3],
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
     if splits > 1:
         _merge_pieces[(pairs, group)](
-            *(pieces, piece_lse, lengths, output, lse, splits), *ending, MERGED=launch.merge(size)
+            pieces=pieces,
+            piece_lse=piece_lse,
+            **read,
+            **ending,
+            MERGED=launch.merge(size),
         )
     if not want_mass:
         return output, None
     mass = (torch.empty if slots is None else torch.zeros)(rows, heads, total, **new)
     _mass_from_logits[(pairs, triton.cdiv(many, _MASS_BLOCK))](
-        *(logits, lse, lengths, slots, mass, many, aligned, total),
+        logits=logits,
+        aligned=aligned,
+        lse=lse,
+        slots=slots,
+        **read,
+        mass=mass,
+        total=total,
         G=group,
         GROUP=triton.next_power_of_2(group),
         BLOCK=_MASS_BLOCK,
     )
     return output, mass
-
-
-def _key_strides(keys: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """Of rows, heads, blocks of slots, slots within a block, channels. Token-major: a block is one slot."""
-    row, head, *within, channel = keys.stride()
-    return row, head, within[0], within[1] if len(within) == 2 else 0, channel
 
 
 @triton.jit
@@ -116,6 +130,16 @@ def with_sinks(blend, peak, total, sinks, mask):
     top = tl.maximum(peak, sink)
     fade = tl.exp2(peak - top)
     return blend * fade[:, None], top, total * fade + tl.exp2(sink - top)
+
+
+@triton.jit
+def _places_to_read(lengths, counts, many, pair):
+    """How many places of a row are read: all its live slots, or the chosen ones, whatever their count says."""
+    if counts is not None:
+        places = tl.minimum(tl.maximum(tl.load(counts + pair), 0), many)
+    else:
+        places = tl.load(lengths + pair)
+    return places.to(tl.int32)
 
 
 @triton.jit
@@ -162,44 +186,45 @@ def _finish(
 def _attend_piece(
     query,  # [B, K, G, D]
     keys,  # [B, K, T, D] or [B, K, T/n, n, D]
-    values,  # [B, K, T, D]
-    lengths,  # [B, K]: live slots, or chosen ones
-    slots,  # [B, K, S] or None
-    output,
-    lse,  # [B, K, G]
-    pieces,  # [B, K, splits, G, D] float32, or None: this is the only piece
-    piece_lse,
-    logits,  # [B, K, G, aligned] float32 or None
-    scale,
-    softcap,
     key_row,
     key_head,
     key_block,
     key_slot,
-    key_d,
+    key_channel,
+    values,  # [B, K, T, D]
     value_row,
     value_head,
     value_slot,
-    value_d,
+    value_channel,
+    slots,  # [B, K, many], or None: all slots
+    lengths,  # [B, K]
+    counts,  # [B, K] or None
     many,
+    pieces,  # [B, K, splits, G, D] float32, or None: this is the only piece
+    piece_lse,
+    logits,  # [B, K, G, aligned] float32 or None
     aligned,
+    scale,
+    softcap,
+    output,
+    lse,  # [B, K, G]
     splits,
     sinks,
     tail_weight,
     tail_value,
+    KEY_BLOCK: tl.constexpr,
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
 ):
     pair, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(lengths + pair).to(tl.int32)
-    share = _share(length, splits, BLOCK)
+    places = _places_to_read(lengths, counts, many, pair)
+    share = _share(places, splits, BLOCK)
     begin = piece * share
-    end = tl.minimum(begin + share, length)
+    end = tl.minimum(begin + share, places)
     if pieces is not None:
         if begin >= end:
             return
@@ -208,26 +233,28 @@ def _attend_piece(
     q = tl.load(
         query + (pair * G + g)[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
     )
-    keys += (pair // KV_HEADS) * key_row + (pair % KV_HEADS) * key_head
-    values += (pair // KV_HEADS) * value_row + (pair % KV_HEADS) * value_head
+    keys += head_start(pair, KV_HEADS, key_row, key_head)
+    values += head_start(pair, KV_HEADS, value_row, value_head)
+    if slots is not None:
+        length = tl.load(lengths + pair)
 
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    peak = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     blend = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for first in range(begin, end, BLOCK):
         index = first + n
         live = index < end
         if slots is not None:
-            slot = tl.load(slots + pair * many + index, mask=live, other=0).to(tl.int64)
+            slot = tl.load(slots + pair * many + index, mask=live, other=-1)
+            live = (slot >= 0) & (slot < length)
+            slot = slot.to(tl.int32)
         else:
-            slot = index.to(tl.int64)
+            slot = index
         mask = live[:, None] & (d < D)[None, :]
-        if KEY_BLOCK == 1:
-            place = slot * key_block
-        else:
-            place = (slot // KEY_BLOCK) * key_block + (slot % KEY_BLOCK) * key_slot
-        k = tl.load(keys + place[:, None] + d[None, :] * key_d, mask=mask, other=0.0)
-        v = tl.load(values + slot[:, None] * value_slot + d[None, :] * value_d, mask=mask, other=0.0)
+        key = slot_start(slot, key_block, key_slot, KEY_BLOCK)
+        value = slot_start(slot, value_slot, 0, 1)
+        k = tl.load(keys + key[:, None] + d[None, :] * key_channel, mask=mask, other=0.0)
+        v = tl.load(values + value[:, None] + d[None, :] * value_channel, mask=mask, other=0.0)
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if softcap is not None:
             logit = capped(logit, softcap)
@@ -250,14 +277,17 @@ def _attend_piece(
         head = (pair * splits + piece) * G + g
         tl.store(piece_lse + head, peak + tl.log2(total), mask=real)
         mask = real[:, None] & (d < D)[None, :]
-        tl.store(pieces + head[:, None] * D + d[None, :], blend / total[:, None], mask=mask)
+        blend /= tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(pieces + head[:, None] * D + d[None, :], blend, mask=mask)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "many"])
 def _merge_pieces(
     pieces,
     piece_lse,
     lengths,
+    counts,
+    many,
     output,
     lse,
     splits,
@@ -273,9 +303,9 @@ def _merge_pieces(
 ):
     pair, g = tl.program_id(0).to(tl.int64), tl.program_id(1) + tl.arange(0, 1)
     d, s = tl.arange(0, BLOCK_D), tl.arange(0, MERGED)
-    length = tl.load(lengths + pair).to(tl.int32)
-    written = tl.cdiv(length, tl.maximum(_share(length, splits, BLOCK), 1))
-    peak = tl.full([1], float("-inf"), tl.float32)
+    places = _places_to_read(lengths, counts, many, pair)
+    written = tl.cdiv(places, tl.maximum(_share(places, splits, BLOCK), 1))
+    peak = tl.full([1], _LOWEST, tl.float32)
     total = tl.zeros([1], tl.float32)
     blend = tl.zeros([1, BLOCK_D], tl.float32)
     for first in range(0, written, MERGED):
@@ -296,12 +326,13 @@ def _merge_pieces(
 @triton.jit(do_not_specialize=["many", "total"])
 def _mass_from_logits(
     logits,
-    lse,
-    lengths,
-    slots,
-    mass,  # [B, K, total]; zero already if there are slots
-    many,
     aligned,
+    lse,
+    slots,
+    lengths,
+    counts,
+    many,
+    mass,  # [B, K, total]; zero already if there are slots
     total,
     G: tl.constexpr,
     GROUP: tl.constexpr,
@@ -309,15 +340,18 @@ def _mass_from_logits(
 ):
     pair, g = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = index < tl.load(lengths + pair).to(tl.int32)
+    live = index < _places_to_read(lengths, counts, many, pair)
+    slot = index
+    if slots is not None:
+        slot = tl.load(slots + pair * many + index, mask=live, other=-1)
+        live = (slot >= 0) & (slot < tl.load(lengths + pair))
     head = pair * G + g
     mask = (g < G)[:, None] & live[None, :]
     logit = tl.load(logits + head[:, None] * aligned + index[None, :], mask=mask, other=0.0)
     peak = tl.load(lse + head, mask=g < G, other=0.0)
     weight = tl.where(mask, tl.exp2(logit - peak[:, None]), 0.0)
     mean = tl.sum(weight, 0) / G
-    if slots is not None:
-        slot = tl.load(slots + pair * many + index, mask=live, other=0)
-        tl.store(mass + pair * total + slot, mean, mask=live)
-    else:
-        tl.store(mass + pair * total + index, mean, mask=index < many)
+    written = live
+    if slots is None:
+        written = index < many
+    tl.store(mass + pair * total + slot, mean, mask=written)

@@ -1,9 +1,8 @@
 """Attention of a prompt, and the mass that each slot receives from it, without a T x T matrix.
 
-Plain causal attention of a whole prompt is torch's. Soft-capping, sinks and chunks that follow other slots
-need a flash kernel of our own, and so does the mass: it is the column sums of the attention weights,
-recomputed from the log-sum-exps that the first kernel leaves. Query heads of a group share rows: row i * G +
-g is head g of token i.
+Plain causal attention of a whole prompt is torch's. Soft-capping, sinks and chunks that follow other slots need a flash
+kernel of our own, and so does the mass: it is the column sums of the attention weights, recomputed from the
+log-sum-exps that the first kernel leaves. Query heads of a group share rows: row i * G + g is head g of token i.
 """
 
 import torch
@@ -13,6 +12,7 @@ import triton.language as tl
 
 from . import launch
 from .attend import LOG2_E, capped, with_sinks
+from .storage import head_start, slot_start, strides
 
 
 def prefill(
@@ -28,7 +28,7 @@ def prefill(
     sinks: torch.Tensor | None = None,
     want_mass: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `reference.prefill`."""
+    """`reference.prefill`."""
     rows, heads, group, new, size = query.shape
     if fresh and softcap is None and sinks is None and not want_mass:
         flat = query.reshape(rows, heads * group, new, size)
@@ -43,9 +43,18 @@ def prefill(
     plan = launch.prompt(size, keys.dtype)
     starts, counts = starts.contiguous(), counts.contiguous()
     output = torch.empty_like(query)
-    lse = torch.empty(pairs, new * group, device=query.device) if want_mass else None
-    scoring = (scale, softcap)
-    sizes = {
+    lse = query.new_empty(pairs, new * group, dtype=torch.float32) if want_mass else None
+    shared = {
+        "query": query,
+        **strides("query", query, "row head g token channel"),
+        "keys": keys,
+        **strides("key", keys, "row head slot channel"),
+        "starts": starts,
+        "counts": counts,
+        "new": new,
+        "lse": lse,
+        "scale": scale,
+        "softcap": softcap,
         "KV_HEADS": heads,
         "G": group,
         "D": size,
@@ -56,69 +65,65 @@ def prefill(
         "num_stages": plan.stages,
     }
     _attend_prompt[(triton.cdiv(new * group, plan.rows), pairs)](
-        *(query, keys, values, starts, counts, output, lse),
-        None if sinks is None else sinks.contiguous(),
-        *scoring,
-        *query.stride(),
-        *keys.stride(),
-        *values.stride(),
-        *output.stride(),
-        new,
-        **sizes,
+        values=values,
+        **strides("value", values, "row head slot channel"),
+        output=output,
+        **strides("output", output, "row head g token channel"),
+        sinks=None if sinks is None else sinks.contiguous(),
+        **shared,
     )
     if lse is None:
         return output, None
-    mass = torch.empty(rows, heads, total, device=query.device)
+    mass = query.new_empty(rows, heads, total, dtype=torch.float32)
     _sum_columns[(triton.cdiv(total, plan.slots), pairs)](
-        *(query, keys, starts, counts, lse, mass),
-        *scoring,
-        *query.stride(),
-        *keys.stride(),
-        *(new, total),
-        **sizes | {"ROWS": min(plan.rows, 64)},  # more would spill
+        mass=mass,
+        total=total,
+        **shared | {"ROWS": min(plan.rows, 64)},  # more would spill
     )
     return output, mass
 
 
 @triton.jit
-def _rows_of_query(query, row, many, stride_g, stride_token, stride_d, d, G: tl.constexpr, D: tl.constexpr):
+def _rows_of_query(
+    query, query_g, query_token, query_channel, row, many, d, G: tl.constexpr, D: tl.constexpr
+):
     """`[ROWS, BLOCK_D]` of one KV head; zero from row `many` on."""
-    place = (row // G).to(tl.int64) * stride_token + (row % G) * stride_g
+    start = (row // G).to(tl.int64) * query_token + (row % G) * query_g
     mask = (row < many)[:, None] & (d < D)[None, :]
-    return tl.load(query + place[:, None] + d[None, :] * stride_d, mask=mask, other=0.0)
+    return tl.load(query + start[:, None] + d[None, :] * query_channel, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["new"])
 def _attend_prompt(
     query,  # [B, K, G, Q, D]
-    keys,  # [B, K, T, D]
-    values,
-    starts,  # [B, K]
-    counts,  # [B]
-    output,
-    lse,  # [B, K, Q * G] or None
-    sinks,
-    scale,
-    softcap,
     query_row,
     query_head,
     query_g,
     query_token,
-    query_d,
+    query_channel,
+    keys,  # [B, K, T, D]
     key_row,
     key_head,
     key_slot,
-    key_d,
+    key_channel,
+    values,  # [B, K, T, D]
     value_row,
     value_head,
     value_slot,
-    value_d,
+    value_channel,
+    output,  # [B, K, G, Q, D]
     output_row,
     output_head,
     output_g,
     output_token,
-    output_d,
+    output_channel,
+    starts,  # [B, K]
+    counts,  # [B]
     new,
+    lse,  # [B, K, Q * G] or None
+    sinks,
+    scale,
+    softcap,
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -132,11 +137,11 @@ def _attend_prompt(
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest first
     row, d, n = first_row + tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
     token = row // G
-    q = _rows_of_query(
-        query + b * query_row + h * query_head, row, count * G, query_g, query_token, query_d, d, G, D
-    )
-    keys += b * key_row + h * key_head
-    values += b * value_row + h * value_head
+    query += head_start(pair, KV_HEADS, query_row, query_head)
+    keys += head_start(pair, KV_HEADS, key_row, key_head)
+    values += head_start(pair, KV_HEADS, value_row, value_head)
+    output += head_start(pair, KV_HEADS, output_row, output_head)
+    q = _rows_of_query(query, query_g, query_token, query_channel, row, count * G, d, G, D)
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -146,9 +151,10 @@ def _attend_prompt(
         end = 0  # padding: nothing to see
     for first in range(0, end, BLOCK):
         slot = first + n
-        place, mask = slot.to(tl.int64)[:, None], (slot < end)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + place * key_slot + d[None, :] * key_d, mask=mask, other=0.0)
-        v = tl.load(values + place * value_slot + d[None, :] * value_d, mask=mask, other=0.0)
+        mask = (slot < end)[:, None] & (d < D)[None, :]
+        key, value = slot_start(slot, key_slot, 0, 1), slot_start(slot, value_slot, 0, 1)
+        k = tl.load(keys + key[:, None] + d[None, :] * key_channel, mask=mask, other=0.0)
+        v = tl.load(values + value[:, None] + d[None, :] * value_channel, mask=mask, other=0.0)
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if softcap is not None:
             logit = capped(logit, softcap)
@@ -169,32 +175,33 @@ def _attend_prompt(
     blend = tl.where(real[:, None], blend / total[:, None], 0.0)
     if lse is not None:
         tl.store(lse + pair * new * G + row, peak + tl.log2(total), mask=real)
-    place = b * output_row + h * output_head + token.to(tl.int64) * output_token + (row % G) * output_g
+    start = token.to(tl.int64) * output_token + (row % G) * output_g
     mask = (token < new)[:, None] & (d < D)[None, :]
-    tl.store(output + place[:, None] + d[None, :] * output_d, blend.to(output.dtype.element_ty), mask=mask)
+    blend = blend.to(output.dtype.element_ty)
+    tl.store(output + start[:, None] + d[None, :] * output_channel, blend, mask=mask)
 
 
 @triton.jit(do_not_specialize=["new", "total"])
 def _sum_columns(
     query,
-    keys,
-    starts,
-    counts,
-    lse,
-    mass,  # [B, K, total]
-    scale,
-    softcap,
     query_row,
     query_head,
     query_g,
     query_token,
-    query_d,
+    query_channel,
+    keys,
     key_row,
     key_head,
     key_slot,
-    key_d,
+    key_channel,
+    starts,
+    counts,
     new,
+    lse,
+    mass,  # [B, K, total]
     total,
+    scale,
+    softcap,
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -203,20 +210,20 @@ def _sum_columns(
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // KV_HEADS, pair % KV_HEADS
-    start, count = tl.load(starts + pair).to(tl.int32), tl.load(counts + b).to(tl.int32)
+    start, count = tl.load(starts + pair).to(tl.int32), tl.load(counts + pair // KV_HEADS).to(tl.int32)
     first_slot = tl.program_id(0) * BLOCK  # seen by the most queries first
     slot, d = first_slot + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    query += b * query_row + h * query_head
-    keys += b * key_row + h * key_head
+    query += head_start(pair, KV_HEADS, query_row, query_head)
+    keys += head_start(pair, KV_HEADS, key_row, key_head)
     mask = (slot < start + count)[:, None] & (d < D)[None, :]
-    k = tl.load(keys + slot.to(tl.int64)[:, None] * key_slot + d[None, :] * key_d, mask=mask, other=0.0)
+    key = slot_start(slot, key_slot, 0, 1)
+    k = tl.load(keys + key[:, None] + d[None, :] * key_channel, mask=mask, other=0.0)
 
     sums = tl.zeros([BLOCK], tl.float32)
     first_token = tl.maximum(first_slot - start, 0)  # earlier ones do not see this block
     for first in range(first_token * G, count * G, ROWS):
         row = first + tl.arange(0, ROWS)
-        q = _rows_of_query(query, row, count * G, query_g, query_token, query_d, d, G, D)
+        q = _rows_of_query(query, query_g, query_token, query_channel, row, count * G, d, G, D)
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if softcap is not None:
             logit = capped(logit, softcap)

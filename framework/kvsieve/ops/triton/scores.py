@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import launch
 from .attend import LOG2_E, capped
-from .store import slot_strides
+from .storage import head_start, shaped, slot_start, slot_strides
 
 
 class Pieces(NamedTuple):
@@ -24,12 +24,14 @@ class Pieces(NamedTuple):
 
 
 def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
-    """As `reference.top_channels`; of equal channels the first."""
+    """`reference.top_channels`; of equal channels the first."""
     rows, heads, group, size = query.shape
     block = triton.next_power_of_2(size)
     channels = torch.empty(rows, heads, r, dtype=torch.int64, device=query.device)
     _top_channels[(rows * heads,)](
-        *(query.contiguous(), channels, r),
+        query=query.contiguous(),
+        channels=channels,
+        r=r,
         G=group,
         D=size,
         BLOCK_D=block,
@@ -47,7 +49,7 @@ def channel_scores(
     scale: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """As `reference.channel_scores`. Writes every slot of T, but reads live ones only."""
+    """`reference.channel_scores`. Writes every slot of T, but reads live ones only."""
     total = keys.shape[2:-1].numel()
     scores = torch.empty(*query.shape[:3], total, dtype=torch.float32, device=query.device)
     _score(query, keys, lengths, channels, scores.flatten(0, 1), None, total, scale, softcap)
@@ -95,10 +97,18 @@ def _score(
     splits = launch.splits(rows * heads, total, query.device)
     plan = launch.score(size if token_major else r, keys.dtype)
     _score_piece[(rows * heads, splits)](
-        *(query.contiguous(), keys, lengths.contiguous(), channels.contiguous(), scores, lse),
-        *(scale, softcap),
-        *slot_strides(keys),
-        *(total, scores.shape[-1], splits),
+        query=query.contiguous(),
+        keys=keys,
+        **slot_strides("key", keys),
+        total=total,
+        lengths=lengths.contiguous(),
+        channels=shaped(channels, rows, heads, r),
+        scores=scores,
+        aligned=scores.shape[-1],
+        lse=lse,
+        splits=splits,
+        scale=scale,
+        softcap=softcap,
         KV_HEADS=heads,
         G=group,
         D=size,
@@ -108,7 +118,6 @@ def _score(
         EVERY=token_major,
         BLOCK=plan.slots,
         ROWS=max(plan.rows, triton.next_power_of_2(group)),
-        KEY_BLOCK=1 if keys.dim() == 4 else keys.shape[3],
         WHOLE=_holds_whole_vectors(keys),
         num_warps=plan.warps,
         num_stages=plan.stages,
@@ -150,20 +159,21 @@ def _top_channels(
 def _score_piece(  # noqa: PLR0912 - variants that the compiler leaves out
     query,  # [B, K, G, D]
     keys,  # [B, K, T, D] or [B, K, T/n, n, D]
-    lengths,  # [B, K]
-    channels,  # [B, K, r]
-    scores,  # [B, K, G, aligned]
-    lse,  # [B, K, splits, G], or None: natural logits, -inf where not live
-    scale,
-    softcap,
     key_row,
     key_head,
     key_block,
     key_slot,
-    key_d,
+    key_channel,
     total,
+    lengths,  # [B, K]
+    channels,  # [B, K, r]
+    scores,  # [B, K, G, aligned]
     aligned,
+    lse,  # [B, K, splits, G], or None: natural logits, -inf where not live
     splits,
+    scale,
+    softcap,
+    KEY_BLOCK: tl.constexpr,
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -173,7 +183,6 @@ def _score_piece(  # noqa: PLR0912 - variants that the compiler leaves out
     EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     pair, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -194,17 +203,17 @@ def _score_piece(  # noqa: PLR0912 - variants that the compiler leaves out
             return
     whole = tl.load(query + head[None, :] * D + d[:, None], mask=real[None, :] & (d < D)[:, None], other=0.0)
     norm = tl.sum(tl.abs(whole.to(tl.float32)), 0)
-    channel = tl.load(channels + pair * R + c, mask=c < R, other=0)
-    q = tl.load(
-        query + head[None, :] * D + channel[:, None], mask=real[None, :] & (c < R)[:, None], other=0.0
-    )
+    channel = tl.load(channels + pair * R + c, mask=c < R, other=-1)
+    inside = (channel >= 0) & (channel < D)
+    q = tl.load(query + head[None, :] * D + channel[:, None], mask=real[None, :] & inside[:, None], other=0.0)
     held = tl.sum(tl.abs(q.to(tl.float32)), 0)
     if EVERY:  # the products of the other channels are left out of the query instead of the keys
-        member = tl.sum(((channel[:, None] == d[None, :]) & (c < R)[:, None]).to(tl.int32), 0) > 0
+        member = tl.sum((channel[:, None] == d[None, :]).to(tl.int32), 0) > 0
         q = tl.where(member[:, None], whole, 0.0).to(whole.dtype)
         channel = d.to(tl.int64)
         needed = d < D
-    else:
+    else:  # any channel serves where the query is zero
+        channel = tl.where(inside, channel, 0)
         needed = c < R
     coverage = tl.where(norm > 0, held / tl.where(norm > 0, norm, 1.0), 1.0)
     factor = scale / tl.sqrt(tl.maximum(coverage, 1e-6))
@@ -212,8 +221,7 @@ def _score_piece(  # noqa: PLR0912 - variants that the compiler leaves out
         if softcap is None:
             factor *= LOG2_E
 
-    keys += (pair // KV_HEADS) * key_row + (pair % KV_HEADS) * key_head
-    keys_of_channel = keys + channel[None, :] * key_d
+    keys_of_channel = keys + head_start(pair, KV_HEADS, key_row, key_head) + channel[None, :] * key_channel
     # Loads of 16 bytes need a mask that is the same for all of them: what lies beyond the last live slot is then read
     # with it, and left out afterwards.
     readable = length
@@ -224,13 +232,9 @@ def _score_piece(  # noqa: PLR0912 - variants that the compiler leaves out
     for first in range(begin, end, BLOCK):
         index = first + n
         live = index < length
-        slot = index.to(tl.int64)
-        if KEY_BLOCK == 1:
-            place = slot * key_block
-        else:
-            place = (slot // KEY_BLOCK) * key_block + (slot % KEY_BLOCK) * key_slot
+        key = slot_start(index, key_block, key_slot, KEY_BLOCK)
         mask = needed[None, :] & (index < readable)[:, None]
-        k = tl.load(keys_of_channel + place[:, None], mask=mask, other=0.0)
+        k = tl.load(keys_of_channel + key[:, None], mask=mask, other=0.0)
         logit = tl.dot(k, q, input_precision="ieee") * factor[None, :]
         if softcap is not None:
             logit = capped(logit, softcap)

@@ -1,11 +1,10 @@
 """Exact top-k by radix select on two levels, without looking at the device and without a row of sorted numbers.
 
-Rankings become integers of the same order. First every chunk of a row keeps its k best, and at most a few more:
-whatever is among the k best of the row is among them. Then one program a row and KV head takes the k best of what the
-chunks kept. Each level finds the k-th best value eight bits at a time, from a histogram of those that agree with it so
-far, and stops when no more agree than may stay; then it writes what is not worse, in the order of slots. Of equal
-values at the edge the newest slots are taken: those with the highest numbers. So a result is always the same, bit for
-bit.
+Rankings become integers of the same order. First every chunk of a row keeps its k best, and at most a few more, so no
+winner is lost. Then one program a row and KV head takes the k best of what the chunks kept. Each level finds the k-th
+best value eight bits at a time, from a histogram of those that agree with it so far, and stops when no more agree than
+may stay; then it writes those that are not worse, in the order of slots. Of equal values at the edge the newest slots
+are taken: those with the highest numbers. So a result is always the same, bit for bit.
 """
 
 from typing import Any
@@ -17,6 +16,7 @@ import triton.language as tl
 from . import launch
 from .attend import LOG2_E
 from .scores import Pieces, score_pieces
+from .storage import head_start, slot_start, strides
 
 _NOTHING = tl.constexpr(0)  # a key lower than any slot's
 _HIGHEST = tl.constexpr(2**32 - 1)
@@ -30,8 +30,10 @@ def top_slots(
     newest: int = 0,
     forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.top_slots`, the slots in ascending order; of equal ones at the edge the newest are taken."""
-    slots, counts, _ = _select(ranking.float(), None, None, lengths, 1, k, "logits", newest, forced)
+    """`reference.top_slots`, the slots in ascending order; of equal ones at the edge the newest are taken."""
+    size = ranking.shape[2]
+    ranking = ranking.float().expand(*lengths.shape, size)
+    slots, counts, _ = _select(ranking, None, None, lengths, size, 1, min(k, size), "logits", newest, forced)
     return slots, counts
 
 
@@ -50,14 +52,14 @@ def top_by_channels(
     newest: int = 0,
     forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.top_by_channels`, in three kernels.
+    """`reference.top_by_channels`, in three kernels.
 
     Scores are written once and read once, in float16 where keys have 16 bits; their sum over the group is never
     stored: each head's weights have another divisor, which is known only when the whole row is scored.
     """
     pieces = score_pieces(query, keys, lengths, channels, scale=scale, softcap=softcap)
     slots, counts, missed = _select(
-        None, pieces, sinks, lengths, query.shape[2], k, group_score, newest, forced
+        None, pieces, sinks, lengths, size, query.shape[2], min(k, size), group_score, newest, forced
     )
     assert missed is not None
     return slots, counts, missed
@@ -68,6 +70,7 @@ def _select(
     pieces: Pieces | None,
     sinks: torch.Tensor | None,
     lengths: torch.Tensor,
+    size: int,
     group: int,
     k: int,
     group_score: str,
@@ -78,12 +81,11 @@ def _select(
     pairs, device = rows * heads, lengths.device
     if pieces is None:
         assert ranking is not None
-        scores, lse, aligned, splits, total = None, None, 0, 0, ranking.shape[2]
+        scores, lse, aligned, splits = None, None, 0, 0
     else:
         (scores, lse), aligned, splits = pieces, pieces.scores.shape[2], pieces.lse.shape[1]
-        total = aligned
-    chunk = launch.chunk(total)
-    chunks, kept = triton.cdiv(total, chunk), min(k, chunk)
+    chunk = launch.chunk(size)
+    chunks, kept = triton.cdiv(size, chunk), min(k, chunk)
     room = min(chunk, kept + launch.SPARE)
     best = torch.empty(pairs, chunks * room, dtype=torch.int64, device=device)
     slots = torch.empty(rows, heads, k, dtype=torch.int64, device=device)
@@ -91,25 +93,40 @@ def _select(
     missed = None
     if pieces is not None:
         missed = torch.empty(rows, heads, group, dtype=torch.float32, device=device)
-    lengths = lengths.contiguous()
-    group_shape: dict[str, Any] = {"G": group, "GROUP": triton.next_power_of_2(group)}
+    shared: dict[str, Any] = {
+        "scores": scores,
+        "aligned": aligned,
+        "lse": lse,
+        "splits": splits,
+        "lengths": lengths.contiguous(),
+        "size": size,
+        "best": best,
+        "chunks": chunks,
+        "room": room,
+        "heads": heads,
+        "G": group,
+        "GROUP": triton.next_power_of_2(group),
+        "CHUNK": chunk,
+    }
     _best_of_chunk[(pairs, chunks)](
-        *(ranking, scores, lse, lengths, forced, best),
-        *((0, 0, 0) if ranking is None else ranking.stride()),
-        *((0, 0, 0) if forced is None else forced.stride()),
-        *(heads, aligned, splits, chunks, kept, room, newest),
-        **group_shape,
-        CHUNK=chunk,
+        ranking=ranking,
+        **strides("ranking", ranking, "row head slot"),
+        forced=forced,
+        **strides("forced", forced, "row head slot"),
+        newest=newest,
+        kept=kept,
+        **shared,
         ROOM=triton.next_power_of_2(room),
         SOFTMAX=group_score == "softmax",
         num_warps=max(4, chunk // 512),
     )
     _best_of_kept[(pairs,)](
-        *(best, scores, lse, sinks if sinks is None else sinks.contiguous(), lengths),
-        *(slots, counts, missed),
-        *(heads, aligned, splits, chunks, room, k),
-        **group_shape,
-        CHUNK=chunk,
+        sinks=None if sinks is None else sinks.contiguous(),
+        slots=slots,
+        k=k,
+        counts=counts,
+        missed=missed,
+        **shared,
         TILE=launch.KEPT_TILE,
         SEARCHED=min(4096, max(launch.KEPT_TILE, triton.next_power_of_2(chunks * room))),
         num_warps=8,
@@ -155,27 +172,28 @@ def _row_lse(lse, pair, splits, G: tl.constexpr, GROUP: tl.constexpr):
     return peak + tl.log2(tl.maximum(total, 1e-37))
 
 
-@triton.jit(do_not_specialize=["splits", "chunks", "newest"])
+@triton.jit(do_not_specialize=["size", "splits", "chunks", "newest"])
 def _best_of_chunk(
     ranking,  # [B, K, T] float32, or None: made from the scores
-    scores,  # [B, K, G, aligned]
-    lse,  # [B, K, splits, G]
-    lengths,
-    forced,  # [B, K, T] bool, or None: the last `newest` slots
-    best,  # [B, K, chunks, room]: key and slot of those kept, then nothing
     ranking_row,
     ranking_head,
     ranking_slot,
+    scores,  # [B, K, G, aligned]
+    aligned,
+    lse,  # [B, K, splits, G]
+    splits,
+    lengths,
+    size,  # T
+    forced,  # [B, K, T] bool, or None: the last `newest` slots
     forced_row,
     forced_head,
     forced_slot,
-    heads,
-    aligned,
-    splits,
+    newest,
+    best,  # [B, K, chunks, room]: key and slot of those kept, then nothing
     chunks,
     kept,
     room,
-    newest,
+    heads,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -183,15 +201,14 @@ def _best_of_chunk(
     SOFTMAX: tl.constexpr,
 ):
     pair, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(lengths + pair).to(tl.int32)
+    length = tl.minimum(tl.load(lengths + pair), size).to(tl.int32)
     begin = chunk * CHUNK
     if begin >= length:
         return
     index = begin + tl.arange(0, CHUNK)
     live = index < length
-    b, h = pair // heads, pair % heads
     if ranking is not None:
-        at = b * ranking_row + h * ranking_head + index.to(tl.int64) * ranking_slot
+        at = head_start(pair, heads, ranking_row, ranking_head) + slot_start(index, ranking_slot, 0, 1)
         value = tl.load(ranking + at, mask=live, other=0.0)
     else:
         g = tl.arange(0, GROUP)
@@ -206,7 +223,7 @@ def _best_of_chunk(
             value += score
     key = _ordered(value)
     if forced is not None:
-        at = b * forced_row + h * forced_head + index.to(tl.int64) * forced_slot
+        at = head_start(pair, heads, forced_row, forced_head) + slot_start(index, forced_slot, 0, 1)
         key = tl.where(tl.load(forced + at, mask=live, other=0) != 0, _HIGHEST, key)
     else:
         key = tl.where(index >= length - newest, _HIGHEST, key)
@@ -233,22 +250,23 @@ def _best_of_chunk(
     tl.store(best + n, tl.zeros([ROOM], tl.int64), mask=(n >= written) & (n < room))
 
 
-@triton.jit(do_not_specialize=["splits", "chunks"])
+@triton.jit(do_not_specialize=["size", "splits", "chunks"])
 def _best_of_kept(
     best,  # [B, K, chunks, room]
+    chunks,
+    room,
     scores,
+    aligned,
     lse,
+    splits,
     sinks,  # [K, G] or None
     lengths,
+    size,
     slots,  # [B, K, k] int64
+    k,
     counts,  # [B, K] int64
     missed,  # [B, K, G] float32 or None
     heads,
-    aligned,
-    splits,
-    chunks,
-    room,
-    k,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -256,7 +274,7 @@ def _best_of_kept(
     SEARCHED: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + pair).to(tl.int32)
+    length = tl.minimum(tl.load(lengths + pair), size).to(tl.int32)
     many = tl.cdiv(length, CHUNK) * room
     count = tl.minimum(length, k)
     tl.store(counts + pair, count.to(tl.int64))

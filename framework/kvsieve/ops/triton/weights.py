@@ -6,10 +6,9 @@ import torch
 
 
 def slot_weights(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
-    """As `reference.slot_weights`, in torch: a softmax over whole rows is one fused kernel there already.
+    """`reference.slot_weights`, in torch: a softmax over whole rows is one fused kernel there already.
 
-    For policies that need every weight; it reads the capacity. `top_by_channels` stores few and follows the
-    length.
+    For policies that need every weight; it reads the capacity. `top_by_channels` stores few and follows the length.
     """
     lse = torch.logsumexp(scores, -1, keepdim=True)
     if sinks is not None:

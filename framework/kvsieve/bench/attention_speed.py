@@ -1,0 +1,215 @@
+"""`kvsieve bench attention`: one layer's decode step under every policy, against the best dense installed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import ops, specs
+from ..errors import UserError
+from . import baselines, memory
+from .contenders import Contender, contenders, default_policies
+from .layer_step import ROOM, PolicyStep, Tokens
+from .shapes import Heads
+from .timing import (
+    Bandwidth,
+    Measure,
+    Stopwatch,
+    attempt,
+    captured,
+    describe_failure,
+    interleave,
+    nothing,
+    ratio,
+    summary,
+)
+
+_HOPELESS = 4.0  # a dense candidate so many times slower than the best of a first look is not timed further
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """The settings of `kvsieve bench attention`. Sizes not given come from the device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: Sequence[Heads]
+    batches: Sequence[int]
+    contexts: Sequence[int]
+    policies: Sequence[str]  # as on the command line; none: the defaults
+    layouts: Sequence[str]
+    dense: Sequence[str]  # families of dense attention; none: all that run here
+    seconds: float  # of timing, for each cell
+    graphs: bool  # capture each step as a CUDA graph
+    implementation: str | None  # of the ops; None: the device's
+    skip_too_large: bool  # cells that do not fit are left out and said so, else an error
+
+
+class Sizes(NamedTuple):
+    """One cell of the measurement."""
+
+    heads: Heads
+    batch: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"B={self.batch} T={self.context} heads {self.heads}"
+
+
+def run(plan: AttentionPlan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Measure every cell of the plan; one record a cell, as soon as it is there.
+
+    Raises:
+        UserError: before anything is allocated, for settings that do not exist or do not fit.
+    """
+    families = baselines.families(plan.device, list(plan.dense))
+    cells = [Sizes(h, b, t) for h in plan.heads for b in plan.batches for t in plan.contexts]
+    todo = []
+    for cell in cells:
+        if cell.context < 2:
+            raise UserError(f"--context must be at least 2 tokens (one cached, one new), not {cell.context}")
+        field = _contenders(plan, cell)
+        try:
+            memory.check(_need(plan, cell, field, families), plan.device, f"the cell {cell}")
+        except UserError as error:
+            if not plan.skip_too_large:
+                raise
+            say(f"left out: {error}")
+        else:
+            todo.append((cell, field))
+    with ops.use(plan.implementation) if plan.implementation else contextlib.nullcontext():
+        watch = Stopwatch(plan.device)
+        for cell, field in todo:
+            say(f"{cell} ...")
+            sizes = {"batch": cell.batch, "context": cell.context, "heads": cell.heads._asdict()}
+            yield sizes | attempt(lambda: _measure(plan, cell, field, families, watch))  # noqa: B023
+
+
+def _contenders(plan: AttentionPlan, cell: Sizes) -> list[Contender]:
+    size = cell.heads.size
+    return contenders(plan.policies or default_policies(size), plan.layouts, size, cell.context)
+
+
+def _need(plan: AttentionPlan, cell: Sizes, field: Sequence[Contender], families: Sequence[str]) -> int:
+    plain = memory.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
+    slots = cell.context + ROOM
+    held = [memory.cache_bytes(c.policy, cell.batch, slots, cell.heads, plan.dtype) for c in field]
+    # A policy with a budget holds the whole context for a moment, when it is filled.
+    filling = 2 * plain
+    ours = plain if baselines.OURS in families else 0
+    others = plain * sum(name in ("flashinfer", "flash-attn") for name in families)
+    return plain + sum(held) + filling + ours + others + 2**31
+
+
+def _measure(
+    plan: AttentionPlan, cell: Sizes, field: Sequence[Contender], families: Sequence[str], watch: Stopwatch
+) -> dict[str, Any]:
+    tokens = Tokens.random(cell.batch, cell.context, cell.heads, plan.dtype, plan.device)
+    graphs_run = plan.graphs and plan.device.type == "cuda"
+    steps = {contender.name: PolicyStep(contender.policy, tokens, fixed=graphs_run) for contender in field}
+    graphs = {name: _Capture(plan, step.run, step.prepare) for name, step in steps.items()}
+    measures = {name: watch.measure(graphs[name].run, step.prepare) for name, step in steps.items()}
+    reference = PolicyStep(specs.make_policy("dense"), tokens, fixed=graphs_run)
+    candidates, notes = _dense_candidates(plan, cell, families, tokens, reference, watch)
+    bandwidth = Bandwidth(watch)
+    times = interleave({**measures, **candidates, **bandwidth.measures}, plan.seconds)
+    notes |= {name: summary(times[name]) | notes[name] for name in candidates}
+    best = min(candidates, key=lambda name: notes[name]["median"])
+    speeds = bandwidth.found(times)
+    base = reference.traffic()
+    rows = []
+    for contender in field:
+        step = steps[contender.name]
+        traffic = step.traffic()
+        moved, dense_moved = traffic["read"] + traffic["written"], base["read"] + base["written"]
+        speedup, limit = ratio(times[contender.name], times[best]), dense_moved / moved
+        found = summary(times[contender.name])
+        rows.append(
+            {
+                "policy": contender.label,
+                "parameters": contender.policy.spec(),
+                "layout": contender.layout,
+                "seconds": found,
+                "bytes": traffic,
+                "bytes_held": step.layer.slots.memory(),
+                "bytes_per_second": moved / found["median"],
+                "share_of_copy_bandwidth": moved / found["median"] / speeds["copy"],
+                "best_dense": best,
+                "speedup": speedup,
+                "speedup_of_minima": notes[best]["min"] / found["min"],
+                "limit": limit,
+                "share_of_limit": speedup / limit,
+                "graph": graphs[contender.name].note,
+            }
+        )
+    return {
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "bandwidth": speeds,
+        "best_dense": {
+            "name": best,
+            "seconds": notes[best],
+            "bytes_per_second": (base["read"] + base["written"]) / notes[best]["median"],
+        },
+        "dense": notes,
+        "rows": rows,
+    }
+
+
+def _dense_candidates(
+    plan: AttentionPlan,
+    cell: Sizes,
+    families: Sequence[str],
+    tokens: Tokens,
+    reference: PolicyStep,
+    watch: Stopwatch,
+) -> tuple[dict[str, Measure], dict[str, Any]]:
+    """The dense attentions worth timing, and notes: how each ran, or why it did not."""
+    reference.prepare()
+    expected = reference.run()
+    found: dict[str, Measure] = {}
+    looks: dict[str, float] = {}
+    notes: dict[str, Any] = {}
+
+    def consider(name: str, run: Callable[[], object], prepare: Callable[[], None]) -> None:
+        step = _Capture(plan, run, prepare)
+        measure = watch.measure(step.run, prepare)
+        looks[name] = min(measure() for _ in range(3))
+        slower = looks[name] / min(looks.values())
+        if slower > _HOPELESS:
+            notes[name] = {"not_run": f"at a first look {slower:.1f} times slower than the best"}
+        else:
+            found[name], notes[name] = measure, {"graph": step.note}
+
+    if baselines.OURS in families:
+        consider(baselines.OURS, reference.run, reference.prepare)
+    repeated = cell.heads.group * memory.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
+    fits = 4 * repeated < memory.free_memory(plan.device)  # scaled, and in float32, on the way
+    for name, build in baselines.builders(list(families), tokens, fits):
+        try:
+            attend = build(tokens)
+            if baselines.agrees(attend(), expected):
+                consider(name, attend, nothing)
+            else:
+                notes[name] = {"not_run": "gives another result"}
+        except Exception as error:  # a backend that does not take these sizes or types says so in its own way
+            notes[name] = describe_failure(error)
+    if not found:
+        raise UserError(f"none of the dense attentions {', '.join(families)} runs here: {notes}")
+    return found, notes
+
+
+class _Capture:
+    """A step as a CUDA graph where that is wanted and can be, and a note that says which."""
+
+    def __init__(self, plan: AttentionPlan, run: Callable[[], object], prepare: Callable[[], None]) -> None:
+        self.run, self.note = run, "no GPU" if plan.device.type != "cuda" else "--eager"
+        if plan.device.type != "cuda" or not plan.graphs:
+            return
+        try:
+            self.run, self.note = captured(run, prepare, plan.device), "captured"
+        except UserError as error:
+            self.note = str(error)

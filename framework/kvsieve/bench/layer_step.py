@@ -1,0 +1,91 @@
+"""One layer in the middle of decoding: a cache of random tokens, without a prefill, and its next step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import transfer
+from ..attention import decode_step
+from ..cache.kv import Scoring
+from ..cache.layer import LayerCache
+from ..policy import Observe, Policy
+from .shapes import Heads
+
+ROOM = 64  # tokens: a cache in use is never full to the last slot, so its rows do not lie side by side
+
+
+class Tokens(NamedTuple):
+    """T random tokens of B rows, the last of them the one that the step adds, and the query of that step."""
+
+    query: torch.Tensor  # [B, K, G, D]
+    keys: torch.Tensor  # [B, K, T, D]
+    values: torch.Tensor  # [B, K, T, D]
+
+    @classmethod
+    def random(
+        cls, batch: int, context: int, heads: Heads, dtype: torch.dtype, device: torch.device
+    ) -> Tokens:
+        random = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(generator=random)
+
+        query = normal(batch, heads.kv, heads.group, heads.size)
+        keys, values = (normal(batch, heads.kv, context, heads.size) for _ in range(2))
+        return cls(query, keys, values)
+
+
+def fill(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Bring an empty layer to where a prefill of `keys`, `values [B, K, P, D]` leaves it; no attention.
+
+    The attention that a policy would have observed is random.
+    """
+    layer.update(keys, values)
+    policy, kv = layer.policy, layer.kv
+    policy.on_append(kv, layer.append_prompt(None))
+    if policy.observes is Observe.MASS:
+        policy.on_attend(kv, torch.rand(kv.positions.shape, device=keys.device))
+    layer.end_prompt()
+
+
+class Checkpoint:
+    """A layer at one moment; going back puts its next token where the last one was put."""
+
+    def __init__(self, layer: LayerCache) -> None:
+        self.layer, self.fed, self.slots = layer, layer.fed, layer.slots.checkpoint()
+
+    def restore(self) -> None:
+        self.layer.fed = self.fed
+        self.layer.slots.restore(self.slots)
+
+
+class PolicyStep:
+    """The step of one layer under a policy: append, select, attend, observe, exactly as in decoding."""
+
+    def __init__(self, policy: Policy, tokens: Tokens, fixed: bool = False) -> None:
+        keys, values = tokens.keys, tokens.values
+        context, size = keys.shape[2:]
+        self.layer = LayerCache(policy, capacity=context + ROOM)
+        self.layer.scoring = Scoring(size**-0.5)
+        fill(self.layer, keys[:, :, : context - 1], values[:, :, : context - 1])
+        self.new = keys[:, :, context - 1 :].contiguous(), values[:, :, context - 1 :].contiguous()
+        self.query = tokens.query
+        if fixed:  # as the loop does it for a graph
+            self.layer.fix_shapes(context + ROOM)
+        self.prepare = Checkpoint(self.layer).restore
+
+    @torch.no_grad()
+    def run(self) -> torch.Tensor:
+        """The attention output `[B, K, G, D]`."""
+        self.layer.update(*self.new)
+        return decode_step(self.layer, self.query)
+
+    def traffic(self) -> dict[str, Any]:
+        """Bytes of one step, counted by the meter."""
+        self.prepare()
+        with transfer.measure() as meter:
+            self.run()
+        counted = {"read": meter.read, "written": meter.written, "dense_read": meter.dense_read}
+        return counted | {"by_kind": meter.by_kind}

@@ -1,0 +1,159 @@
+"""The view: all that a policy sees of one layer's cache. Reading and writing what grows with the context is metered.
+
+Letters: B rows, K KV heads, T slots in use, D head size, Q new tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..errors import UserError, unknown
+from . import layouts
+from .slots import Slots
+from .traffic import Traffic
+
+
+class NewTokens(NamedTuple):
+    """Tokens just written, a row's real ones first; the rest is zero."""
+
+    keys: torch.Tensor  # [B, K, Q, D], rotated
+    values: torch.Tensor  # [B, K, Q, D]
+    counts: torch.Tensor  # [B], how many of the Q are real
+    slots: torch.Tensor  # [B, K, Q], where they were written
+
+
+class Scoring(NamedTuple):
+    """How the model turns a product of query and key into a logit; the ops apply it."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None  # [K, G]: a logit per head that takes weight and gives no value
+
+
+class KVView:
+    """One layer's cache as a policy sees it.
+
+    `kv["name"]` is a column `[B, K, T, ...]` or a summary `[B, K, ...]`; `kv["name"] = ...` and changing it in place
+    write it. Each is counted once per step and way, as large as it is. `kv.keys` and `kv.values` count a read of
+    every live slot; the ops cost less. The rest is free: it does not grow with D.
+    """
+
+    def __init__(self, slots: Slots, traffic: Traffic, in_order: bool) -> None:
+        # Private: the ops and the layer go by these, and count for themselves.
+        self._slots, self._traffic = slots, traffic
+        self._scoring = Scoring(1.0)
+        self._in_order = in_order  # slots stand in the order of their tokens: until one is overwritten
+        self._versions: dict[str, int] = {}  # of columns and summaries when they were last counted
+
+    # ---------------------------------------------------------------- slots and tokens
+    @property
+    def head_size(self) -> int:
+        """D, the numbers in a key."""
+        return self._slots.head_size
+
+    @property
+    def slots_in_use(self) -> int:
+        """T: no live slot at or above it. Known without waiting for the device; with fixed shapes, the capacity."""
+        return self._slots.used
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """`[B, K]` int64: slots below it are live."""
+        return self._slots.lengths
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """`[B]` int64: tokens so far, dropped ones and the one being written included."""
+        return self._slots.seen
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """`[B, K, T]` int64: the token that a live slot holds, counted within its row from 0."""
+        return self._slots.positions
+
+    def live(self) -> torch.Tensor:
+        """`[B, K, T]` bool: slots that hold a token."""
+        return self._slots.live()
+
+    def newest(self, n: int) -> torch.Tensor:
+        """`[B, K, T]` bool: slots that hold one of the row's newest `n` tokens, the one being written counted."""
+        return self.live() & (self.positions >= (self.seen - n)[:, None, None])
+
+    def oldest(self, n: int) -> torch.Tensor:
+        """`[B, K, T]` bool: slots that hold one of the row's first `n` tokens."""
+        return self.live() & (self.positions < n)
+
+    # ---------------------------------------------------------------- metered
+    @property
+    def keys(self) -> torch.Tensor:
+        """`[B, K, T, D]`, whatever the layout. Counted as a read of every live key."""
+        slots = self._slots
+        self._traffic.read("keys", slots.lengths, slots.head_size, slots.dtype)
+        self._traffic.handed.add("keys")
+        return layouts.by_token(slots.keys, slots.used)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """`[B, K, T, D]`. Counted as a read of every live value."""
+        slots = self._slots
+        self._traffic.read("values", slots.lengths, slots.head_size, slots.dtype)
+        self._traffic.handed.add("values")
+        return slots.values
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found = self._find(name)
+        if self._traffic.first_read(name):
+            self._traffic.read(*self._extent(name, found))
+        if self._traffic.meter is not None:
+            self._traffic.handed.add(name)
+            self._versions.setdefault(name, found._version)
+        return found
+
+    def __setitem__(self, name: str, new: torch.Tensor) -> None:
+        found = self._find(name)
+        if self._traffic.first_write(name):
+            self._traffic.written(*self._extent(name, found))
+        found.copy_(new)
+
+    def write(self, name: str, new: NewTokens, column: torch.Tensor) -> None:
+        """Set a column for the new tokens only: `column [B, K, Q, ...]`. Counted as a write of theirs."""
+        found = self._find(name)
+        kind, _, numbers, dtype = self._extent(name, found)
+        if kind != "columns":
+            raise UserError(f"kv.write is for columns, and {name!r} is a summary: kv[{name!r}] = ...")
+        self._traffic.written(kind, new.counts[:, None].expand_as(self.lengths), numbers, dtype)
+        self._count_change(name)
+        self._slots.write_column(name, column, new.slots, self._traffic.active)
+        if name in self._versions:
+            self._versions[name] = found._version
+
+    def _count_changes(self) -> None:
+        """Count columns and summaries that were changed in place since they were handed out.
+
+        Called when a policy has answered, before the framework itself writes.
+        """
+        for name in self._versions:
+            self._count_change(name)
+        self._versions.clear()
+
+    def _count_change(self, name: str) -> None:
+        found = self._find(name)
+        if found._version != self._versions.get(name, found._version) and self._traffic.first_write(name):
+            self._traffic.written(*self._extent(name, found))
+
+    def _find(self, name: str) -> torch.Tensor:
+        slots = self._slots
+        if name in slots.summaries:
+            return slots.summaries[name]
+        if name in slots.columns:
+            return slots.column(name)
+        legal = [*slots.columns, *slots.summaries]
+        raise UserError(unknown("column or summary", name, legal) + ". A policy declares its own")
+
+    def _extent(self, name: str, found: torch.Tensor) -> tuple[str, torch.Tensor, int, torch.dtype]:
+        """Kind, slots `[B, K]`, numbers in each, and their type."""
+        if name in self._slots.summaries:
+            return "summaries", torch.ones_like(self.lengths), found[0, 0].numel(), found.dtype
+        return "columns", self.lengths, found[0, 0, 0].numel(), found.dtype

@@ -1,0 +1,176 @@
+"""cells.json: what the rows of a run are about, in their order, and what of it failed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from . import files
+from .results import Subject
+from .statistics import Limits
+
+if TYPE_CHECKING:
+    from .cells import Cell
+
+NAME = "cells.json"
+Record = Mapping[str, Any]  # of samples.jsonl
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry(Subject):
+    """One cell of a run."""
+
+    cell: str  # its id, as in samples.jsonl
+    label: str  # `needle 512, sparq 1/8`
+    limits: Limits  # the lowest and the highest score of the task
+    samples: int  # asked for
+    error: str | None = None  # why it failed
+
+
+def write(folder: Path, cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> None:
+    """Write cells.json.
+
+    Args:
+        failures: why a cell failed, by its id.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    plain = [dataclasses.asdict(entry) for entry in entries(cells, model, failures)]
+    files.write(folder / NAME, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+
+
+def entries(cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> list[Entry]:
+    """The entries of cells.json; see write."""
+    labels = policy_labels(cells)
+    return [
+        Entry(
+            model=model,
+            task=cell.task.title,
+            task_parameters=_task_parameters(cell),
+            context=cell.task.context,
+            policy=cell.policy_name,
+            policy_label=label,
+            parameters=cell.parameters,
+            compression=_text(cell.compression),
+            metric=cell.task.metric,
+            higher_is_better=cell.task.higher_is_better,
+            chance=cell.task.chance,
+            cell=cell.id,
+            label=cell.label,
+            limits=cell.task.limits,
+            samples=cell.task.samples,
+            error=failures.get(cell.id),
+        )
+        for cell, label in zip(cells, labels, strict=True)
+    ]
+
+
+def policy_labels(cells: Sequence[Cell]) -> list[str]:
+    """A short name for the policy of each cell, unlike those of the other policies on the same task.
+
+    The compression that was asked for, or the parameters that are not the defaults; policies of the same
+    compression get those parameters in which they differ.
+    """
+    from .cells import describe_parameters
+
+    rivals: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in cells:
+        rivals.setdefault((cell.task, cell.policy_name, cell.compression), []).append(cell)
+    labels = []
+    for cell in cells:
+        same = [one.policy for one in rivals[cell.task, cell.policy_name, cell.compression]]
+        if cell.compression is None:
+            how = describe_parameters(cell.policy, changed=True)
+        else:
+            names = [field.name for field in dataclasses.fields(cell.policy)]
+            differ = [n for n in names if any(getattr(p, n) != getattr(same[0], n) for p in same[1:])]
+            how = f"{cell.compression} {describe_parameters(cell.policy, only=differ)}"
+        labels.append(f"{cell.policy_name} {how}".strip())
+    return labels
+
+
+def read(folder: Path, records: Sequence[Record]) -> list[Entry]:
+    """The entries of a run folder. What version 0.1.0 did not write is made from the samples.
+
+    Raises:
+        UserError: the folder is not one of a run, or its samples need a policy or a task that is not
+            installed.
+    """
+    if not (folder / NAME).exists():
+        if not records:
+            raise UserError(f"{folder} is not the folder of a run: it has no {NAME}, and no samples")
+        return list(_recovered(folder, records).values())
+    try:
+        given = json.loads(files.read(folder / NAME))
+        if all(field.name in one for one in given for field in dataclasses.fields(Entry)):
+            return [Entry(**one) for one in given]
+        recovered = _recovered(folder, records)
+        return [
+            dataclasses.replace(recovered[one["cell"]], samples=one["samples"], error=one["error"])
+            for one in given
+            if one["cell"] in recovered
+        ]
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder} is not the folder of a run: {NAME} cannot be read ({error!r})") from None
+
+
+def failures(folder: Path) -> list[tuple[str, str]]:
+    """Label and reason of the cells that failed, as far as cells.json tells."""
+    if not (folder / NAME).exists():
+        return []
+    try:
+        found = json.loads(files.read(folder / NAME))
+        return [(str(one["label"]), str(one["error"])) for one in found if one.get("error")]
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / NAME} cannot be read: {error!r}") from None
+
+
+def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
+    """An entry for every cell that has samples."""
+    from fractions import Fraction
+
+    import yaml
+
+    from .. import plugins
+    from ..specs import make_policy
+    from .cells import Cell
+
+    by_cell: dict[str, list[Record]] = {}
+    for record in records:
+        by_cell.setdefault(record["cell"], []).append(record)
+    cells = []
+    for id, (first, *others) in by_cell.items():
+        try:
+            ((name, parameters),) = first["task"].items()
+            if name not in plugins.tasks():
+                raise UserError(f"unknown task {name!r}")
+            samples = 1 + max(record["sample"] for record in (first, *others))
+            task = plugins.tasks()[name].cls(**parameters, samples=samples)
+            asked = first.get("compression")
+            policy = make_policy(first["policy"])
+            cells.append(Cell(id, task, policy, None if asked is None else Fraction(asked)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{folder}: {NAME} is missing or of an older version, and cannot be made from the samples: "
+                f"{error}"
+            ) from None
+    try:
+        model = str(yaml.safe_load(files.read(folder / "config.yaml"))["model"])
+    except (UserError, yaml.YAMLError, TypeError, KeyError):
+        model = ""
+    return {entry.cell: entry for entry in entries(cells, model, {})}
+
+
+def _task_parameters(cell: Cell) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(cell.task).items() if k not in ("context", "samples")}
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,60 @@
+"""summary.md: the tables of a run, ready to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .results import DENSE, MISSING, Group, Results, Row, eager_notes, noise_note, speed
+
+MEANING = (
+    "`against dense`: the difference from the dense score on the same samples, with its 95 % interval. "
+    "`better`, `worse`: what differs when at most 5 % of all such marks are expected to be wrong "
+    "(Benjamini-Hochberg); `few`: too few samples to say."
+)
+_HEADINGS = ["context", "policy", "score", "95 % interval", "against dense", "answers", "bytes read / dense",
+             "KV MB", "tokens/s"]  # fmt: skip
+
+
+def markdown(results: Results, failures: Sequence[str]) -> str:
+    """A table for every task, and what failed."""
+    lines = []
+    for task in dict.fromkeys(group.task for group in results.groups):
+        groups = [group for group in results.groups if group.task == task]
+        better = "higher" if groups[0].higher_is_better else "lower"
+        lines += [f"## {task}: {groups[0].metric} ({better} is better)", ""]
+        empty = {"answers"} - {"answers" for group in groups for row in group.rows if row.changes}
+        kept = [i for i, heading in enumerate(_HEADINGS) if heading not in empty]
+        lines.append(_line([_HEADINGS[i] for i in kept]))
+        lines.append("|" + "|".join("---" if _HEADINGS[i] == "policy" else "---:" for i in kept) + "|")
+        for group in groups:
+            for row in group.rows:
+                cells = _cells(group, row)
+                lines.append(_line([cells[i] for i in kept]))
+        lines.append("")
+    if any(row.difference is not None for row in results.rows):
+        lines += [MEANING, ""]
+    lines += [
+        line for note in [noise_note(results.rows), *eager_notes(results.rows)] if note for line in (note, "")
+    ]
+    if failures:
+        lines += ["## Failed", "", *(f"- {failure}" for failure in failures), ""]
+    return "\n".join(lines)
+
+
+def _cells(group: Group, row: Row) -> list[str]:
+    against = "" if row.policy == DENSE else f"{group.difference(row)} {row.mark}".strip() or MISSING
+    ratio = MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}"
+    return [
+        str(row.context), row.policy_label, group.text(row.score), group.interval(row) or MISSING, against,
+        row.changes, ratio, megabytes(row.kv_bytes), speed(row.tokens_per_second) + " noisy" * row.noisy,
+    ]  # fmt: skip
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def megabytes(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value / 1e6:.2f}" if value < 1e8 else f"{value / 1e6:.0f}"

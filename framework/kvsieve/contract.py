@@ -1,0 +1,244 @@
+"""The contract, checked: what a policy declares, and what it answers.
+
+Declarations are checked when a class is registered and when a cache is made for it. Of every answer shape, type and
+device are checked, which costs nothing on the device. The values are checked in `strict` mode only, because that waits
+for the device: in the laws of kvsieve.testing, with KVSIEVE_STRICT=1 in the environment, or inside `strict()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import os
+import threading
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+import torch
+
+from .cache.layouts import KeyLayout
+from .cache.slots import RESERVED, Slots
+from .errors import UserError
+from .policy import Observe, Policy, Selection
+
+_HOOKS = ("on_append", "on_attend", "on_prefill")
+_NEAR = 0.8  # names as much alike as this are taken for a misspelling
+
+
+class _Switch(threading.local):
+    strict = os.environ.get("KVSIEVE_STRICT", "") not in ("", "0")
+
+
+_switch = _Switch()
+
+
+@contextlib.contextmanager
+def strict(wanted: bool = True) -> Iterator[None]:
+    """Check the values of every answer inside, in this thread. Slow: each check waits for the device."""
+    before, _switch.strict = _switch.strict, wanted
+    try:
+        yield
+    finally:
+        _switch.strict = before
+
+
+# -------------------------------------------------------------------- declarations
+@functools.cache
+def check_class(cls: Any) -> None:
+    """Refuse a policy class whose methods and declarations do not fit together.
+
+    Raises:
+        UserError: a method that would never be called, or one that is missing.
+    """
+    name = cls.__name__
+    if cls is Policy:
+        return
+    ours = [kind for kind in cls.__mro__ if kind.__module__.startswith("kvsieve.")]
+    known = {name for kind in ours for name in dir(kind) if not name.startswith("_")}
+    for kind in cls.__mro__[: cls.__mro__.index(Policy)]:
+        if kind not in ours:
+            _check_names(kind, known)
+    ranks, keeps = cls.priority is not Policy.priority, cls.keeps is not Policy.keeps
+    if ranks and not keeps:
+        raise UserError(
+            f"{name} has `priority`, but does not declare how many tokens it `keeps`, so it would never be asked: add "
+            "`keeps`, a property (or class attribute) that is the number of tokens, such as its budget"
+        )
+    if keeps and not ranks:
+        raise UserError(f"{name} declares how many tokens it `keeps`, but has no `priority(kv)` to rank them")
+    observes = vars(cls).get("observes", cls.observes)
+    if not isinstance(observes, property | Observe):
+        raise UserError(f"{name}.observes must be a kvsieve.Observe, not {observes!r}")
+    silent = observes is Observe.NONE or cls.observes is Policy.observes
+    if cls.on_attend is not Policy.on_attend and silent:
+        raise UserError(
+            f"{name} has `on_attend`, but does not observe attention, so it would never be called: add "
+            "`observes = Observe.MASS`"
+        )
+
+
+def _check_names(cls: type, known: Set[str]) -> None:
+    for name, value in vars(cls).items():
+        method = callable(value) or isinstance(value, property | classmethod | staticmethod)
+        if name.startswith("_") or name in known or not method:
+            continue
+        if name.startswith("on_"):
+            raise UserError(
+                f"{cls.__name__}.{name} is no hook and would never be called. Hooks: {', '.join(_HOOKS)}"
+            )
+        near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
+        if near:
+            raise UserError(
+                f"{cls.__name__}.{name} would never be called: did you mean {near[0]!r}? If not, choose a name that is "
+                "less alike, or begin it with an underscore"
+            )
+
+
+def check_declarations(policy: Policy) -> None:
+    """Refuse a policy object that declares what cannot be.
+
+    Raises:
+        UserError: naming the declaration, its value and what is legal.
+    """
+
+    def refuse(what: str, value: object, legal: str) -> None:
+        raise UserError(f"policy {policy.name}: {what} must be {legal}, not {value!r}")
+
+    keeps = policy.keeps
+    if keeps is not None and (isinstance(keeps, bool) or not isinstance(keeps, int) or keeps < 1):
+        refuse("keeps", keeps, "a number of tokens of at least 1, or None")
+    if not isinstance(policy.overwrites, bool):
+        refuse("overwrites", policy.overwrites, "True or False")
+    if not isinstance(policy.observes, Observe):
+        refuse("observes", policy.observes, "a kvsieve.Observe")
+    if not isinstance(policy.key_layout, KeyLayout):
+        refuse("key_layout", policy.key_layout, "a kvsieve.KeyLayout")
+    for what in ("columns", "summaries"):
+        declared = getattr(policy, what)
+        if not isinstance(declared, Mapping):
+            refuse(what, declared, "a mapping from names to types")
+        for name, shape in declared.items():
+            if not isinstance(name, str) or not name:
+                refuse(f"a name in {what}", name, "a text")
+            if name in RESERVED:
+                raise UserError(
+                    f"policy {policy.name}: {name!r} in {what} is the cache's own; choose another name. Reserved: "
+                    f"{', '.join(RESERVED)}"
+                )
+            if not _is_shape(shape):
+                refuse(
+                    f"{what}[{name!r}]",
+                    shape,
+                    'a torch.dtype, or (torch.dtype, size) with a size of 1 or more, or "D"',
+                )
+    if both := policy.columns.keys() & policy.summaries.keys():
+        raise UserError(
+            f"policy {policy.name}: {sorted(both)} is both a column and a summary; choose another name"
+        )
+
+
+def _is_shape(shape: Any) -> bool:
+    if isinstance(shape, torch.dtype):
+        return True
+    if not (isinstance(shape, tuple) and len(shape) == 2 and isinstance(shape[0], torch.dtype)):
+        return False
+    size = shape[1]
+    return size == "D" or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
+
+
+# -------------------------------------------------------------------- answers
+def checked_selection(
+    answer: Any, policy: Policy, layer: int, slots: Slots, query: torch.Tensor
+) -> Selection | None:
+    """Return what `select` answered to `query [B, K, G, D]`.
+
+    Raises:
+        UserError: naming policy and layer, what came and what was expected.
+    """
+    if answer is None:
+        return None
+    who = f"policy {policy.name}, layer {layer}: select"
+    if not isinstance(answer, Selection):
+        raise UserError(f"{who} must return a kvsieve.Selection or None, not {type(answer).__name__}")
+    b, k, g, d = query.shape
+    device = query.device
+    _check_tensor(f"{who}, slots", answer.slots, (b, k, None), "[B, K, S]", (torch.int64,), device)
+    _check_tensor(f"{who}, counts", answer.counts, (b, k), "[B, K]", (torch.int64, torch.int32), device)
+    if answer.tail is not None:
+        weight, value = answer.tail
+        _check_tensor(f"{who}, tail.weight", weight, (b, k, g), "[B, K, G]", (torch.float32,), device)
+        _check_tensor(f"{who}, tail.value", value, (b, k, d), "[B, K, D]", _FLOATING, device)
+    if _switch.strict:
+        _check_chosen(who, answer, slots)
+    return answer
+
+
+def checked_priority(answer: Any, policy: Policy, layer: int, slots: Slots) -> torch.Tensor:
+    """Return what `priority` answered.
+
+    Raises:
+        UserError: as `checked_selection`.
+    """
+    who = f"policy {policy.name}, layer {layer}: priority"
+    shape = (*slots.lengths.shape, slots.used)
+    found = _check_tensor(who, answer, shape, "[B, K, T]", _FLOATING, slots.lengths.device)
+    if _switch.strict and bool((found.isnan() & slots.live()).any()):
+        b, k, t = (found.isnan() & slots.live()).nonzero()[0].tolist()
+        raise UserError(
+            f"{who} is NaN in row {b}, KV head {k}, slot {t}; a number is needed for every live slot"
+        )
+    return found
+
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_tensor(
+    who: str,
+    found: Any,
+    shape: tuple[int | None, ...],
+    letters: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> torch.Tensor:
+    if not isinstance(found, torch.Tensor):
+        raise UserError(f"{who} must be a tensor {letters}, not {type(found).__name__}")
+    fits = len(shape) == found.dim() and all(
+        n is None or n == m for n, m in zip(shape, found.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("S" if n is None else str(n) for n in shape)
+        raise UserError(f"{who} has the shape {list(found.shape)}, expected {letters} = [{wanted}]")
+    if found.dtype not in dtypes:
+        legal = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise UserError(f"{who} is {str(found.dtype).removeprefix('torch.')}, expected {legal}")
+    if found.device != device:
+        raise UserError(f"{who} is on {found.device}, expected {device}")
+    return found
+
+
+def _check_chosen(who: str, answer: Selection, slots: Slots) -> None:
+    """Raise UserError for slots that hold no token or are chosen twice, and for counts beyond them."""
+    chosen, counts, lengths = answer.slots, answer.counts, slots.lengths
+    for b in range(counts.shape[0]):
+        for k in range(counts.shape[1]):
+            where = f"in row {b}, KV head {k}"
+            count, length = int(counts[b, k]), int(lengths[b, k])
+            if not 0 <= count <= chosen.shape[2]:
+                raise UserError(f"{who} counts {count} slots {where}, expected 0 to S = {chosen.shape[2]}")
+            taken = chosen[b, k, :count].tolist()
+            if wrong := [slot for slot in taken if not 0 <= slot < length]:
+                raise UserError(
+                    f"{who} chose slot {wrong[0]} {where}, whose live slots are 0 to {length - 1}"
+                )
+            if len(set(taken)) < count:
+                twice = next(slot for slot in taken if taken.count(slot) > 1)
+                raise UserError(f"{who} chose slot {twice} twice {where}; each is read at most once")
+    if answer.tail is not None:
+        weight, value = answer.tail
+        if not bool(((weight >= 0) & (weight <= 1)).all()):
+            low, high = weight.aminmax()
+            raise UserError(f"{who}, tail.weight goes from {low:g} to {high:g}, expected 0 to 1")
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{who}, tail.value is not finite")

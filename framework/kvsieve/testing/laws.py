@@ -1,0 +1,230 @@
+"""The laws that every policy obeys.
+
+Each takes a policy that leaves something out of 40 tokens (tight), and one that does not (loose).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from .. import contract, specs, transfer
+from ..attention import decode_step, prefill
+from ..cache.kv import Scoring
+from ..cache.layer import LayerCache
+from ..errors import UserError
+from ..policy import Policy
+from .rollout import Inputs, rollout
+from .spy import Spy
+from .waits import FindsWaits
+
+
+def answers_fit_the_contract(tight: Policy, loose: Policy) -> None:
+    """`select` and `priority` answer with the right shapes and types, with live slots, each once, and with numbers."""
+    with contract.strict():
+        for policy in (tight, loose):
+            rollout(policy, *Inputs.random())
+
+
+def a_loose_budget_is_dense(tight: Policy, loose: Policy) -> None:
+    """A policy that leaves nothing out computes dense attention."""
+    inputs = Inputs.random()
+    _same(rollout(loose, *inputs), rollout(Policy(), *inputs), f"{loose} differs from dense attention")
+
+
+def the_budget_is_respected(tight: Policy, loose: Policy) -> None:
+    """Storage never exceeds the budget once the prompt is in; chosen slots are live, distinct and within the count."""
+    spy = Spy(tight.for_layer(0, 1))
+    layer, inputs = LayerCache(spy), Inputs.random()
+    rollout(spy, *inputs, layer=layer)
+    if spy.keeps is not None:
+        steps = inputs.step_queries.shape[2]
+        most = spy.keeps if spy.overwrites else spy.keeps + steps
+        assert int(layer.kv.lengths.max()) <= most, f"{tight} holds {int(layer.kv.lengths.max())} tokens"
+        if spy.overwrites:
+            assert layer.slots.capacity <= most, f"{tight} has storage for {layer.slots.capacity} tokens"
+    for selection, lengths in zip(spy.notes.selections, spy.notes.lengths, strict=True):
+        if selection is None:
+            continue
+        for b, k in _heads(lengths):
+            count = int(selection.counts[b, k])
+            chosen = selection.slots[b, k, :count].tolist()
+            assert count <= selection.slots.shape[2], (
+                f"{tight} counts {count} of {selection.slots.shape[2]} slots"
+            )
+            assert len(set(chosen)) == count, f"{tight} chose a slot twice: {chosen}"
+            assert all(0 <= slot < lengths[b, k] for slot in chosen), (
+                f"{tight} chose a slot that holds no token"
+            )
+
+
+def questions_change_nothing(tight: Policy, loose: Policy) -> None:
+    """`select` and `priority` do not modify the cache."""
+    spy = Spy(tight.for_layer(0, 1))
+    rollout(spy, *Inputs.random())
+    assert not spy.notes.changes, f"{tight}: {spy.notes.changes[0]}"
+
+
+def same_run_same_result(tight: Policy, loose: Policy) -> None:
+    """Nothing is remembered outside the cache: a second run gives the same numbers, bit for bit."""
+    inputs = Inputs.random()
+    assert torch.equal(rollout(tight, *inputs), rollout(tight, *inputs)), (
+        f"{tight} gave two results for one input"
+    )
+
+
+def rows_do_not_meet(tight: Policy, loose: Policy) -> None:
+    """A row of a ragged batch gets what it gets alone."""
+    inputs = Inputs.random()
+    together = rollout(tight, *inputs)
+    for b in range(len(inputs.lengths)):
+        _same(
+            together[b : b + 1], rollout(tight, *inputs.row(b)), f"{tight}: row {b} depends on its neighbours"
+        )
+
+
+def padding_side_does_not_matter(tight: Policy, loose: Policy) -> None:
+    """Left-padded and right-padded prompts give the same."""
+    inputs = Inputs.random()
+    prompt = inputs.prefill_queries.shape[2]
+    policy = tight.for_layer(0, 1)
+    layer = LayerCache(policy)
+    layer.scoring = Scoring(0.25)
+    shifts = [prompt - int(length) for length in inputs.lengths]
+
+    def left(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([row.roll(shift, 1) for row, shift in zip(x[:, :, :prompt], shifts, strict=True)])
+
+    valid = torch.arange(prompt) >= torch.tensor(shifts)[:, None]
+    layer.update(left(inputs.keys), left(inputs.values))
+    prefill(layer, left(inputs.prefill_queries).unflatten(1, (2, 2)), valid)
+    layer.update(inputs.keys[:, :, prompt : prompt + 1], inputs.values[:, :, prompt : prompt + 1])
+    output = decode_step(layer, inputs.step_queries[:, :, 0].unflatten(1, (2, 2))).flatten(1, 2)
+    _same(output, rollout(tight, *inputs)[:, :, 0], f"{tight} depends on the side of the padding")
+
+
+def pieces_of_a_prompt_change_nothing(tight: Policy, loose: Policy) -> None:
+    """A prompt that is fed in pieces gives what it gives as a whole."""
+    inputs = Inputs.random()
+    whole = rollout(tight, *inputs)
+    for chunk in (1, 7, 39):
+        _same(
+            rollout(tight, *inputs, prefill_chunk=chunk), whole, f"{tight} depends on prefill_chunk = {chunk}"
+        )
+
+
+def traffic_is_what_was_read(tight: Policy, loose: Policy) -> None:
+    """The meter charges each chosen slot's key and value once, and nothing else is read by attention."""
+    inputs = Inputs.random()
+    spy = Spy(tight.for_layer(0, 1))
+    with transfer.measure() as meter:
+        rollout(spy, *inputs)
+    size = inputs.values.shape[3] * inputs.values.element_size()
+    read = sum(
+        int((lengths if selection is None else selection.counts).sum())
+        for selection, lengths in zip(spy.notes.selections, spy.notes.lengths, strict=True)
+    )
+    assert meter.by_kind.get("values", 0) >= read * size, f"{tight} read {read} values, the meter has fewer"
+    counted = meter.by_kind.get("values", 0) + meter.by_kind.get("keys", 0)
+    assert counted == 2 * read * size + spy.notes.direct_reads, f"{tight}: traffic is off"
+    assert not spy.notes.leaks, f"{tight}: {spy.notes.leaks[0]}"
+
+
+def nothing_is_read_behind_the_meter(tight: Policy, loose: Policy) -> None:
+    """Keys, values, columns and summaries are touched through the view and the ops alone, which count."""
+    for policy in (tight, loose):
+        spy = Spy(policy.for_layer(0, 1))
+        with transfer.measure():
+            rollout(spy, *Inputs.random())
+        assert not spy.notes.unmetered, f"{policy}: {spy.notes.unmetered[0]}"
+
+
+def leaving_out_saves_bytes(tight: Policy, loose: Policy) -> None:
+    """A policy that leaves tokens out reads no more than dense attention does, its own columns included."""
+    with transfer.measure() as meter:
+        rollout(tight, *Inputs.random())
+    share = meter.read / meter.dense_read
+    assert share <= 1, f"{tight} reads {share:.2f} of dense attention's bytes: {meter.by_kind}"
+
+
+def a_step_never_waits_for_the_device(tight: Policy, loose: Policy) -> None:
+    """No `.item()`, no shape that depends on data, unless the policy declares that it is not `capturable`."""
+    policy = tight.for_layer(0, 1)
+    if not policy.capturable:
+        return
+    inputs, layer = Inputs.random(), LayerCache(policy)
+    rollout(policy, *inputs, layer=layer)
+    layer.update(inputs.keys[:, :, -1:], inputs.values[:, :, -1:])
+    with transfer.measure(), FindsWaits() as trace:
+        decode_step(layer, inputs.step_queries[:, :, -1].unflatten(1, (2, 2)))
+    assert not trace.found, (
+        f"{tight} waits for the device in a step ({trace.found[0]}): compute with tensors, or declare "
+        "capturable = False"
+    )
+
+
+def odd_inputs_stay_finite(tight: Policy, loose: Policy) -> None:
+    """A zero query (the embedding of a pad token, say), equal keys, and prompts of one token give finite outputs."""
+    inputs = Inputs.random((5, 1, 40))
+    zero = inputs._replace(step_queries=torch.zeros_like(inputs.step_queries))
+    equal = inputs._replace(keys=torch.ones_like(inputs.keys))
+    for odd in (inputs, zero, equal, Inputs.random((1,))):
+        assert rollout(tight, *odd).isfinite().all(), f"{tight} gave NaN or infinity"
+
+
+def the_spec_round_trips(tight: Policy, loose: Policy) -> None:
+    """`spec()` is plain data from which an equal policy is made; policies are frozen and hashable."""
+    for policy in (tight, loose):
+        ((name, parameters),) = policy.spec().items()
+        assert name == policy.name, f"{policy}.spec() is under {name!r}"
+        assert specs.build(type(policy), parameters) == policy, f"{policy} does not survive its spec"
+        assert hash(policy) == hash(dataclasses.replace(policy))
+
+
+def a_misspelt_parameter_is_named(tight: Policy, loose: Policy) -> None:
+    """A wrong key is answered with the legal ones."""
+    ((_, parameters),) = tight.spec().items()
+    try:
+        specs.build(type(tight), {**parameters, "budgett": 1})
+    except UserError as error:
+        assert "budgett" in str(error)
+        for field in dataclasses.fields(tight):
+            assert field.name in str(error), f"{error} does not name {field.name}"
+    else:
+        raise AssertionError(f"{type(tight).__name__} accepts a parameter that it does not have")
+
+
+LAWS: list[Callable[[Policy, Policy], None]] = [
+    answers_fit_the_contract,
+    a_loose_budget_is_dense,
+    the_budget_is_respected,
+    questions_change_nothing,
+    same_run_same_result,
+    rows_do_not_meet,
+    padding_side_does_not_matter,
+    pieces_of_a_prompt_change_nothing,
+    traffic_is_what_was_read,
+    nothing_is_read_behind_the_meter,
+    leaving_out_saves_bytes,
+    a_step_never_waits_for_the_device,
+    odd_inputs_stay_finite,
+    the_spec_round_trips,
+    a_misspelt_parameter_is_named,
+]
+
+
+def check_policy(tight: Policy, loose: Policy) -> None:
+    """All laws at once; raises AssertionError with the first that is broken."""
+    for law in LAWS:
+        law(tight, loose)
+
+
+def _same(got: torch.Tensor, wanted: torch.Tensor, complaint: str) -> None:
+    worst = (got - wanted).abs().max().item()
+    assert worst < 1e-4, f"{complaint} (by {worst:.2g})"
+
+
+def _heads(lengths: torch.Tensor) -> list[tuple[int, int]]:
+    return [(b, k) for b in range(lengths.shape[0]) for k in range(lengths.shape[1])]

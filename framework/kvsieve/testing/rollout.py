@@ -1,0 +1,104 @@
+"""Run a policy on plain tensors, without a model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..attention import decode_step, prefill
+from ..cache.kv import Scoring
+from ..cache.layer import LayerCache
+from ..errors import UserError
+from ..policy import Observe, Policy
+
+
+def rollout(
+    policy: Policy,
+    prefill_queries: torch.Tensor | None,
+    step_queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    scale: float | None = None,
+    layer: LayerCache | None = None,
+    prefill_chunk: int | None = None,
+) -> torch.Tensor:
+    """Attention outputs `[B, H, N, D]` of N decode steps of one layer under a policy.
+
+    Args:
+        policy: the policy, or a wrapper, of whose layers the first of one is taken.
+        prefill_queries: `[B, H, P, D]`; None for policies that do not look at them.
+        step_queries: `[B, H, N, D]`, one a step.
+        keys, values: `[B, K, P + N, D]`: the prompt's, then one more token a step.
+        lengths: `[B]`: row b's prompt is its first `lengths[b]` tokens, right-padded to P; None: all P.
+        scale: of the logits; None is `D ** -0.5`.
+        layer: an empty `LayerCache(policy)` to look into afterwards: `layer.kv` is what the policy sees.
+        prefill_chunk: feed the prompt in pieces of this many tokens.
+
+    Raises:
+        UserError: shapes that do not fit together, or no prefill queries for a policy that observes attention mass.
+    """
+    rows, heads, steps, size = step_queries.shape
+    kv_heads, prompt = keys.shape[1], keys.shape[2] - steps
+    policy = policy.for_layer(0, 1)
+    if prompt < 1 or heads % kv_heads or values.shape[:3] != keys.shape[:3]:
+        raise UserError(
+            f"keys {list(keys.shape)} and values {list(values.shape)} must be [B, K, P + N, D] with P >= 1, and the "
+            f"H = {heads} query heads of step_queries {list(step_queries.shape)} a multiple of K"
+        )
+    if prefill_queries is None:
+        if policy.observes is not Observe.NONE:
+            raise UserError(f"{policy.name} observes the attention of the prompt: give prefill_queries")
+        prefill_queries = step_queries.new_zeros(rows, heads, prompt, size)
+    layer = layer or LayerCache(policy)
+    layer.scoring = Scoring(size**-0.5 if scale is None else scale)
+    valid = None
+    if lengths is not None:
+        valid = torch.arange(prompt, device=keys.device) < lengths.to(keys.device)[:, None]
+
+    def grouped(query: torch.Tensor) -> torch.Tensor:
+        return query.unflatten(1, (kv_heads, heads // kv_heads))
+
+    layer.prompt_end = prompt
+    for first in range(0, prompt, prefill_chunk or prompt):
+        piece = slice(first, min(first + (prefill_chunk or prompt), prompt))
+        layer.update(keys[:, :, piece], values[:, :, piece])
+        real = None if valid is None else valid[:, piece]
+        prefill(layer, grouped(prefill_queries[:, :, piece]), real)
+    outputs = []
+    for step in range(steps):
+        at = slice(prompt + step, prompt + step + 1)
+        layer.update(keys[:, :, at], values[:, :, at])
+        outputs.append(decode_step(layer, grouped(step_queries[:, :, step])))
+    return torch.stack(outputs, 3).flatten(1, 2)
+
+
+class Inputs(NamedTuple):
+    """Random queries, keys and values of a ragged batch, as `rollout` takes them."""
+
+    prefill_queries: torch.Tensor
+    step_queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def random(cls, lengths: tuple[int, ...] = (40, 33, 3), steps: int = 6, seed: int = 0) -> Inputs:
+        """B rows of these prompt lengths, H = 4, K = 2, D = 16; logits spread enough that tokens differ."""
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(heads: int, tokens: int) -> torch.Tensor:
+            return torch.randn(len(lengths), heads, tokens, 16, generator=random)
+
+        prompt = max(lengths)
+        queries, new = 2 * normal(4, prompt), 2 * normal(4, steps)
+        return cls(queries, new, normal(2, prompt + steps), normal(2, prompt + steps), torch.tensor(lengths))
+
+    def row(self, b: int) -> Inputs:
+        """Row b alone, without padding."""
+        length, prompt = int(self.lengths[b]), self.prefill_queries.shape[2]
+        tokens = [*range(length), *range(prompt, self.keys.shape[2])]
+        keys, values = self.keys[b : b + 1, :, tokens], self.values[b : b + 1, :, tokens]
+        queries, new = self.prefill_queries[b : b + 1, :, :length], self.step_queries[b : b + 1]
+        return Inputs(queries, new, keys, values, self.lengths[b : b + 1])

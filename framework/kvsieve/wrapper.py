@@ -1,0 +1,102 @@
+"""Wrapper: the base of policies that change another one, `inner`, in some respect and leave the rest to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cache.layouts import KeyLayout
+from .policy import Observe, Policy, Selection, Shape
+
+if TYPE_CHECKING:
+    from .cache.kv import KVView, NewTokens
+
+
+class Wrapper(Policy):
+    """Forwards everything to `inner`; a subclass overrides what it changes, and calls `self.inner` for the rest.
+
+    A subclass is a frozen dataclass with a field `inner: Policy`. Columns and summaries of the wrapper's own are
+    declared in `own_columns` and `own_summaries`; the cache holds them under `self.own(name)`, so that they never
+    meet those of `inner`.
+    """
+
+    inner: Policy  # a field of the subclass
+
+    # ---------------------------------------------------------------- the wrapper's own
+    @property
+    def own_columns(self) -> Mapping[str, Shape]:
+        """Columns beside those of `inner`; read them as `kv[self.own("name")]`."""
+        return {}
+
+    @property
+    def own_summaries(self) -> Mapping[str, Shape]:
+        """Summaries beside those of `inner`."""
+        return {}
+
+    def own(self, name: str) -> str:
+        """Return the name under which the cache holds a column or summary of the wrapper's own."""
+        full = f"{self.name}.{name}"
+        while full in self.inner.columns or full in self.inner.summaries:
+            full = f"{self.name}.{full}"
+        return full
+
+    # ---------------------------------------------------------------- forwarded
+    @property
+    def keeps(self) -> int | None:
+        return self.inner.keeps
+
+    @property
+    def overwrites(self) -> bool:
+        return self.inner.overwrites
+
+    @property
+    def columns(self) -> Mapping[str, Shape]:
+        return {**self.inner.columns, **{self.own(name): shape for name, shape in self.own_columns.items()}}
+
+    @property
+    def summaries(self) -> Mapping[str, Shape]:
+        return {
+            **self.inner.summaries,
+            **{self.own(name): shape for name, shape in self.own_summaries.items()},
+        }
+
+    @property
+    def observes(self) -> Observe:
+        return self.inner.observes
+
+    @property
+    def key_layout(self) -> KeyLayout:
+        return self.inner.key_layout
+
+    @property
+    def capturable(self) -> bool:
+        return self.inner.capturable
+
+    def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
+        return self.inner.select(query, kv)
+
+    def priority(self, kv: KVView) -> torch.Tensor:
+        return self.inner.priority(kv)
+
+    def on_append(self, kv: KVView, new: NewTokens) -> None:
+        self.inner.on_append(kv, new)
+
+    def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
+        self.inner.on_attend(kv, mass)
+
+    def on_prefill(self, kv: KVView) -> None:
+        self.inner.on_prefill(kv)
+
+    def for_layer(self, layer: int, layers: int) -> Policy:
+        inner = self.inner.for_layer(layer, layers)
+        return dataclasses.replace(self, inner=inner)  # type: ignore[call-arg]
+
+    def in_layout(self, layout: KeyLayout) -> Policy | None:
+        inner = self.inner.in_layout(layout)
+        return None if inner is None else dataclasses.replace(self, inner=inner)  # type: ignore[call-arg]
+
+    def check(self, head_size: int) -> None:
+        self.inner.check(head_size)

@@ -1,0 +1,344 @@
+"""From samples to rows: groups, labels, comparisons, speeds, and run folders of older versions."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kvsieve import UserError, make_policy
+from kvsieve.compare import cells, config, manifest, results, summary
+from kvsieve.compare.cells import Cell, describe_parameters
+from kvsieve.compare.manifest import Entry
+from kvsieve.compare.markdown import markdown
+from kvsieve.compare.results import Results, Row
+from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition
+
+ROOT = Path(__file__).parent.parent.parent
+QUICKSTART = ROOT / "benchmarks" / "results" / "quickstart"
+
+
+def entry(cell, policy="dense", samples=16, task="needle", context=512, **values):
+    found = {
+        "cell": cell, "label": f"{task} {context}, {policy}", "model": "m", "task": task, "task_parameters": {},
+        "context": context, "policy": policy.split()[0], "policy_label": policy, "parameters": "",
+        "compression": policy.partition(" ")[2], "metric": "exact match", "higher_is_better": True, "chance": 0.0,
+        "limits": (0.0, 1.0), "samples": samples,
+    }  # fmt: skip
+    return Entry(**found | values)
+
+
+def records(cell, scores, tokens_per_second=100.0, **values):
+    return [
+        {
+            "cell": cell, "sample": i, "score": float(score), "steps": 6.0, "bytes_read": 60.0, "bytes_written": 6.0,
+            "bytes_dense": 120.0, "kv_bytes": 10.0, "tokens_per_second": tokens_per_second, "ran_eagerly": None,
+        } | values
+        for i, score in enumerate(scores)
+    ]  # fmt: skip
+
+
+def rows_of(*pairs):
+    return summary.summarize([one for one, _ in pairs], [r for _, found in pairs for r in found])
+
+
+def test_a_policy_is_compared_with_dense_on_the_samples_that_both_have():
+    dense = [1, 1, 0, 1] * 4
+    policy = [1, 0, 1, 1] * 3  # only twelve were measured
+    first, second = rows_of(
+        (entry("a"), records("a", dense)), (entry("b", "sparq 1/8"), records("b", policy))
+    )
+    assert (first.mark, first.difference, first.score_low) == ("", None, pytest.approx(0.505, abs=1e-3))
+    assert (second.pairs, second.lost, second.won) == (12, 3, 3)
+    assert second.changes == "lost 3, won 3 of 12"
+    assert second.difference == pytest.approx(0)
+    assert second.mark == "indistinguishable"
+    assert second.score == pytest.approx(0.75)
+
+
+def test_a_small_sure_loss_is_found_where_the_samples_are_paired():
+    dense = [0.8 + 0.1 * i for i in range(16)]
+    worse = [score + 0.02 + 0.001 * (i % 3) for i, score in enumerate(dense)]
+    bits = {"higher_is_better": False, "limits": None, "chance": 8.0, "metric": "bits per byte"}
+    first, second = rows_of(
+        (entry("a", **bits), records("a", dense)), (entry("b", "h2o", **bits), records("b", worse))
+    )
+    assert first.score_low < second.score_low < first.score_high  # apart, they tell nothing
+    assert second.mark == "worse"
+    assert (second.lost, second.won) == (None, None)
+    assert Results([first, second]).groups[0].difference(second).startswith("+0.02094 (+0.020")
+
+
+def test_every_group_has_its_own_dense_row_and_says_its_parameters():
+    pairs = []
+    for distractors, score in ((0, 1), (7, 0)):
+        given = {"task_parameters": {"distractors": distractors, "text": None}}
+        pairs.append((entry(f"dense{distractors}", **given), records(f"dense{distractors}", [score] * 16)))
+        pairs.append(
+            (entry(f"sparq{distractors}", "sparq 1/8", **given), records(f"sparq{distractors}", [score] * 16))
+        )
+    found = Results(rows_of(*pairs))
+    assert [group.task for group in found.groups] == ["needle distractors=0", "needle distractors=7"]
+    assert [group.column for group in found.groups] == [
+        "needle 512 distractors=0",
+        "needle 512 distractors=7",
+    ]
+    assert [group.dense.score for group in found.groups] == [1, 0]
+    assert [row.difference for row in found.rows if row.policy == "sparq"] == [0, 0]
+    assert [group.at_chance for group in found.groups] == [False, True]
+    text = markdown(found, [])
+    assert "## needle distractors=0: exact match" in text
+    assert "## needle distractors=7: exact match" in text
+
+
+def test_the_sweep_that_ships_makes_groups_of_its_own(model):
+    shipped = ROOT / "configs" / "first_layers_dense.yaml"
+    overrides = ["tasks.0.needle.context=400"]
+    found = cells.expand(config.load(shipped, overrides), model)
+    entries = manifest.entries(found, "reference", {})
+    measured = summary.summarize(entries, [r for one in entries for r in records(one.cell, [1, 0, 1])])
+    groups = Results(measured).groups
+    assert [group.task for group in groups] == ["needle distractors=0", "needle distractors=7"]
+    assert [[row.policy for row in group.rows] for group in groups] == 2 * [
+        ["dense", "sparq", "dense_layers", "dense_layers"]
+    ]
+
+
+def cell(policy, compression=None, **task):
+    return Cell("id", Needle(**task), policy, compression)
+
+
+def test_a_label_says_what_is_not_the_default():
+    policies = [make_policy("dense"), make_policy("sparq", r=8, k=64), make_policy("sparq"),
+                make_policy("dense_layers", layers=[0], inner={"sparq": {"r": 4, "k": 32}})]  # fmt: skip
+    assert manifest.policy_labels([cell(policy) for policy in policies]) == [
+        "dense", "sparq r=8 k=64", "sparq", "dense_layers layers=[0] inner=sparq(r=4 k=32)",
+    ]  # fmt: skip
+    assert describe_parameters(policies[1]).startswith("r=8 k=64 local=32 mean_value=true")
+
+
+def test_policies_of_the_same_compression_are_told_apart():
+    single, double = (
+        make_policy("sparq", r=8, k=64, local=16, layout=layout) for layout in ("single", "double")
+    )
+    asked = [cell(single, "1/8"), cell(double, "1/8"), cell(double, "1/8", context=2048)]
+    assert manifest.policy_labels(asked) == [
+        "sparq 1/8 layout=single",
+        "sparq 1/8 layout=double",
+        "sparq 1/8",
+    ]
+
+
+def test_speeds_keep_their_spread():
+    slow = records("a", [1] * 8, 110.0) + records("a", [1] * 16, 1147.0)[8:]
+    assert len(slow) == 16
+    steady = records("b", [1] * 8, [100.0, 105.0]) + records("b", [1] * 16, [98.0])[8:]
+    none = records("c", [1] * 16, None)
+    rows = rows_of((entry("a"), slow), (entry("b", "sparq 1/8"), steady), (entry("c", "h2o 1/8"), none))
+    assert [row.noisy for row in rows] == [True, False, False]
+    assert [(row.tokens_per_second_min, row.tokens_per_second_max) for row in rows] == [
+        (110, 1147), (98, 105), (None, None),
+    ]  # fmt: skip
+    assert rows[1].tokens_per_second == 100
+    text = markdown(Results(rows), [])
+    assert "| 628 noisy |" in text
+    assert "tokens/s differ by more than 20% of their median" in text
+
+
+def test_a_csv_gives_back_the_rows(tmp_path):
+    entries = [entry("a", task_parameters={"text": "my, file.txt", "n": None}),
+               entry("b", "sparq 1/8", task_parameters={"text": "my, file.txt", "n": None})]  # fmt: skip
+    rows = rows_of((entries[0], records("a", [1, 0] * 8)), (entries[1], records("b", [1, 1] * 8)))
+    results.write_csv(tmp_path / "summary.csv", rows)
+    for before, after in zip(rows, results.read_csv(tmp_path / "summary.csv"), strict=True):
+        for field in dataclasses.fields(Row):
+            expected = getattr(before, field.name)
+            if isinstance(expected, float):
+                expected = pytest.approx(expected, rel=1e-5, abs=1e-9)
+            assert getattr(after, field.name) == expected, field.name
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"context": "long"}, "line 2: context: 'long' is not a number"),
+        ({"context": ""}, "line 2: context: '' is not a number of tokens"),
+        ({"score": "high"}, "line 2: score: 'high' is not a number"),
+        ({"task_parameters": "[1]"}, r"line 2: task_parameters: '\[1\]' is no JSON object"),
+        ({"task_parameters": "{"}, "line 2: "),
+    ],
+)
+def test_a_csv_that_is_none_is_a_message(tmp_path, line, message):
+    found = {"task": "needle", "context": "512", "policy": "dense"} | line
+    (tmp_path / "summary.csv").write_text(",".join(found) + "\n" + ",".join(found.values()) + "\n")
+    with pytest.raises(UserError, match=message):
+        results.read_csv(tmp_path / "summary.csv")
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """A run folder as version 0.1.0 wrote it: no cells.json in the repository, and a summary.csv with fewer columns."""
+    for name in ("samples.jsonl", "config.yaml", "environment.json"):
+        shutil.copy(QUICKSTART / name, tmp_path / name)
+    return tmp_path
+
+
+def test_a_run_folder_of_version_0_1_0_is_read(old_run):
+    rows = summary.write(old_run)
+    assert len(rows) == 35
+    dense, half, *_ = rows
+    assert (dense.task, dense.model, dense.task_parameters) == (
+        "needle",
+        "reference",
+        {"distractors": 0, "text": None},
+    )
+    assert (half.policy_label, half.compression, half.mark) == ("sparq 1/2", "1/2", "indistinguishable")
+    assert half.parameters.startswith("r=32 k=256 local=64 mean_value=true")
+    by_label = {(row.task, row.policy_label): row for row in rows}
+    perplexity = by_label["perplexity", "sparq 1/8"]
+    assert (perplexity.difference_low, perplexity.difference_high) == (
+        pytest.approx(0.0125, abs=1e-4), pytest.approx(0.0389, abs=1e-4),
+    )  # fmt: skip
+    assert perplexity.mark == "few"
+    assert by_label["repetition", "h2o 1/8"].mark == "worse"
+
+
+def test_a_cells_json_of_version_0_1_0_keeps_its_order_and_its_failures(old_run):
+    rows = summary.write(old_run)
+    found = manifest.read(
+        old_run, [json.loads(line) for line in (old_run / "samples.jsonl").read_text().splitlines()]
+    )
+    old = (
+        "cell",
+        "label",
+        "model",
+        "policy",
+        "parameters",
+        "compression",
+        "metric",
+        "higher_is_better",
+        "samples",
+    )
+    cells = [{name: getattr(one, name) for name in old} | {"error": None} for one in reversed(found)]
+    cells[0] |= {"samples": 4, "error": "no luck"}
+    (old_run / "cells.json").write_text(json.dumps(cells))
+    again = summary.write(old_run)
+    assert [row.policy_label for row in again] == [row.policy_label for row in reversed(rows)]
+    assert again[0].samples == 4
+    assert "no luck" in (old_run / "summary.md").read_text()
+
+
+def test_the_committed_summaries_are_those_of_their_samples(old_run):
+    summary.write(old_run)
+    for name in ("summary.csv", "summary.md"):
+        assert (old_run / name).read_text() == (QUICKSTART / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: (folder / "samples.jsonl").unlink(),
+            "is not the folder of a run: it has no cells.json",
+        ),
+        (lambda folder: (folder / "cells.json").write_text("{"), "cells.json cannot be read"),
+        (lambda folder: (folder / "cells.json").write_text("[7]"), "cells.json cannot be read"),
+        (lambda folder: (folder / "cells.json").write_text('[{"cell": []}]'), "cells.json cannot be read"),
+        (
+            lambda folder: (folder / "samples.jsonl").write_text(
+                (folder / "samples.jsonl").read_text().replace('"sparq": {', '"gone": {')
+            ),
+            "cannot be made from the samples: unknown policy 'gone'",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_one_sentence(old_run, damage, message):
+    damage(old_run)
+    with pytest.raises(UserError, match=message):
+        summary.write(old_run)
+
+
+def test_what_ran_eagerly_on_a_gpu_is_said_where_the_speeds_are():
+    def row(policy, why):
+        return rows_of((entry("a", policy), records("a", [1], ran_eagerly=why)))[0]
+
+    rows = [row("dense", ""), row("h2o 1/8", "it looks"), row("sparq 1/8", None), row("h2o 1/8", "it looks"),
+            row("odd 1/8", "it looks")]  # fmt: skip
+    assert results.eager_notes(rows) == ["Not as one CUDA graph a step: h2o 1/8, odd 1/8 (it looks)."]
+
+
+def test_every_task_says_its_chance_level_and_its_limits():
+    said = {kind: (kind.chance, kind().limits) for kind in (Needle, KeyValue, Perplexity)}
+    assert said == {Needle: (0, (0, 1)), KeyValue: (0, (0, 1)), Perplexity: (8, None)}
+    assert Repetition(length=128).limits == (0, 128)
+    assert Repetition.chance == 0
+
+
+# -------------------------------------------------------------------- in a terminal
+def shown(rows, width):
+    from kvsieve.compare.terminal import show
+
+    console = Console(width=width, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
+    show(Results(rows), console)
+    return console.export_text()
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return results.read_csv(QUICKSTART / "summary.csv")
+
+
+def test_the_terminal_shows_policies_by_tasks_first(quickstart):
+    text = shown(quickstart, 120)
+    first = text.partition("needle: exact match")[0]
+    assert re.search(r"h2o 1/8 +0\.13 +0 ▼ +0 ▼ +4\.88 ▼ +1\.4 +0 ▼", first)
+    assert "▼ worse, ▲ better than dense" in first
+    assert "Too few samples to tell policies from dense: perplexity 1024." in first
+    assert re.search(r"sparq 1/8 +1\.252 +0\.733 to 1\.771 +\+0\.026 \(\+0\.013 to \+0\.039\)", text)
+    assert re.search(r"noisy 462", text)
+    assert "No room" not in text
+
+
+@pytest.mark.parametrize("width", [100, 80, 60, 45])
+def test_a_narrow_terminal_says_which_columns_it_leaves_out(quickstart, width):
+    text = shown(quickstart, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    one_line = " ".join(text.split())
+    headings = {"95 % interval", "answers", "KV MB", "tokens/s", "bytes read", "against dense"}
+    tables = re.split(r"\b(?=needle: |repetition: |perplexity: |key_value: )", one_line)
+    assert len(tables) == 5
+    for table in tables[1:]:
+        said = re.search(r"No room here for (.*?): see summary.md", table)
+        left_out = set(said[1].split(", ")) if said else set()
+        above = table.partition("──")[0]
+        for heading in headings - {"answers"}:
+            assert (heading in above) != (heading in left_out), (heading, table)
+    for column in ("needle 1024", "needle 2048", "repetition 2048", "perplexity 1024", "key_value 1024"):
+        said = re.search(r"No room here for (.*?): see the tables below", tables[0])
+        task = column.split()[0]
+        assert (task in tables[0].partition("──")[0]) or column in said[1]
+
+
+def test_a_policy_that_lost_the_answers_is_not_green():
+    rows = rows_of(
+        (entry("a"), records("a", [1] * 16)), (entry("b", "h2o 1/8"), records("b", [0] * 16)),
+        (entry("c", "odd 1/8"), records("c", [0, 1] * 8)),
+    )  # fmt: skip
+    from kvsieve.compare.terminal import task_table
+
+    console = Console(width=120, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
+    console.print(task_table(Results(rows).groups, console))
+    assert {row.mark for row in rows[1:]} == {"worse"}
+    assert "\x1b[32m" not in console.export_text(styles=True)
+
+
+def test_brackets_in_a_name_are_shown_as_they_are():
+    rows = rows_of((entry("a", task="a[red]b"), records("a", [1])),
+                   (entry("b", "dense_layers layers=[0]", task="a[red]b"), records("b", [1])))  # fmt: skip
+    text = shown(rows, 120)
+    assert "dense_layers layers=[0]" in text
+    assert "a[red]b: exact match" in text

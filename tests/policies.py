@@ -1,0 +1,58 @@
+"""The one table of policies and parameters that tests use, and the policies made of it.
+
+tight: leaves something out once a row holds 13 tokens. loose: leaves nothing out of 45.
+"""
+
+from typing import Any, NamedTuple
+
+from kvsieve import make_policy
+
+
+class Case(NamedTuple):
+    policy: str
+    tight: dict[str, Any]
+    loose: dict[str, Any]
+
+
+CASES = {
+    "dense": Case("dense", {}, {}),
+    "sparq": Case("sparq", {"r": 4, "k": 8, "local": 2}, {"r": 4, "k": 64, "local": 2}),
+    "sparq_logits": Case("sparq", {"r": 3, "k": 9, "local": 0, "group_score": "logits"}, {"r": 16, "k": 46}),
+    "sparq_no_mean": Case(
+        "sparq",
+        {"r": 4, "k": 8, "local": 8, "mean_value": False},
+        {"r": 1, "k": 46, "mean_value": False},
+    ),
+    "sparq_mean_limit": Case(
+        "sparq", {"r": 4, "k": 8, "local": 2, "mean_value_limit": 0.3}, {"r": 16, "k": 64}
+    ),
+    "sparq_double": Case(
+        "sparq",
+        {"r": 4, "k": 8, "local": 2, "layout": "double"},
+        {"r": 4, "k": 64, "layout": "double"},
+    ),
+    "sparq_blocked": Case(
+        "sparq",
+        {"r": 4, "k": 8, "local": 2, "layout": "blocked"},
+        {"r": 4, "k": 64, "layout": "blocked", "block": 32},
+    ),
+    "h2o": Case("h2o", {"budget": 12, "recent": 4}, {"budget": 64, "recent": 4}),
+    "h2o_all_recent": Case("h2o", {"budget": 5, "recent": 5}, {"budget": 46, "recent": 1}),
+    "local_window": Case("local_window", {"budget": 12, "sinks": 2}, {"budget": 64}),
+    "local_window_of_one": Case("local_window", {"budget": 1, "sinks": 0}, {"budget": 46, "sinks": 3}),
+    "dense_layers": Case(
+        "dense_layers",
+        {"layers": [], "inner": {"h2o": {"budget": 12, "recent": 4}}},
+        {"layers": [-1], "inner": "dense"},
+    ),
+    "dense_layers_sparq": Case(
+        "dense_layers",
+        {"layers": [], "inner": {"sparq": {"r": 4, "k": 8, "local": 2}}},
+        {"layers": [0], "inner": "h2o"},
+    ),
+}
+TIGHT = {name: make_policy(case.policy, **case.tight) for name, case in CASES.items()}
+LOOSE = {name: make_policy(case.policy, **case.loose) for name, case in CASES.items()}
+
+# For models of several layers: the first is dense, the others keep 12 tokens.
+FIRST_LAYER_DENSE = make_policy("dense_layers", layers=[0], inner=TIGHT["h2o"])

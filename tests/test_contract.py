@@ -1,0 +1,291 @@
+"""A policy's declarations and answers are checked: a mistake is named with policy, layer, what came and what is due."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+import kvsieve
+from kvsieve import (
+    KeyLayout,
+    KVCache,
+    Observe,
+    Policy,
+    Selection,
+    Tail,
+    UserError,
+    Wrapper,
+    make_policy,
+    specs,
+)
+from kvsieve.testing import Inputs, LayerCache, rollout, strict
+from tests.models import random_prompts, tiny_llama
+
+
+def policy(**members) -> Policy:
+    """A policy of a new class with these members."""
+    return dataclass(frozen=True)(type("Made", (Policy,), {"name": "made", **members}))()
+
+
+def step(made, **given):
+    """One row of 40, 33 and 3 tokens, K = 2, G = 2, D = 16, six decode steps."""
+    return rollout(made, *Inputs.random(), **given)
+
+
+# -------------------------------------------------------------------- declarations
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            {"priority": lambda self, kv: kv.positions.float()},
+            "has `priority`, but does not declare .* `keeps`",
+        ),
+        ({"keeps": 8}, "`keeps`, but has no `priority"),
+        ({"on_attend": lambda self, kv, mass: None}, "has `on_attend`, but does not observe"),
+        ({"on_attend": lambda self, kv, mass: None, "observes": Observe.NONE}, "but does not observe"),
+        ({"observes": "mass"}, "observes must be a kvsieve.Observe, not 'mass'"),
+        ({"observes": True}, "observes must be a kvsieve.Observe, not True"),
+        ({"on_attention": lambda self, kv, mass: None}, "Made.on_attention is no hook.*on_append, on_attend"),
+        ({"on_step": lambda self, kv: None}, "Made.on_step is no hook"),
+        ({"selects": lambda self, query, kv: None}, "did you mean 'select'"),
+        ({"for_compresion": classmethod(lambda cls, *_: cls())}, "did you mean 'for_compression'"),
+        ({"sumaries": property(lambda self: {})}, "did you mean 'summaries'"),
+        (
+            {"keeps": 0, "priority": lambda self, kv: kv.positions.float()},
+            "keeps must be .* at least 1.* not 0",
+        ),
+        ({"keeps": 2.5, "priority": lambda self, kv: kv.positions.float()}, "keeps must be .* not 2.5"),
+        ({"keeps": True, "priority": lambda self, kv: kv.positions.float()}, "keeps must be .* not True"),
+        ({"overwrites": "yes"}, "overwrites must be True or False, not 'yes'"),
+        ({"key_layout": "double"}, "key_layout must be a kvsieve.KeyLayout, not 'double'"),
+        ({"columns": {"values": torch.float32}}, "'values' in columns is the cache's own"),
+        ({"columns": {"keys_by_channel": torch.float32}}, "'keys_by_channel' in columns is the cache's own"),
+        ({"summaries": {"lengths": torch.float32}}, "'lengths' in summaries is the cache's own"),
+        (
+            {"columns": {"x": torch.float32}, "summaries": {"x": torch.float32}},
+            "is both a column and a summary",
+        ),
+        ({"columns": {"x": float}}, r"columns\['x'\] must be a torch.dtype"),
+        ({"columns": {"x": (torch.float32, 0)}}, r"columns\['x'\] must be a torch.dtype"),
+        ({"columns": ["x"]}, "columns must be a mapping"),
+    ],
+    ids=str,
+)
+def test_declarations_that_cannot_be_are_refused_before_any_work(members, message):
+    with pytest.raises(UserError, match=message):
+        KVCache(tiny_llama(), policy(**members))
+
+
+def test_a_budget_below_one_is_refused_by_the_built_in_policies_too():
+    for name in ("h2o", "local_window"):
+        with pytest.raises(UserError, match="budget must be at least 1"):
+            make_policy(name, budget=0)
+
+
+def test_helpers_of_a_policy_may_have_names_of_their_own():
+    KVCache(tiny_llama(), policy(score_of=lambda self: 1, _select=lambda self: 2, decay=0.5))
+
+
+# -------------------------------------------------------------------- answers
+def chosen(slots=None, counts=None, tail=None):
+    """A policy that answers with the first slot, or with what is given in place of it."""
+
+    def select(self, query, kv):
+        some = torch.zeros(*kv.lengths.shape, 2, dtype=torch.int64) + torch.arange(2)
+        answer = some if slots is None else slots(some, kv)
+        count = torch.full_like(kv.lengths, 2) if counts is None else counts(kv)
+        return Selection(answer, count, None if tail is None else tail(query))
+
+    return policy(select=select)
+
+
+def ranked(priority):
+    return policy(keeps=8, priority=lambda self, kv: priority(kv))
+
+
+SHAPES = [
+    (
+        policy(select=lambda self, query, kv: kv.lengths),
+        "must return a kvsieve.Selection or None, not Tensor",
+    ),
+    (
+        chosen(slots=lambda some, kv: some[0]),
+        r"slots has the shape \[2, 2\], expected \[B, K, S\] = \[3, 2, S\]",
+    ),
+    (chosen(slots=lambda some, kv: some.float()), "slots is float32, expected int64"),
+    (chosen(slots=lambda some, kv: some.tolist()), "slots must be a tensor .*, not list"),
+    (chosen(slots=lambda some, kv: some.to("meta")), "slots is on meta, expected cpu"),
+    (chosen(counts=lambda kv: kv.lengths[:, 0]), r"counts has the shape \[3\], expected \[B, K\] = \[3, 2\]"),
+    (chosen(counts=lambda kv: kv.lengths.float()), "counts is float32, expected int64 or int32"),
+    (chosen(tail=lambda q: Tail(q[..., 0].double(), q[:, :, 0])), "tail.weight is float64, expected float32"),
+    (chosen(tail=lambda q: Tail(q[:, :, :, 0], q)), r"tail.value has the shape .* expected \[B, K, D\]"),
+    (
+        ranked(lambda kv: kv.positions[:, 0].float()),
+        r"priority has the shape \[3, 40\], expected \[B, K, T\]",
+    ),
+    (ranked(lambda kv: kv.positions), "priority is int64, expected float32 or"),
+    (ranked(lambda kv: 1.0), "priority must be a tensor .*, not float"),
+]
+VALUES = [
+    (
+        chosen(slots=lambda some, kv: some + 10),
+        "chose slot 10 in row 2, KV head 0, whose live slots are 0 to 3",
+    ),
+    (chosen(slots=lambda some, kv: some - 1), "chose slot -1 in row 0, KV head 0"),
+    (chosen(slots=lambda some, kv: some * 0), "chose slot 0 twice in row 0, KV head 0"),
+    (chosen(counts=lambda kv: kv.lengths * 0 + 3), "counts 3 slots in row 0, KV head 0, expected 0 to S = 2"),
+    (chosen(counts=lambda kv: kv.lengths * 0 - 1), "counts -1 slots"),
+    (
+        chosen(tail=lambda q: Tail(q[..., 0] * 0 + 2, q[:, :, 0])),
+        "tail.weight goes from 2 to 2, expected 0 to 1",
+    ),
+    (chosen(tail=lambda q: Tail(q[..., 0] * 0, q[:, :, 0] / 0)), "tail.value is not finite"),
+    (ranked(lambda kv: kv.positions * torch.nan), "priority is NaN in row 0, KV head 0, slot 0"),
+]
+
+
+@pytest.mark.parametrize(("made", "message"), SHAPES, ids=[message for _, message in SHAPES])
+def test_shape_type_and_device_of_an_answer_are_checked(made, message):
+    with pytest.raises(UserError, match=f"policy made, layer 0: .*{message}"):
+        step(made)
+
+
+@pytest.mark.parametrize(("made", "message"), VALUES, ids=[message for _, message in VALUES])
+def test_strict_mode_checks_the_values_of_an_answer(made, message):
+    with strict(), pytest.raises(UserError, match=f"policy made, layer 0: .*{message}"):
+        step(made)
+
+
+@pytest.mark.parametrize("made", [made for made, _ in VALUES], ids=[message for _, message in VALUES])
+def test_without_strict_mode_a_wrong_value_stays_within_its_row(made):
+    """Rows computed together are what they are alone: nothing is read from, or written to, a neighbour."""
+    inputs = Inputs.random()
+    together = rollout(made, *inputs)
+    for b in range(3):
+        alone = rollout(made, *inputs.row(b))
+        torch.testing.assert_close(together[b : b + 1], alone, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_the_layer_is_named():
+    model = tiny_llama()
+    made = policy(
+        for_layer=lambda self, layer, layers: ranked(lambda kv: kv.lengths) if layer == 1 else Policy()
+    )
+    with pytest.raises(UserError, match="policy made, layer 1: priority"):
+        list(kvsieve.decode(model, random_prompts(20), made, max_new_tokens=2))
+
+
+def test_the_environment_switches_strict_mode_on(monkeypatch):
+    import subprocess
+    import sys
+
+    code = "from kvsieve import contract; print(contract._switch.strict)"
+    for value, wanted in (("1", "True"), ("0", "False"), ("", "False")):
+        monkeypatch.setenv("KVSIEVE_STRICT", value)
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert ran.stdout.strip() == wanted
+
+
+# -------------------------------------------------------------------- the view
+def test_raw_storage_cannot_be_reached_by_a_public_name():
+    layer = LayerCache(make_policy("h2o", budget=10, recent=2))
+    step(layer.policy, layer=layer)
+    places = {store.untyped_storage().data_ptr(): name for name, store in layer.slots.stored().items()}
+    for name in dir(layer.kv):
+        if name.startswith("_"):
+            continue
+        value = getattr(layer.kv, name)
+        found = places.get(value.untyped_storage().data_ptr()) if isinstance(value, torch.Tensor) else None
+        assert found in (None, name), f"kv.{name} is raw storage of {found}"
+
+
+def test_the_view_offers_what_the_documentation_names():
+    text = Path(__file__).parents[1] / "docs" / "policy.md"
+    offered = [name for name in dir(kvsieve.KVView) if not name.startswith("_")]
+    documented = text.read_text()
+    assert [name for name in offered if f"kv.{name}" not in documented] == []
+
+
+def test_an_unknown_column_is_answered_with_the_declared_ones():
+    made = policy(columns={"mass": torch.float32}, on_append=lambda self, kv, new: kv["masss"])
+    with pytest.raises(UserError, match="unknown column or summary 'masss'; did you mean 'mass'"):
+        step(made)
+    made = policy(on_append=lambda self, kv, new: kv["values"])
+    with pytest.raises(UserError, match="unknown column or summary 'values'; Legal: none"):
+        step(made)
+
+
+@pytest.mark.parametrize("way", ["assigned", "in place", "both"])
+def test_a_column_counts_as_written_however_it_is_changed(way):
+    def on_append(self, kv, new):
+        column = kv["mass"]
+        if way == "assigned":
+            kv["mass"] = column + 1
+        else:
+            column += 1
+        if way == "both":
+            kv["mass"] += 1
+
+    made = policy(columns={"mass": torch.float32}, on_append=on_append)
+    inputs = Inputs.random((40,), steps=1)
+    with kvsieve.transfer.measure() as meter:
+        rollout(made, *inputs)
+    assert meter.by_kind["columns"] == 41 * 2 * 4  # T, K, float32
+    assert meter.written == 41 * 2 * 4 + 2 * 2 * 16 * 4  # and the new token's key and value
+
+
+def test_reading_a_column_does_not_count_as_writing_it():
+    made = policy(columns={"mass": torch.float32}, on_append=lambda self, kv, new: kv["mass"].sum())
+    with kvsieve.transfer.measure() as meter:
+        rollout(made, *Inputs.random((40,), steps=1))
+    assert meter.written == 2 * 2 * 16 * 4
+
+
+def test_growing_policies_keep_their_best_and_then_everything_new():
+    made = policy(keeps=8, overwrites=False, priority=lambda self, kv: kv.positions.float())
+    layer = LayerCache(made)
+    step(made, layer=layer)
+    assert layer.kv.lengths[:, 0].tolist() == [8 + 6, 8 + 6, 3 + 6]
+    assert layer.kv.positions[0, 0, :14].tolist() == [*range(32, 46)]
+
+
+# -------------------------------------------------------------------- wrappers
+@dataclass(frozen=True)
+class Counting(Wrapper):
+    """Counts the steps in a column of its own."""
+
+    inner: Policy
+    name: ClassVar[str] = "counting"
+    own_columns = {"age": torch.int64}
+    own_summaries = {"steps": torch.int64}
+
+    def on_append(self, kv, new):
+        self.inner.on_append(kv, new)
+        kv[self.own("age")] += 1
+        kv[self.own("steps")] += 1
+
+
+@pytest.mark.parametrize("inner", ["sparq", "h2o", "local_window", "dense"])
+def test_a_wrapper_forwards_everything(inner):
+    parameters = {"sparq": {"r": 4, "k": 8, "local": 2, "layout": "double"}, "h2o": {"budget": 12, "recent": 4},
+                  "local_window": {"budget": 12, "sinks": 2}, "dense": {}}[inner]  # fmt: skip
+    plain = make_policy(inner, **parameters)
+    wrapped = Counting(Counting(plain))
+    layer = LayerCache(wrapped)
+    assert torch.equal(step(wrapped, layer=layer), step(plain))
+    assert layer.policy.keeps == plain.keeps
+    assert layer.policy.key_layout == plain.key_layout
+    assert {"counting.age", "counting.counting.age"} <= set(wrapped.columns)
+    assert layer.kv["counting.steps"].eq(layer.kv["counting.counting.steps"]).all()
+
+
+def test_a_plain_dense_policy_inside_a_wrapper_survives_its_spec():
+    made = make_policy("dense_layers", layers=[0], inner=Policy())
+    assert made.spec() == {"dense_layers": {"layers": [0], "inner": {"dense": {}}}}
+    assert specs.make_policy(made.spec()) == made
+
+
+def test_a_layout_is_what_the_policy_declares():
+    assert make_policy("sparq", layout="blocked").key_layout == KeyLayout("blocked")
