@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from kvsieve import __version__, plugins
 from kvsieve.cli import app
-from kvsieve.compare import executors, report, run
+from kvsieve.compare import report, run
+from kvsieve.compare.execute import local
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_failing_cell_gives_status_1(kvsieve, config, monkeypatch):
     def failing(self, indexes, samples):
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(executors.Measurement, "batch", failing)
+    monkeypatch.setattr(local.Measurement, "batch", failing)
     result = kvsieve("compare", config)
     assert result.exit_code == 1
     assert "2 cells failed; results/mine/errors.txt has the tracebacks" in result.stderr
@@ -90,7 +91,7 @@ def test_an_interruption_says_how_to_go_on(kvsieve, config, monkeypatch):
     def interrupted(self, indexes, samples):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(executors.Measurement, "batch", interrupted)
+    monkeypatch.setattr(local.Measurement, "batch", interrupted)
     result = kvsieve("compare", config)
     assert result.exit_code == 130
     assert "stopped; what was measured is in results/mine, and the same command continues" in result.stderr

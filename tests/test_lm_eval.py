@@ -336,7 +336,7 @@ def test_in_a_comparison_the_score_is_lm_evals_own_metric(compare, model, task_f
 
 
 def test_a_comparison_is_quiet(compare, capfd):
-    from kvsieve.compare.tasks import lm_eval as task
+    from kvsieve.lm_eval import task
 
     task._load.cache_clear()
     task._requests.cache_clear()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .compare.config import Config
-    from .compare.executors import Executor
+    from .compare.execute import Executor
     from .compare.results import Row
     from .plugins import Registered
     from .specs import PolicySpec
@@ -127,27 +127,32 @@ def compare(
     checked = _load(config, changes, trust_remote_code=trust_remote_code, trust_task_code=trust_task_code)
     folder = _folder(out, checked)
     from . import processes
+    from .compare.interrupt import Terminated, sigterm_interrupts
     from .compare.run import compare as run  # takes seconds: only once the config is known to be right
 
     _no_loading_bars()
     try:
-        outcome = run(checked, folder, executor=_executor(executor, address, workers))
-    except KeyboardInterrupt:
+        with sigterm_interrupts():
+            outcome = run(checked, folder, executor=_executor(executor, address, workers))
+    except KeyboardInterrupt as stopped:
         if processes.rank() == 0:
             _say(f"stopped; what was measured is in {folder}, and the same command continues from there")
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(stopped, Terminated) else 130) from None
     if checked.settings.tensor_parallel and processes.rank() > 0:
         return  # the first process shows it
     _show(outcome.folder, outcome.rows)
     if outcome.failures:
         _say(f"{len(outcome.failures)} cells failed; {outcome.folder / 'errors.txt'} has the tracebacks")
+    if outcome.missing:
+        _say(f"{outcome.missing} samples are missing: the same command measures them")
+    if outcome.failures or outcome.missing:
         raise typer.Exit(1)
 
 
 def _executor(name: Executors, address: str | None, workers: int | None) -> Executor | None:
     """Who measures; None is this process."""
     if name is Executors.ray:
-        from .compare.on_ray import OnRay
+        from .compare.execute.ray import OnRay
 
         return OnRay(address, workers)
     if address is not None or workers is not None:

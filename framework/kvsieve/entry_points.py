@@ -19,7 +19,12 @@ from . import __version__
 
 GROUP = "kvsieve"
 _US = "kvsieve"  # our distribution's name
-_BUILTIN = {"builtin": "kvsieve_policies", "builtin_tasks": "kvsieve.compare.tasks"}  # as in pyproject.toml
+# As in pyproject.toml.
+_BUILTIN = {
+    "builtin": "kvsieve_policies",
+    "builtin_tasks": "kvsieve.compare.tasks",
+    "builtin_lm_eval": "kvsieve.lm_eval.task",
+}
 
 
 class Origin(NamedTuple):

@@ -3,9 +3,10 @@
 import textwrap
 
 import pytest
+from rich.console import Console
 
 import kvsieve
-from kvsieve.compare import config
+from kvsieve.compare import config, run
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,14 @@ def write(tmp_path, model_folder):
 @pytest.fixture
 def load(write):
     return lambda text, **options: config.load(write(text, **options))
+
+
+@pytest.fixture
+def compare(load, model, tmp_path):
+    """Runs a configuration on the tiny model; what it printed is in `compare.console`."""
+
+    def compare(text, out="out", **options):
+        compare.console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+        return run.compare(load(text, **options), tmp_path / out, compare.console, model)
+
+    return compare

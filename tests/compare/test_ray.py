@@ -3,15 +3,18 @@
 import csv
 import os
 import socket
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.reliability import record
 
 from kvsieve import UserError, plugins
-from kvsieve.compare import on_ray, run, store
+from kvsieve.compare import run, samples
+from kvsieve.compare.execute import ray as on_ray
 
 PLUGIN = '''
 """Policies that fail."""
@@ -120,7 +123,7 @@ def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(
         policies: [dense, broken, deadly: {{notes: "{notes}", first: 2, last: 2}}]
         """
     began = compare(text.replace("samples: 3", "samples: 1"), "ray")  # here: the cluster goes on from there
-    kept = store.read(began.folder / "samples.jsonl")
+    kept = samples.read(began.folder / "samples.jsonl")
     assert len(kept) == 2
     outcome = compare(text, "ray", on_ray.OnRay(workers=2))
     assert list(outcome.failures.values()) == ["RuntimeError: no luck"]
@@ -129,7 +132,7 @@ def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(
     assert "2 samples are already in" in printed
     assert "4/7 samples" in printed
     assert "its worker died, goes on where it stopped: needle 120, deadly" in printed
-    found = store.read(outcome.folder / "samples.jsonl")
+    found = samples.read(outcome.folder / "samples.jsonl")
     assert found[:2] == kept
     assert set(Counter((r["cell"], r["sample"]) for r in found).values()) == {1}
     assert len(found) == 6
@@ -159,10 +162,39 @@ def test_a_cell_whose_worker_always_dies_is_given_up(cluster, compare, tmp_path)
     ]
 
 
+LISTENS = """
+import psutil
+from kvsieve.compare.execute.ray import OnRay
+
+ray = OnRay().ray
+assert ray.get(ray.remote(lambda: 1).remote()) == 1
+for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    for connection in process.net_connections("inet"):
+        if connection.status == psutil.CONN_LISTEN:
+            print(connection.laddr.ip)
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_started_here_listens_on_the_loopback_only():
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'kvsieve[ray]'")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", LISTENS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    addresses = done.stdout.split()
+    assert len(addresses) > 3
+    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
+    record(
+        "ports of a Ray cluster that a comparison started, and those open to the network",
+        f"{len(addresses)}, 0",
+    )
+
+
 def test_tensor_parallel_is_no_matter_of_ray(cluster, load):
     config = load("tensor_parallel: true\ntasks: [needle]\npolicies: [dense]\n")
     with pytest.raises(UserError, match="tensor_parallel runs under torchrun, not on Ray"):
-        on_ray.OnRay().plan(config, "now")
+        on_ray.OnRay().prepare(config, "now")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

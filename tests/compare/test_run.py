@@ -4,22 +4,17 @@ import csv
 import dataclasses
 import json
 import math
-import signal
-import subprocess
-import sys
 import textwrap
-import time
-from collections import Counter
 from typing import ClassVar
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
 import kvsieve
 from kvsieve import UserError, plugins
-from kvsieve.compare import cells, executors, run, store
+from kvsieve.compare import cells, code, samples, weights
+from kvsieve.compare.execute import local
 from kvsieve.compare.tasks import Perplexity
 
 SMALL = """\
@@ -32,17 +27,6 @@ SMALL = """\
       - sparq: {compression: 1/4}
       - h2o: {compression: 1/4}
     """
-
-
-@pytest.fixture
-def compare(load, model, tmp_path):
-    """Runs a configuration on the tiny model; what it printed is in `compare.console`."""
-
-    def compare(text, out="out", **options):
-        compare.console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
-        return run.compare(load(text, **options), tmp_path / out, compare.console, model)
-
-    return compare
 
 
 def lines(folder):
@@ -81,8 +65,8 @@ def test_a_run_writes_all_that_it_promises(compare):
 
 def test_bytes_are_those_of_the_paper_per_step_and_sequence(compare):
     rows = lines(compare(SMALL).folder)
-    # Dense attention reads keys and values of every token: 2 layers x 1 KV head x 2 x 16 x float32. A step with
-    # context c attends to c + 1 tokens, the next one to c + 2; 7 characters take 6 decode steps.
+    # Dense attention reads keys and values of every token: 2 layers x 1 KV head x 2 x 16 x float32. A step
+    # with context c attends to c + 1 tokens, the next one to c + 2; 7 characters take 6 decode steps.
     token = 2 * 1 * 2 * 16 * 4
     assert float(rows[0]["bytes_per_step"]) == pytest.approx(token * (120 + 3.5), rel=1e-4)
     assert float(rows[6]["bytes_per_step"]) == pytest.approx(token * (120 + 4), rel=1e-4)
@@ -93,19 +77,19 @@ def test_bytes_are_those_of_the_paper_per_step_and_sequence(compare):
 
 
 def test_nothing_is_measured_twice_and_more_samples_are_added(compare):
-    first = store.read(compare(SMALL).folder / "samples.jsonl")
+    first = samples.read(compare(SMALL).folder / "samples.jsonl")
     again = compare(SMALL)
-    assert store.read(again.folder / "samples.jsonl") == first
+    assert samples.read(again.folder / "samples.jsonl") == first
     assert f"{len(first)} samples are already in" in compare.console.export_text()
     more = compare(SMALL.replace("samples: 3", "samples: 4"))
-    found = store.read(more.folder / "samples.jsonl")
+    found = samples.read(more.folder / "samples.jsonl")
     assert found[: len(first)] == first
     assert len(found) == len(first) + 6
 
 
 def test_another_configuration_in_the_folder_keeps_the_old_samples_and_shows_its_own(compare):
     first = compare(SMALL)
-    kept = store.read(first.folder / "samples.jsonl")
+    kept = samples.read(first.folder / "samples.jsonl")
     other = compare("""\
         batch_size: 2
         tasks: [needle: {context: 160, samples: 3}]
@@ -115,7 +99,7 @@ def test_another_configuration_in_the_folder_keeps_the_old_samples_and_shows_its
         ("160", "local_window"),
         ("160", "dense"),
     ]
-    found = store.read(other.folder / "samples.jsonl")
+    found = samples.read(other.folder / "samples.jsonl")
     assert found[: len(kept)] == kept
     assert len(found) == len(kept) + 3
 
@@ -132,17 +116,18 @@ def test_ids_depend_on_all_that_results_depend_on_and_on_nothing_else(load, mode
         base.replace("k: 16", "k: 17"),
         base.replace("needle: {", "needle: {distractors: 1, "),
         base + "seed: 1\n",
-        base + "batch_size: 2\n",
+        base + "eager: true\n",
     ]
     assert len({ids(text)[0] for text in [base, *others]}) == 6
+    assert ids(base + "batch_size: 2\n") == ids(base)
 
 
 def test_other_weights_are_another_protocol(model, model_folder):
     other = kvsieve.load(str(model_folder))
-    assert cells.weights_digest(other) == cells.weights_digest(model)
+    assert weights.weights_digest(other) == weights.weights_digest(model)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight += 1e-3
-    assert cells.weights_digest(other) != cells.weights_digest(model)
+    assert weights.weights_digest(other) != weights.weights_digest(model)
 
 
 def test_an_edited_policy_gets_new_results(tmp_path, monkeypatch):
@@ -151,7 +136,8 @@ def test_an_edited_policy_gets_new_results(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name, text in (("edited_once", source), ("edited_twice", source + "    def extra(self): pass\n")):
         (tmp_path / f"{name}.py").write_text(text)
-        digests.append(cells._code(__import__(name).P))
+        digests += code.class_files(__import__(name).P).values()
+    assert len(digests) == 2
     assert digests[0] != digests[1]
 
 
@@ -239,59 +225,25 @@ def test_hooks_of_plugins_are_called_and_may_fail(compare, install):
     assert failed in compare.console.export_text()
 
 
-def test_killed_runs_lose_nothing_and_double_nothing(compare, write, tmp_path):
-    text = """\
-        tasks: [needle: {context: 120, samples: 60}]
-        policies: [dense, local_window: {compression: 1/4}]
-        """
-    samples = tmp_path / "out" / "samples.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "kvsieve.cli",
-        "compare",
-        str(write(text)),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and (not samples.exists() or samples.read_bytes().count(b"\n") < 5):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    survived = store.read(samples)
-    assert 5 <= len(survived) < 120
-    with samples.open("a") as file:
-        file.write('{"cell": "torn')
-    outcome = compare(text)  # in this process: cells have the same ids in both
-    found = store.read(samples)
-    assert found[: len(survived)] == survived
-    counts = Counter((r["cell"], r["sample"]) for r in found)
-    assert len(counts) == 120
-    assert set(counts.values()) == {1}
-    assert [r["samples"] for r in lines(outcome.folder)] == ["60", "60"]
-
-
 def test_eager_cells_are_cells_of_their_own(compare):
     text = SMALL.replace("samples: 3", "samples: 1")
-    first = store.read(compare(text).folder / "samples.jsonl")
+    first = samples.read(compare(text).folder / "samples.jsonl")
     outcome = compare("eager: true\n" + textwrap.dedent(text))
-    assert len(store.read(outcome.folder / "samples.jsonl")) == 2 * len(first)
+    assert len(samples.read(outcome.folder / "samples.jsonl")) == 2 * len(first)
     assert yaml.safe_load((outcome.folder / "config.yaml").read_text())["eager"] is True
 
 
 def test_an_interruption_keeps_what_was_measured(compare, tmp_path, monkeypatch):
-    measured = executors.Measurement.batch
+    measured = local.Measurement.batch
 
     def interrupted(self, indexes, samples):
         if self.cell.policy.name == "sparq":
             raise KeyboardInterrupt
         return measured(self, indexes, samples)
 
-    monkeypatch.setattr(executors.Measurement, "batch", interrupted)
+    monkeypatch.setattr(local.Measurement, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(SMALL)
-    assert len(store.read(tmp_path / "out" / "samples.jsonl")) == 3
+    assert len(samples.read(tmp_path / "out" / "samples.jsonl")) == 3
     monkeypatch.undo()
     assert compare(SMALL).failures == {}

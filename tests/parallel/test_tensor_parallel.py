@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvsieve
 from kvsieve import UserError
-from kvsieve.compare import config, run, store
+from kvsieve.compare import config, run, samples
 from kvsieve.hf import parallel
 from tests.models import save_byte_llama
 
@@ -120,7 +120,7 @@ def test_a_comparison_is_that_of_one_process(split, folder):
 
     assert len(table("alone")) == 3
     assert table("split") == table("alone")
-    assert len(store.read(folder / "split" / "samples.jsonl")) == 9  # one of the two writes
+    assert len(samples.read(folder / "split" / "samples.jsonl")) == 9  # one of the two writes
 
 
 def test_heads_that_cannot_be_shared_are_refused(split):

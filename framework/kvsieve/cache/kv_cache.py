@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from ..errors import UserError
 from ..policy import Policy
 from .layer import LayerCache
+from .slots import Checkpoint
 from .windows import WindowLayer
 
 ATTENTION = "kvsieve"  # our name among transformers' attention implementations
@@ -158,6 +159,16 @@ class KVCache(Cache):
         """One more token was fed to every row while shapes were fixed."""
         for layer in self.policy_layers:
             layer.fed += 1
+
+    def checkpoint(self) -> list[tuple[LayerCache, int, Checkpoint]]:
+        """Note where the rows end in every layer on which the policy acts, for `restore`."""
+        return [(layer, layer.fed, layer.slots.checkpoint()) for layer in self.policy_layers]
+
+    def restore(self, checkpoint: list[tuple[LayerCache, int, Checkpoint]]) -> None:
+        """Go back to a checkpoint, to time steps again; slots overwritten since are not restored."""
+        for layer, fed, slots in checkpoint:
+            layer.fed = fed
+            layer.slots.restore(slots)
 
     def set_active(self, active: torch.Tensor | None) -> None:
         """Rows `[B]` bool that still decode: the others neither append nor count as traffic. None: all."""

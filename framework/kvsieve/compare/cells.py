@@ -1,24 +1,18 @@
-"""Cells: every task under every policy; each is named by a hash of all that its results depend on."""
+"""Cells: every task under every policy."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
-import json
-import sys
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .. import __version__, processes
 from ..errors import UserError
-from ..hf import parallel
 from ..policy import Policy
 from ..values import Mistake
+from . import identity
 from .config import Config
 from .tasks import Task
 
@@ -43,15 +37,15 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """How a person tells it from its neighbours: `needle 512, sparq 1/8`."""
+        """A name that tells it from its neighbours: `needle 512, sparq 1/8`."""
         how = str(self.compression or describe_parameters(self.policy, changed=True))
         return f"{self.task.title} {self.task.context}, {self.policy_name} {how}".rstrip()
 
     def record(self) -> dict[str, Any]:
-        """What it is, as plain data."""
+        """The fields of a sample's record that name its cell, as plain data."""
         return {
             "cell": self.id,
-            "task": {self.task.name: _asked(self.task)},
+            "task": {self.task.name: identity.task_parameters(self.task)},
             "policy": self.policy.spec(),
             "compression": None if self.compression is None else str(self.compression),
         }
@@ -82,8 +76,11 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
-def expand(config: Config, model: PreTrainedModel) -> list[Cell]:
+def expand(config: Config, model: PreTrainedModel, shared: identity.Fields | None = None) -> list[Cell]:
     """The cells of a comparison, in the order of its file.
+
+    Args:
+        shared: `identity.shared_fields(config, model)`, where they are known.
 
     Raises:
         UserError: with every mistake that only the model could show: a context beyond its positions, a policy
@@ -92,7 +89,7 @@ def expand(config: Config, model: PreTrainedModel) -> list[Cell]:
     mistakes: list[Mistake] = []
     text = model.config.get_text_config(decoder=True)
     size = head_size(model)
-    shared = protocol(config, model)
+    shared = identity.shared_fields(config, model) if shared is None else shared
     tasks = []
     for task, loc in config.tasks:
         try:
@@ -110,83 +107,21 @@ def expand(config: Config, model: PreTrainedModel) -> list[Cell]:
             except UserError as error:
                 mistakes.append(Mistake(choice.loc, str(error)))
                 continue
-            cells.append(Cell(_id(task, policy, shared), task, policy, choice.compression))
+            found = identity.identify(identity.fields(task, policy, shared))
+            cells.append(Cell(found, task, policy, choice.compression))
     config.source.refuse(mistakes)
     return cells
 
 
 def head_size(model: PreTrainedModel) -> int:
-    """Numbers in a key."""
+    """Channels per head."""
     text = model.config.get_text_config(decoder=True)
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def new_tokens_at_most(sample: Any) -> int:
-    """No tokenizer takes more tokens than bytes."""
+    """Tokens that a sample decodes at most: no tokenizer takes more tokens than bytes."""
     return len(sample.forced) or max(1, len(sample.reference.encode()))
-
-
-def protocol(config: Config, model: PreTrainedModel) -> dict[str, Any]:
-    """What the results of all cells depend on."""
-    rare: dict[str, Any] = {"processes": len(processes.gather(0))} if parallel.is_split(model) else {}
-    if config.settings.eager:
-        rare["eager"] = True  # so does it on this
-    return {
-        "kvsieve": __version__,
-        "model": config.settings.model,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "weights": weights_digest(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "seed": config.settings.seed,
-        "batch_size": config.settings.batch_size,  # the speed depends on it
-        **rare,
-    }
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """Twelve hexadecimal digits that tell weights apart; looks at some 64 numbers of each tensor.
-
-    Processes that share a model look at their own shares, and agree.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, DTensor):
-            tensor = tensor.to_local()  # noqa: PLW2901
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].double().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
-    if parallel.is_split(model):
-        digest = hashlib.sha256("".join(processes.gather(digest.hexdigest())).encode())
-    return digest.hexdigest()[:12]
-
-
-def _id(task: Task, policy: Policy, shared: dict[str, Any]) -> str:
-    parts = {
-        "protocol": shared,
-        "task": {task.name: _asked(task), "source": task.source(), "code": _code(type(task))},
-        "policy": policy.spec(),
-        "code": sorted({_code(kind) for kind in _policy_classes(policy)}),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _asked(task: Task) -> dict[str, Any]:
-    """The parameters that a sample depends on; how many there are is none of them."""
-    return {name: value for name, value in dataclasses.asdict(task).items() if name != "samples"}
-
-
-def _policy_classes(policy: Policy) -> list[type]:
-    nested = [getattr(policy, field.name) for field in dataclasses.fields(policy)]
-    return [type(policy), *(kind for p in nested if isinstance(p, Policy) for kind in _policy_classes(p))]
-
-
-def _code(cls: type) -> str:
-    """A digest of the file that a class is written in: an edited policy gets new results, not old ones."""
-    try:
-        source = inspect.getsource(sys.modules[cls.__module__])
-    except (OSError, TypeError, KeyError):
-        source = cls.__qualname__  # typed into an interpreter
-    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def _check_positions(task: Task, needed: int, text_config: Any) -> None:

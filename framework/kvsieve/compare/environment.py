@@ -1,23 +1,24 @@
-"""Where a run took place: what a reader needs to judge its speeds and to repeat it."""
+"""The machine of a run, and how busy it was: what a reader needs to judge its speeds and to repeat it."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
 from .. import __version__, plugins
 from .cells import Cell
+from .identity import Fields
 
 
-def describe(
-    model: PreTrainedModel, cells: list[Cell], protocol: dict[str, Any], started: str
-) -> dict[str, Any]:
+def describe(model: PreTrainedModel, cells: list[Cell], shared: Fields, started: str) -> dict[str, Any]:
     """The contents of environment.json."""
     registered = plugins.policies()
     origins = {registered[cell.policy_name] for cell in cells if cell.policy_name in registered}
@@ -36,15 +37,50 @@ def describe(
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "device": str(model.device),
-        "dtype": protocol["dtype"],
+        "dtype": shared["dtype"],
         "parameters": sum(p.numel() for p in model.parameters()),
-        "revision": protocol["revision"],
-        "weights": protocol["weights"],
+        "revision": shared["revision"],
+        "weights": shared["weights digest"],
         "git_commit": git_commit(),
     }
 
 
+class Load:
+    """How busy this machine is, from when it is made on."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._times = psutil.cpu_times()
+        self._own = _own_seconds()
+
+    def now(self) -> dict[str, Any]:
+        """The load average over 1, 5 and 15 minutes: processes that want a core."""
+        return {"load_average": [round(value, 2) for value in psutil.getloadavg()]}
+
+    def since(self) -> dict[str, Any]:
+        """The same, and the shares of the cores' time that others took: processes, virtual machines."""
+        times, seconds = psutil.cpu_times(), time.monotonic() - self._began
+        spent = {name: getattr(times, name) - getattr(self._times, name) for name in times._fields}
+        stolen = spent.get("steal", 0.0)
+        idle = spent["idle"] + spent.get("iowait", 0.0)
+        guests = spent.get("guest", 0.0) + spent.get("guest_nice", 0.0)  # in user and nice, too
+        whole = max(sum(spent.values()) - guests, 1e-9)
+        others = whole - idle - stolen - (_own_seconds() - self._own)
+        return self.now() | {
+            "seconds": round(seconds, 1),
+            "other_processes": round(max(0.0, others / whole), 3),
+            "stolen": round(max(0.0, stolen / whole), 3),
+        }
+
+
+def _own_seconds() -> float:
+    """Of this process and those that it started and waited for."""
+    spent = psutil.Process().cpu_times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
 def cpu_name() -> str:
+    """The processor's model, such as `AMD EPYC 7B13`."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
@@ -54,7 +90,7 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """Of the folder that the run was started in; `+` behind it: with changes that are not committed."""
+    """The commit of the working directory; a `+` behind it: with changes that are not committed."""
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],

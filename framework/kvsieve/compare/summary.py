@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from . import files, manifest, statistics, store
+from . import files, manifest, samples, statistics
 from .manifest import Entry, Record
 from .markdown import markdown
 from .results import DENSE, Results, Row, Subject, group_key, write_csv
@@ -24,7 +24,7 @@ def write(folder: Path, records: Iterable[Record] | None = None) -> list[Row]:
     Raises:
         UserError: the folder is not one of a run, or cannot be written to.
     """
-    found = list(store.read(folder / "samples.jsonl") if records is None else records)
+    found = list(samples.read(folder / "samples.jsonl") if records is None else records)
     entries = manifest.read(folder, found)
     rows = summarize(entries, found)
     failures = [f"{entry.label}: {entry.error}" for entry in entries if entry.error]

@@ -1,7 +1,8 @@
-"""lm-evaluation-harness under a policy (`kvsieve[lm-eval]`): its own tasks, decoded and scored through our decode path.
+"""lm-evaluation-harness under a policy (`kvsieve[lm-eval]`): its own tasks, decoded and scored through our
+decode path.
 
-`model.PolicyLM` is the model that lm_eval sees, `run.evaluate` a whole evaluation, `task.LmEval` one of its tasks in a
-comparison. Importing this package does not import lm_eval.
+`model.PolicyLM` is the model that lm_eval sees, `run.evaluate` a whole evaluation, `task.LmEval` one of its
+tasks in a comparison. Importing this package does not import lm_eval.
 """
 
 from __future__ import annotations

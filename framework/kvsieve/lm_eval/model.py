@@ -1,7 +1,9 @@
-"""The model that lm_eval sees: HFLM in all that concerns text and tokens, kvsieve in all that concerns computing.
+"""The model that lm_eval sees: HFLM in all that concerns text and tokens, kvsieve in all that concerns
+computing.
 
-Stock scoring is one prefill over context and continuation, in which no decode policy ever acts. Here a continuation is
-fed token by token, and so is the last token of the context: even an answer of one token comes from a decode step.
+Stock scoring is one prefill over context and continuation, in which no decode policy ever acts. Here a
+continuation is fed token by token, and so is the last token of the context: even an answer of one token comes
+from a decode step.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ _SAMPLING = ("temperature", "top_k", "top_p")
 class PolicyLM(HFLM):
     """A model from `kvsieve.load`, decoding under `policy` (None is dense).
 
-    `kv_bytes` is the most that one batch's cache has held so far; bytes read are counted by `kvsieve.transfer.measure`.
+    `kv_bytes` is the most that one batch's cache has held so far; bytes read are counted by
+    `kvsieve.transfer.measure`.
 
     Args:
         batch_size: requests computed together.
-        max_length: positions that a request may take; longer contexts lose their beginning. None: all of the model's.
-        seed: of the sampling, for tasks that sample.
+        max_length: positions that a request may take; longer contexts lose their beginning. None: all of the
+        model's. seed: of the sampling, for tasks that sample.
     """
 
     def __init__(
@@ -67,8 +70,8 @@ class PolicyLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Of each continuation: its natural-log probability, and whether greedy decoding would say it.
 
-        `loglikelihood` and `loglikelihood_rolling` both come here; a rolling window has a context of one token, so
-        that all of its text is fed token by token.
+        `loglikelihood` and `loglikelihood_rolling` both come here; a rolling window has a context of one
+        token, so that all of its text is fed token by token.
         """
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
@@ -96,7 +99,9 @@ class PolicyLM(HFLM):
             yield batch
 
     def _fed(self, request: Request) -> tuple[list[int], list[int]]:
-        """What is prefilled, and what is fed token by token: the last token of the context, and the continuation."""
+        """What is prefilled, and what is fed token by token: the last token of the context, and the
+        continuation.
+        """
         _, context, continuation = request
         # As HFLM: from the left, and the last token is predicted, but takes no position.
         context = context[-max(1, self.max_length + 1 - len(continuation)) :]
@@ -114,6 +119,11 @@ class PolicyLM(HFLM):
         scored = Scoring(self.model, prompts, forced, self.policy, cache=cache).result()
         for (_, _, continuation), row in zip(requests, scored, strict=True):
             asked = slice(-len(continuation), None)  # not the context's own last token
+            if row.log_probabilities[asked].isnan().any():
+                raise UserError(
+                    f"a log-probability is NaN: the model's weights or its dtype ({self.model.dtype}) are at "
+                    "fault, or a custom policy is; try dtype float32 and policy dense"
+                )
             answers.append((float(row.log_probabilities[asked].sum()), bool(row.likeliest[asked].all())))
         self.kv_bytes = max(self.kv_bytes, cache.memory())
         return answers
@@ -155,7 +165,9 @@ class PolicyLM(HFLM):
         return torch.cat([context, torch.tensor(padded, device=context.device)], 1)
 
     def _sampling(self, options: dict[str, Any], rows: int) -> dict[str, Any]:
-        """`decode`'s arguments from a task's generation_kwargs; a temperature of 0, or no do_sample, is greedy."""
+        """`decode`'s arguments from a task's generation_kwargs; a temperature of 0, or no do_sample, is
+        greedy.
+        """
         draws = bool(options.pop("do_sample", False))
         given = {name: options.pop(name) for name in _SAMPLING if options.get(name) is not None}
         for name in _SAMPLING:

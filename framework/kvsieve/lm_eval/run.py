@@ -52,8 +52,8 @@ def evaluate(
         include_path: a folder with task files of your own.
         limit: documents per task; below 1 a fraction of them.
         context: for such a function. None: the mean prompt of all requests, in tokens.
-        bootstrap_iters: for the standard errors of metrics that are no mean; 0 leaves all standard errors out.
-        seed: of the sampling, for tasks that sample.
+        bootstrap_iters: for the standard errors of metrics that are no mean; 0 leaves all standard errors
+        out. seed: of the sampling, for tasks that sample.
 
     Raises:
         UserError: lm_eval is missing, a task is unknown or cannot be loaded or run.
@@ -208,7 +208,8 @@ def requests(task: Any, documents: int) -> list[list[Any]]:
 
 
 def ask(lm: Any, task: Any, documents: Sequence[Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """What the model says to these documents' requests (nothing, where it only scores), and the task's metrics for it.
+    """What the model says to these documents' requests (nothing, where it only scores), and the task's
+    metrics for it.
 
     Of several filters the task's first one counts. The requests are left as they were.
     """

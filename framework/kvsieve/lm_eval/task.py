@@ -1,4 +1,6 @@
-"""A task of lm-evaluation-harness as a task of a comparison (`kvsieve[lm-eval]`)."""
+"""A task of lm-evaluation-harness as a task of a comparison (`kvsieve[lm-eval]`); registered as a plugin's
+task is.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, unknown
-from .base import Answer, Sample, Task
+from ..compare.tasks.base import Answer, Sample, Task
+from ..errors import UserError, unknown
+from ..hooks import hookimpl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +75,8 @@ class LmEval(Task):
     def answer(
         self, model: Any, policy: Any, samples: Sequence[Sample]
     ) -> tuple[Sequence[Answer], int] | None:
-        from ...lm_eval.model import PolicyLM
-        from ...lm_eval.run import ask
+        from .model import PolicyLM
+        from .run import ask
 
         task = self._loaded()
         indexes = [sample.index for sample in samples if isinstance(sample, Document)]
@@ -103,14 +106,14 @@ class LmEval(Task):
 
 @functools.cache
 def _load(name: str, include_path: str | None, num_fewshot: int | None) -> Any:
-    from ...lm_eval.run import load_one
+    from .run import load_one
 
     return load_one(name, include_path, num_fewshot)
 
 
 @functools.cache
 def _requests(name: str, include_path: str | None, num_fewshot: int | None, documents: int) -> Any:
-    from ...lm_eval.run import requests
+    from .run import requests
 
     return requests(_load(name, include_path, num_fewshot), documents)
 
@@ -123,3 +126,8 @@ def _digest(name: str, include_path: str | None, num_fewshot: int | None) -> str
     documents = list(_load(name, include_path, num_fewshot).eval_docs)
     everything = [importlib.metadata.version("lm_eval"), asked, documents]
     return hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()[:12]
+
+
+@hookimpl
+def register_tasks(register: Callable[[type[Task]], None]) -> None:
+    register(LmEval)

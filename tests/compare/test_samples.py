@@ -6,12 +6,14 @@ import signal
 import pytest
 
 from kvsieve import UserError
-from kvsieve.compare import store
-from kvsieve.compare.store import Store
+from kvsieve.compare import samples
+from kvsieve.compare.samples import Store
 
 
 def record(sample, cell="a", score=1.0):
-    return {"cell": cell, "sample": sample, "score": score}
+    shares = dict.fromkeys(("steps", "bytes_read", "bytes_written", "bytes_dense", "kv_bytes"), 1.0)
+    texts = {"answer": "a", "reference": "b"}
+    return {"cell": cell, "sample": sample, "score": score, **texts, **shares, "tokens_per_second": None}
 
 
 @pytest.fixture
@@ -35,12 +37,12 @@ def test_a_torn_last_line_is_dropped(path, torn):
         first.append([record(0)])
     with path.open("a") as file:
         file.write(torn)
-    assert len(store.read(path)) == 1
+    assert len(samples.read(path)) == 1
     with Store(path) as second:
         assert second.missing("a", 2) == [1]
         second.append([record(1)])
     assert path.read_text().count("\n") == 2
-    assert [r["sample"] for r in store.read(path)] == [0, 1]
+    assert [r["sample"] for r in samples.read(path)] == [0, 1]
 
 
 def test_a_damaged_line_costs_only_itself(path):
@@ -75,7 +77,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(path):
             signal.signal(signal.SIGXFSZ, ignored)
         assert path.stat().st_size == size
         full.append([record(1)])
-    assert [r["sample"] for r in store.read(path)] == [0, 1]
+    assert [r["sample"] for r in samples.read(path)] == [0, 1]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

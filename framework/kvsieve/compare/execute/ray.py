@@ -1,8 +1,7 @@
-"""On a Ray cluster: a process per cell, on a GPU of its own where the cluster has any.
+"""Measure on a Ray cluster: a process per cell, on a GPU of its own where the cluster has any.
 
 The cluster only measures. Batches come back as they are measured and are stored by the process that asked, so
-that a comparison is continued in the same way as one that ran here; a worker that dies takes the batch in
-flight with it.
+that a comparison continues in the same way as a local one; a worker that dies loses the batch in flight.
 """
 
 from __future__ import annotations
@@ -15,28 +14,17 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
-from .executors import (
-    Begun,
-    Events,
-    Failed,
-    Finished,
-    Measured,
-    Plan,
-    Work,
-    failed,
-    load_model,
-    measure_cell,
-    plan,
-)
+from ...errors import UserError
+from . import Event, Events, Failed, Finished, Measured, Prepared, Restarted, Work
+from .local import failed, load_model, measure_cell, prepare
 
 if TYPE_CHECKING:
-    from .cells import Cell
-    from .config import Config, Settings
+    from ..cells import Cell
+    from ..config import Config, Settings
 
 _SECONDS_TO_ANSWER = 10
-_ONE_BY_ONE = {"_generator_backpressure_num_objects": 1}  # no batch is begun before the last one has arrived
-_ATTEMPTS = 3  # worker deaths in a row, without a batch between them, after which a cell is given up
+_ONE_BY_ONE = {"_generator_backpressure_num_objects": 1}  # no batch starts before the last one has arrived
+_ATTEMPTS = 3  # worker deaths in a row, without a batch between them, after which a cell fails
 
 
 @dataclasses.dataclass
@@ -47,13 +35,13 @@ class _Job:
 
 
 class OnRay:
-    """An executor (`executors.Executor`) whose workers are processes of a Ray cluster.
+    """An executor whose workers are processes of a Ray cluster.
 
     kvsieve, the plugins in use and the model must be at hand on every machine of it.
     """
 
     def __init__(self, address: str | None = None, workers: int | None = None) -> None:
-        """Connect, or start a cluster on this machine.
+        """Connect, or start a cluster on this machine, which listens on the loopback only.
 
         Args:
             address: None is RAY_ADDRESS, else the cluster that runs on this machine, else a new one.
@@ -70,24 +58,38 @@ class OnRay:
         self.ray: Any = ray
         self.workers = workers
         if not ray.is_initialized():
-            _check_answers(address or os.environ.get("RAY_ADDRESS"))
-            quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
-            try:
-                ray.init(address=address, log_to_driver=False, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                if address is None:
-                    raise UserError(f"a Ray cluster could not be started here: {error}") from None
-                raise UserError(
-                    f"address {address!r}: {error}; a cluster that asks for a token is used with RAY_AUTH_MODE=token"
-                ) from None
-            # Whatever log_to_driver says, Ray prints a paragraph about a worker that died; `Begun` says it.
+            self._connect(address or os.environ.get("RAY_ADDRESS"))
+            # Whatever log_to_driver says, Ray prints a paragraph about a worker that died.
             ray._private.worker._worker_logs_enabled = False
 
-    def plan(self, config: Config, started: str) -> Plan:
+    def _connect(self, address: str | None) -> None:
+        private = self.ray._private
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        _check_answers(address)
+        if address is None and private.services.canonicalize_bootstrap_address(None) is None:
+            # A new cluster. Ray would listen on every network interface. The one switch that it has against
+            # that was made for the firewalls of other systems: all of its processes then take the loopback
+            # for this machine.
+            os.environ[private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+            private.ray_constants.ENABLE_RAY_CLUSTER = False
+            options |= {"include_dashboard": False}
+            address = "local"
+        try:
+            self.ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            if address == "local":
+                raise UserError(f"a Ray cluster could not be started here: {error}") from None
+            where = "the cluster on this machine" if address is None else f"address {address!r}"
+            raise UserError(
+                f"{where}: {error}; a cluster that asks for a token is used with RAY_AUTH_MODE=token"
+            ) from None
+
+    def prepare(self, config: Config, started: str) -> Prepared:
         settings = config.settings
         if settings.tensor_parallel:
             raise UserError(
-                "tensor_parallel runs under torchrun, not on Ray, which gives every cell one GPU: leave out one"
+                "tensor_parallel runs under torchrun, not on Ray, which gives every cell one GPU: "
+                "leave out one"
             )
         gpus = settings.device != "cpu" and self.ray.cluster_resources().get("GPU", 0) > 0
         if gpus and settings.device not in (None, "cuda"):
@@ -98,9 +100,9 @@ class OnRay:
         # A new process for every cell: nothing of one cell, such as its memory, is left to the next.
         self.options = {"num_cpus": 1, "num_gpus": int(gpus), "max_calls": 1, "max_retries": 0}
         try:
-            found = self.ray.get(self._remote(_plan).remote(os.getcwd(), config, started))
+            found = self.ray.get(self._remote(_prepare).remote(os.getcwd(), config, started))
         except self.ray.exceptions.RayError as error:
-            raise UserError(f"a worker of the Ray cluster could not begin: {error}") from None
+            raise UserError(f"a worker of the Ray cluster could not start: {error}") from None
         if isinstance(found, str):
             raise UserError(found)
         return found
@@ -124,15 +126,15 @@ class OnRay:
                     job.missing, job.deaths = [i for i in job.missing if i not in done], 0
                 else:
                     running = [(stream, other) for stream, other in running if stream is not ready]
-                if isinstance(event, Begun):
+                if isinstance(event, Restarted):
                     waiting.appendleft(job)
                 yield event
         finally:
             for stream, _ in running:
                 self.ray.cancel(stream, force=True)
 
-    def _next(self, stream: Any, job: _Job) -> Measured | Failed | Finished | Begun:
-        """What a cell has to say; or that its worker died, and it is to be begun again."""
+    def _next(self, stream: Any, job: _Job) -> Event:
+        """The next event of a cell; if its worker died, that it restarts."""
         try:
             return self.ray.get(next(stream))
         except StopIteration:
@@ -142,7 +144,7 @@ class OnRay:
         except self.ray.exceptions.RayError as error:
             job.deaths += 1
             if job.deaths < _ATTEMPTS:
-                return Begun(job.cell, "its worker died")
+                return Restarted(job.cell, "its worker died")
             reason = f"its worker died {job.deaths} times in a row: {type(error).__name__}"
             return Failed(job.cell, reason, str(error))
 
@@ -151,7 +153,7 @@ class OnRay:
 
 
 def _check_answers(address: str | None) -> None:
-    """Say at once, not after minutes, that nothing listens there; what is no `host:port` is left to Ray."""
+    """Refuse at once, not after minutes, a `host:port` where nothing listens."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return
@@ -161,11 +163,11 @@ def _check_answers(address: str | None) -> None:
         raise UserError(f"no Ray cluster answers at {address}: {error}") from None
 
 
-def _plan(folder: str, config: Config, started: str) -> Plan | str:
+def _prepare(folder: str, config: Config, started: str) -> Prepared | str:
     """On a worker, whose device the results depend on; a message for what the model cannot do."""
     _enter(folder)
     try:
-        return plan(config, load_model(config.settings), started)
+        return prepare(config, load_model(config.settings), started)
     except UserError as error:
         return str(error)
 
@@ -182,6 +184,6 @@ def _measure(folder: str, settings: Settings, cell: Cell, missing: list[int]) ->
 
 
 def _enter(folder: str) -> None:
-    """Paths in a comparison are relative to where it was started; a machine without that folder has its own."""
+    """Paths are relative to where the comparison was started; a machine without that folder has its own."""
     with contextlib.suppress(OSError):
         os.chdir(folder)

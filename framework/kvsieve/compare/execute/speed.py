@@ -1,0 +1,83 @@
+"""Tokens per second: some of a batch's decode steps, repeated without the meter after its answers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ...graph import Replay
+from ...loop import Decoding
+from ...sampling import Sampler
+
+_ROUNDS = 3
+_STEPS = 6  # of a round, at most; few, because they come on top of the steps that answer
+
+
+class Stopwatch:
+    """Times decode steps of the batches of one cell.
+
+    The batches share a cache and, on a GPU, a captured step without a meter. For each batch call `passed`
+    after every step, and `measure` when the answers are there.
+    """
+
+    def __init__(self) -> None:
+        self._captured: Any = None  # the step without the meter: see KVCache.captured
+        self._start: Any = None  # where rounds begin, and how many steps there is room for
+
+    def passed(self, step: int, decoding: Decoding, steps: int) -> None:
+        """Say that `step` of the `steps` steps was made; step 0 is the prefill.
+
+        Rounds begin behind the first step after the prefill, where every policy has evicted what it does not
+        keep.
+        """
+        if step == min(1, steps - 2):
+            runner = decoding.runner
+            place = runner.cache.checkpoint(), decoding.state.positions.clone(), runner.mask
+            self._start = place, steps - 1 - step
+
+    def measure(self, decoding: Decoding) -> list[float]:
+        """Repeat steps: tokens per second of all rows together, for each round; none if there are no steps.
+
+        What the cache holds behind the place where rounds begin is overwritten.
+        """
+        if self._start is None:
+            return []
+        (self._place, steps), self._start = self._start, None
+        runner, cache = decoding.runner, decoding.runner.cache
+        metered, cache.captured = cache.captured, self._captured
+        sampler = Sampler(None, None, None, 0, None, runner.rows, runner.model.device)
+        timed = Decoding(runner, sampler, eager=False)
+        if timed.eager_because is None:
+            timed.replay = Replay(cache, runner.model, timed.choice, timed.state)
+            timed.choice, timed.state = timed.replay.choice, timed.replay.state
+        timed.state.tokens.copy_(decoding.state.tokens)
+        while timed.replay is not None and timed.replay.run.graph is None:  # until the step is captured
+            self._go_back(timed)
+            timed.advance()
+        rounds = [self._round(timed, min(steps, _STEPS)) for _ in range(_ROUNDS)]
+        self._captured, cache.captured = cache.captured, metered
+        return rounds
+
+    def _round(self, decoding: Decoding, steps: int) -> float:
+        self._go_back(decoding)
+        device = decoding.runner.model.device
+        seconds = 0.0
+        for _ in range(steps):
+            started = _now(device)
+            decoding.advance()
+            decoding.state.status.tolist()  # `decode` looks at it after every step
+            seconds += _now(device) - started
+        return len(decoding.state.tokens) * steps / seconds
+
+    def _go_back(self, decoding: Decoding) -> None:
+        checkpoint, positions, decoding.runner.mask = self._place
+        decoding.runner.cache.restore(checkpoint)
+        decoding.state.positions.copy_(positions)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
