@@ -185,6 +185,6 @@ def running_mean(
 ) -> torch.Tensor:
     """Update a mean `[B, K, D]` with more vectors.
 
-    `counts [B]` of `new [B, K, Q, D]` are real (the rest is zero); `seen [B]` have come in all, these included.
+    `counts [B]` of `new [B, K, Q, D]` are real, the rest is zero; `seen [B]` have come in all.
     """
     return implementation(new.device).running_mean(mean, new, counts, seen)
