@@ -72,7 +72,7 @@ ORDER = [
     "hooks",
     "processes",
     "corpus",
-    "files values",
+    "user_files values",
     "reference_model",
     "ops",
     "transfer",

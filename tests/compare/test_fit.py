@@ -23,9 +23,11 @@ def test_a_context_and_a_policy_that_the_model_cannot_have_are_found_without_it(
         fit.check(found)
     lines = [line.partition("test.yaml:")[2] for line in str(caught.value).splitlines()]
     assert [line for line in lines if "tasks" in line] == [
-        "3:5: tasks.0.needle: context 512 needs at least 513 positions with its answer, and the model has 512: "
+        "3:5: tasks.0.needle: context 512 needs at least 513 positions with its answer, "
+        "and the model has 512: "
         "the longest context here is at most 511",
-        "4:5: tasks.1.perplexity: context 400 needs at least 528 positions with its answer, and the model has 512: "
+        "4:5: tasks.1.perplexity: context 400 needs at least 528 positions with its answer, "
+        "and the model has 512: "
         "the longest context here is at most 384",
     ]
     assert "7:5: policies.0.sparq: sparq.r is 17, but this model's heads have only 16 channels" in lines

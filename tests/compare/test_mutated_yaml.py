@@ -20,14 +20,17 @@ SECONDS, MEGABYTES = 2.0, 300
 # Of every kind that broke a reader of configurations once, and what a hurried or hostile hand writes.
 TOKENS = [
     "2001-99-99", "0b_", "0x_", "!!int x", "!!python/object/apply:os.system [ls]", "!!binary x", "9" * 5000,
-    "-" + "9" * 400, "1e-999999999", "1e999999999", ".nan", "-.inf", "0o9", "010", "1:30", "1_000", "~", "null",
+    "-" + "9" * 400, "1e-999999999", "1e999999999", ".nan", "-.inf", "0o9", "010", "1:30", "1_000",
+    "~", "null",
     "yes", "true", "[" * 500, "{" * 500, "[" * 60 + "]" * 60, "- " * 300, "&a [*a]", "*nowhere", "<<: *a",
-    "<<: {k: 3}", "? [k]\n: 3", "? {k: 3}\n: 3", "1: 2", "true: 2", "---\n", "...\n", "%YAML 1.9999999999999999999\n",
+    "<<: {k: 3}", "? [k]\n: 3", "? {k: 3}\n: 3", "1: 2", "true: 2", "---\n", "...\n",
+    "%YAML 1.9999999999999999999\n",
     '"\\uD800"', '"\\U0FFFFFFF"', '"\\x00"', "\x00", "\x85", "\u2028", "\ufeff", "\t", "'", '"', "|2\n  x",
     "compression: 1e-999999999", "compression: 1/0", "compression: [1/8, 1/8, x]", "samples: 1000000000",
     "context: 99999999999", "seed: 99999999999999999999", "trust_remote_code: true", "include_path: /",
     "text: /dev/zero", "text: /etc", "text: " + "a" * 300, "model: ~nobody-here/x", "model: " + "x" * 300,
-    'model: "a\\0b"', "k: " + str(list(range(1200))), "layers: [" + "0, " * 300 + "0]", "x" * 5000, "#", ": ", ",",
+    'model: "a\\0b"', "k: " + str(list(range(1200))), "layers: [" + "0, " * 300 + "0]", "x" * 5000,
+    "#", ": ", ",",
 ]  # fmt: skip
 
 
@@ -75,7 +78,7 @@ def _change_tokens(data: bytes, rng: random.Random) -> bytes:
 
 
 def read(path: Path) -> tuple[bool, float]:
-    """Whether a file was right, and the CPU seconds that took; anything but success or UserError is raised."""
+    """Whether a file was right, and the CPU seconds; anything but success or UserError is raised."""
     started = time.process_time()
     try:
         fit.check(config.load(path))
@@ -88,7 +91,7 @@ def read(path: Path) -> tuple[bool, float]:
 
 
 def read_many(tmp_path: Path, count: int, seed: int) -> tuple[int, float]:
-    """How many of so many mutated files were right, and the longest time; one that fails is shown with its seed."""
+    """How many mutated files were right, and the longest time; one that fails is shown with its seed."""
     read(CONFIGS[0])  # imports what a command imports once
     originals = [path.read_bytes() for path in CONFIGS]
     path, accepted, worst = tmp_path / "mutated.yaml", 0, 0.0
@@ -126,8 +129,10 @@ def test_ten_thousand_mutated_files_are_read_or_refused_within_two_seconds_and_3
 
 
 words = st.sampled_from(
-    ["model", "tasks", "policies", "polices", "seed", "dense", "sparq", "h2o", "needle", "perplexity", "dense_layers",
-     "inner", "layers", "k", "r", "compression", "context", "samples", "text", "lm_eval", "task", "reference", "1/8"]
+    ["model", "tasks", "policies", "polices", "seed", "dense", "sparq", "h2o", "needle", "perplexity",
+     "dense_layers", "inner", "layers", "k", "r", "compression", "context", "samples", "text", "lm_eval",
+     "task",
+     "reference", "1/8"]
 )  # fmt: skip
 scalars = words | st.one_of(
     st.none(),

@@ -169,11 +169,12 @@ def test_a_failing_cell_is_reported_and_the_others_finish(compare, monkeypatch):
 @pytest.mark.parametrize(
     ("task", "policy", "message"),
     [
-        ("needle: {context: 600}", "dense", "3:9: tasks.0.needle: context 600 needs 607 positions with its answer, "
-         "and the model has 512: the longest context here is 505"),
+        ("needle: {context: 600}", "dense", "3:9: tasks.0.needle: context 600 needs 607 positions with its "
+         "answer, and the model has 512: the longest context here is 505"),
         ("needle: {context: 40}", "dense", "3:9: tasks.0.needle: needle needs a context of at least"),
         ("needle: {context: 120}", "sparq: {r: 17}", "4:12: policies.0.sparq: .*17.*16"),
-        ("needle: {context: 120}", "sparq: {compression: 1/8, k: 0}", "4:12: policies.0.sparq: .*k must be at least 1"),
+        ("needle: {context: 120}", "sparq: {compression: 1/8, k: 0}",
+         "4:12: policies.0.sparq: .*k must be at least 1"),
     ],
 )  # fmt: skip
 def test_what_the_model_cannot_do_is_refused_before_any_work(compare, tmp_path, task, policy, message):

@@ -33,13 +33,14 @@ _IRRELEVANT = {
     "kvsieve.processes",
     "kvsieve.specs",
 }
+# All policies and tasks have them.
 _BASES = {
     "builtins",
     "abc",
     "typing",
     "kvsieve.policy",
     "kvsieve.compare.tasks.base",
-}  # all policies and tasks have them
+}
 
 
 def framework_digest() -> str:

@@ -46,7 +46,7 @@ def describe(model: PreTrainedModel, cells: list[Cell], shared: Fields, started:
 
 
 class Load:
-    """How busy this machine is, from when it is made on."""
+    """The load of this machine since the object was made."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()

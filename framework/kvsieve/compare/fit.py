@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .. import reference_model
 from ..errors import UserError
-from ..files import read_text, user_path
+from ..user_files import read_text, user_path
 from ..values import Mistake
 from .config import Config
 

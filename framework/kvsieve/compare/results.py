@@ -268,7 +268,7 @@ def eager_notes(rows: Iterable[Row]) -> list[str]:
 
 
 def noise_note(rows: Sequence[Row]) -> str:
-    """What a noisy speed is; empty where there is none."""
+    """Explain which speeds are noisy; empty where none is."""
     if not any(row.noisy for row in rows):
         return ""
     return (

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ..errors import UserError
-from ..files import read_text
+from ..user_files import read_text
 from ..values import Loc, Mistake, shortened
 
 MOST_BYTES = 64 * 1024

@@ -84,7 +84,7 @@ class PolicyLM(HFLM):
         return found
 
     def _batches(self, requests: list[Request], size: int) -> Iterator[list[int]]:
-        """Indexes of requests to be scored together, the longest first, so that memory fails early or never."""
+        """Indexes of requests to score together, the longest first, so that memory fails early or never."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         batch: list[int] = []
         for index in order:
@@ -99,9 +99,7 @@ class PolicyLM(HFLM):
             yield batch
 
     def _fed(self, request: Request) -> tuple[list[int], list[int]]:
-        """What is prefilled, and what is fed token by token: the last token of the context, and the
-        continuation.
-        """
+        """Split a request: tokens to prefill, and tokens to feed singly from the last of the context on."""
         _, context, continuation = request
         # As HFLM: from the left, and the last token is predicted, but takes no position.
         context = context[-max(1, self.max_length + 1 - len(continuation)) :]
@@ -144,9 +142,8 @@ class PolicyLM(HFLM):
         ends = sorted({*end_tokens(self.model, None), self.eot_token_id} - {None})
         said: list[list[int]] = [[] for _ in prompts]
         ended = [False for _ in prompts]
-        reach = (
-            max((len(text.encode()) for text in stop), default=0) + 2
-        )  # tokens that a stop string may span
+        # Tokens that a stop string may span.
+        reach = max((len(text.encode()) for text in stop), default=0) + 2
         room = max_length - context.shape[1]
         cache = self._cache(max(map(len, prompts)) + room)
         for tokens in decode(

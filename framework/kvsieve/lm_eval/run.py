@@ -21,7 +21,7 @@ MakePolicy = Callable[[int], Policy]  # from the context, in tokens, that a comp
 
 
 class Outcome(NamedTuple):
-    """What came of an evaluation."""
+    """The result of an evaluation."""
 
     results: dict[str, Any]  # lm_eval's own, with our measurements under "kvsieve"
     table: str  # lm_eval's own
@@ -115,7 +115,7 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
-    """lm_eval's index of tasks; its own ones, which take a while to index, only if one of them is asked for."""
+    """Index lm_eval's tasks; its own ones, which takes a while, only if one of them is asked for."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
@@ -208,8 +208,7 @@ def requests(task: Any, documents: int) -> list[list[Any]]:
 
 
 def ask(lm: Any, task: Any, documents: Sequence[Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """What the model says to these documents' requests (nothing, where it only scores), and the task's
-    metrics for it.
+    """Ask the model these documents' requests; return its text (none where it only scores) and the metrics.
 
     Of several filters the task's first one counts. The requests are left as they were.
     """

@@ -36,7 +36,7 @@ _CROSS = "M-1.1,-0.4H-0.4V-1.1H0.4V-0.4H1.1V0.4H0.4V1.1H-0.4V0.4H-1.1Z"
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How one policy looks everywhere: by colour and by shape, so that neither is needed alone."""
+    """The look of one policy everywhere: a colour and a shape, so that neither is needed alone."""
 
     light: str
     dark: str
@@ -177,9 +177,8 @@ def specification(chart: Panel | alt.HConcatChart, palette: Palette, font_size: 
             offset=12,
         ),
     )
-    spec: dict[str, Any] = chart.to_dict(
-        validate=False
-    )  # half of the time, for a chart that a test has drawn
+    # Validation is half of the time, and a test draws this chart.
+    spec: dict[str, Any] = chart.to_dict(validate=False)
     del spec["$schema"]  # an address that nothing has to follow
     return spec
 

@@ -1,4 +1,4 @@
-"""How policies are written for readers."""
+"""Names of policies as readers write them."""
 
 _DISPLAY_NAMES = {"sparq": "SparQ", "h2o": "H2O", "local_window": "local window"}
 

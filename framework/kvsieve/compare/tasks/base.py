@@ -85,8 +85,8 @@ class Task:
     ) -> tuple[Sequence[Answer], int] | None:
         """Answer samples that take more than one prompt each; and the most bytes of KV cache held at a time.
 
-        None, right for most tasks: the answer is decoded after a sample's prompt, or is the probabilities of
-        its forced tokens.
+        None, right for most tasks: the answer is decoded after a sample's prompt, or is the probabilities
+        of its forced tokens.
         """
         return None
 

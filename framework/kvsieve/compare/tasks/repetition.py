@@ -34,9 +34,8 @@ class Repetition(Task):
         before = text.beginning(tokenizer)
         room = self.context - len(before)
         body = text.passage(tokenizer, self.text, room, rng)
-        reserved = len(
-            text.encode(tokenizer, "\n" + "x" * self.prompt)
-        )  # tokens for the question; grows if need be
+        # Tokens for the question; grows if need be.
+        reserved = len(text.encode(tokenizer, "\n" + "x" * self.prompt))
         for _ in range(1000):
             visible = text.decode(tokenizer, body[: max(0, room - reserved)])
             last = len(visible) - self.prompt - self.length

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import corpus, files
+from ... import corpus, user_files
 from ...errors import UserError
 
 MOST_BYTES_OF_TEXT = 64 * 1024 * 1024
@@ -25,17 +25,17 @@ def read(path: str | None) -> str:
             return corpus.held_out_text()
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
-    return _read_file(files.user_path(path))
+    return _read_file(user_files.user_path(path))
 
 
 def named(path: str | None) -> dict[str, Path]:
     """The answer of `Task.files` for a parameter `text`."""
-    return {} if path is None else {"text": files.user_path(path)}
+    return {} if path is None else {"text": user_files.user_path(path)}
 
 
 @functools.cache
 def _read_file(path: Path) -> str:
-    return files.read_text(path, MOST_BYTES_OF_TEXT)
+    return user_files.read_text(path, MOST_BYTES_OF_TEXT)
 
 
 def digest(path: str | None) -> str:
