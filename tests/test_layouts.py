@@ -101,7 +101,7 @@ def test_evicting_works_in_every_layout(layout, budget):
 
 
 def test_what_is_no_layout_is_refused_with_the_legal_ones():
-    with pytest.raises(UserError, match="'single', 'double' or 'blocked', not 'doubled'"):
+    with pytest.raises(UserError, match=r"'single', 'double' or 'blocked' \(got 'doubled'\)"):
         make_policy("sparq", layout="doubled")
     with pytest.raises(UserError, match=r"did you mean 'double'[?] Legal: blocked, double, single"):
         KeyLayout("doubled")
