@@ -204,7 +204,7 @@ def test_an_unknown_way_to_generate_is_refused(model):
 def test_a_log_likelihood_that_is_not_a_number_is_an_error(model):
     hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + float("inf"))
     try:
-        with pytest.raises(UserError, match=r"NaN.*its weights or its dtype \(torch.float32\)"):
+        with pytest.raises(UserError, match=r"NaN: the model's weights or its dtype \(torch.float32\)"):
             log_likelihoods(PolicyLM(model), *PAIRS[:1])
     finally:
         hook.remove()
