@@ -34,10 +34,12 @@ class Deadly(kvsieve.Policy):
     last: int
     name: ClassVar[str] = "deadly"
 
+    def for_layer(self, layer, layers):
+        return self if layer == 0 else kvsieve.Policy()
+
     def on_prefill(self, kv):
-        if kv.counts_steps:
-            with open(self.notes, "a") as file:
-                file.write("prompt\\n")
+        with open(self.notes, "a") as file:
+            file.write("prompt\\n")
 
     def select(self, query, kv):
         if self.first <= len(Path(self.notes).read_text().split()) <= self.last:

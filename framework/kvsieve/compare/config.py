@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from .. import files
+from .. import user_files
 from ..errors import UserError, unknown
 from ..specs import PolicySpec, read_policies, read_tasks
 from ..values import NOTHING, Loc, Mistake, read_value, shortened
@@ -209,7 +209,7 @@ def _files(task: Task, loc: Loc, *, trust_task_code: bool) -> list[Mistake]:
     mistakes = []
     for parameter, path in task.files().items():
         try:
-            files.check_readable(path, MOST_BYTES_OF_TEXT)
+            user_files.check_readable(path, MOST_BYTES_OF_TEXT)
         except UserError as error:
             mistakes.append(Mistake((*loc, parameter), str(error)))
     for parameter, folder in task.code().items():
