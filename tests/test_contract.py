@@ -22,6 +22,7 @@ from kvsieve import (
     Tail,
     UserError,
     Wrapper,
+    contract,
     make_policy,
     specs,
 )

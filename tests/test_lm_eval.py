@@ -201,6 +201,15 @@ def test_an_unknown_way_to_generate_is_refused(model):
         PolicyLM(model).generate_until(asked, disable_tqdm=True)
 
 
+def test_a_log_likelihood_that_is_not_a_number_is_an_error(model):
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + float("inf"))
+    try:
+        with pytest.raises(UserError, match=r"NaN: the model's weights or its dtype \(torch.float32\)"):
+            log_likelihoods(PolicyLM(model), *PAIRS[:1])
+    finally:
+        hook.remove()
+
+
 def flat(values):
     return [x for value in values for x in (flat(value) if isinstance(value, list | tuple) else [value])]
 

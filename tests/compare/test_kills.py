@@ -88,8 +88,8 @@ def test_killed_runs_lose_nothing_and_double_nothing(load, model, tmp_path, kill
     if kills > 100:
         assert during > kills / 4
         record("runs killed (SIGKILL at a random moment)", f"{done}, in {runs} folders")
-        record("of these with a part of the samples measured", during)
-        record("samples lost, and samples stored twice", "0, 0")
+        record("killed runs that had some of their samples", f"{during} of {done}")
+        record("samples lost, and samples stored twice, in killed runs", "0, 0")
 
 
 def test_a_killed_command_continues(write, load, model, tmp_path):

@@ -34,10 +34,12 @@ class Deadly(kvsieve.Policy):
     last: int
     name: ClassVar[str] = "deadly"
 
+    def for_layer(self, layer, layers):
+        return self if layer == 0 else kvsieve.Policy()
+
     def on_prefill(self, kv):
-        if kv.counts_steps:
-            with open(self.notes, "a") as file:
-                file.write("prompt\\n")
+        with open(self.notes, "a") as file:
+            file.write("prompt\\n")
 
     def select(self, query, kv):
         if self.first <= len(Path(self.notes).read_text().split()) <= self.last:
@@ -185,10 +187,7 @@ def test_a_cluster_that_is_started_here_listens_on_the_loopback_only():
     addresses = done.stdout.split()
     assert len(addresses) > 3
     assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
-    record(
-        "ports of a Ray cluster that a comparison started, and those open to the network",
-        f"{len(addresses)}, 0",
-    )
+    record("ports of a Ray cluster that a comparison starts, open to the network", f"0 of {len(addresses)}")
 
 
 def test_tensor_parallel_is_no_matter_of_ray(cluster, load):

@@ -12,10 +12,10 @@ import torch
 import yaml
 
 import kvsieve
-from kvsieve import UserError, plugins
+from kvsieve import UserError, plugins, transfer
 from kvsieve.compare import cells, code, samples, weights
-from kvsieve.compare.execute import local
-from kvsieve.compare.tasks import Perplexity
+from kvsieve.compare.execute import local, speed
+from kvsieve.compare.tasks import Needle, Perplexity
 
 SMALL = """\
     batch_size: 2
@@ -248,3 +248,45 @@ def test_an_interruption_keeps_what_was_measured(compare, tmp_path, monkeypatch)
     assert len(samples.read(tmp_path / "out" / "samples.jsonl")) == 3
     monkeypatch.undo()
     assert compare(SMALL).failures == {}
+
+
+def test_a_score_that_is_not_a_number_fails_its_cell_by_name(compare, monkeypatch):
+    monkeypatch.setattr(Needle, "score", lambda self, sample, answer: math.nan)
+    outcome = compare("""\
+        tasks: [needle: {context: 120, samples: 1}, perplexity: {context: 120, samples: 1, tokens: 4}]
+        policies: [dense]
+        """)
+    assert list(outcome.failures.values()) == ["ArithmeticError: the score of sample 0 is nan"]
+    assert [row.task for row in outcome.rows] == ["perplexity"]
+
+
+def test_a_log_probability_that_is_not_a_number_fails_its_cell_by_name(compare, model):
+    def infinite(module, inputs, logits):
+        logits[..., 3] = math.inf  # no NaN yet: the logarithm of the softmax has them
+
+    hook = model.lm_head.register_forward_hook(infinite)
+    try:
+        outcome = compare("""\
+            tasks: [perplexity: {context: 120, samples: 1, tokens: 4}]
+            policies: [dense]
+            """)
+    finally:
+        hook.remove()
+    assert list(outcome.failures.values()) == ["ArithmeticError: a log-probability of sample 0 is nan"]
+
+
+def test_speeds_are_taken_without_the_meter_and_bytes_with_it(compare, monkeypatch):
+    meters = []
+    step = speed.Stopwatch._round
+
+    def watched(self, *arguments):
+        meters.append(transfer.current())
+        return step(self, *arguments)
+
+    monkeypatch.setattr(speed.Stopwatch, "_round", watched)
+    with transfer.measure() as outside:
+        outcome = compare(SMALL)
+    found = samples.read(outcome.folder / "samples.jsonl")
+    assert set(meters) == {outside}  # not the one of the comparison
+    assert len(meters) == 3 * len({(r["cell"], *r["tokens_per_second"]) for r in found})
+    assert {r["steps"] for r in found} == {6, 7}  # of the answers alone

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
+from .. import user_files
 from ..errors import UserError, unknown
 from ..specs import PolicySpec, read_policies, read_tasks
 from ..values import NOTHING, Loc, Mistake, read_value, shortened
