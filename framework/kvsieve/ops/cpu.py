@@ -7,8 +7,7 @@ gathering single numbers.
 
 Dead slots are made harmless bit by bit: `x & 0` is zero for every x, NaN included, and takes a tenth of the
 time of `masked_fill`. Attention over all slots is the exception: there dead slots must be finite, because
-masking them
-would copy every value. The cache fills its storage with zeros at a reset.
+masking them would copy every value. The cache fills its storage with zeros at a reset.
 """
 
 import math
@@ -55,7 +54,7 @@ _LOG2_E = math.log2(math.e)  # exp2 takes half the time of exp
 _LOWEST = torch.finfo(torch.float32).min
 _TINY = torch.finfo(torch.float32).tiny
 _MINUS_INFINITY = -(2**23)  # the bits of float32 -inf
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class _Workspace(threading.local):
@@ -113,10 +112,10 @@ def attend(
         keys, values = _at(keys, slots).float(), _at(values, slots).float()
         _zero_where_not(live.int().neg_()[..., None], values)
         output, weights = blend(query.float(), keys, values, live, scale, softcap, sinks)
-        output = output.to(query.dtype)
     if tail_weight is not None:
         assert tail_value is not None
         output = with_tail(output, tail_weight, tail_value)
+    output = output.to(query.dtype)
     return output, mass_by_slot(weights, slots, size) if want_mass else None
 
 
@@ -133,7 +132,10 @@ def append(
         written &= active[:, None, None]
     if new.dim() == 4:
         inside, written = inside[..., None].expand(new.shape), written[..., None]
-    storage.scatter_(2, inside, torch.where(written, new, storage.gather(2, inside)))
+    # As integers: torch copies all storage to scatter 16-bit floats.
+    integers = _INTEGERS[storage.element_size()]
+    bits = storage.view(integers)
+    bits.scatter_(2, inside, torch.where(written, new.view(integers), bits.gather(2, inside)))
 
 
 def top_by_channels(
@@ -212,10 +214,14 @@ def _logits(
         index = channels[:, :, None].expand_as(chosen)
         only_chosen = torch.zeros_like(query).scatter_add_(3, index, chosen)
         products = torch.matmul(only_chosen, keys.transpose(2, 3))[..., None, :]
-    pieces, piece = products.shape[3:]
-    _zero_where_not(live.unflatten(2, (pieces, piece))[:, :, None], products)
     logits = _workspace.take("logits", torch.float32, *products.shape)
-    return logits.copy_(products).mul_(factor[..., None]).flatten(3)
+    live = live.view(*live.shape[:2], 1, *products.shape[3:])
+    if products.dtype == torch.float32:
+        torch.bitwise_and(products.view(torch.int32), live, out=logits.view(torch.int32))  # copies as well
+    else:
+        _zero_where_not(live, products)
+        logits.copy_(products)
+    return logits.mul_(factor[..., None]).flatten(3)
 
 
 def _zero_where_not(live: torch.Tensor, numbers: torch.Tensor) -> None:

@@ -249,7 +249,6 @@ def _attend_piece(
         if slots is not None:
             slot = tl.load(slots + pair * many + index, mask=live, other=-1)
             live = (slot >= 0) & (slot < length)
-            slot = slot.to(tl.int32)
         else:
             slot = index
         mask = live[:, None] & (d < D)[None, :]

@@ -202,7 +202,7 @@ def _best_of_chunk(
     SOFTMAX: tl.constexpr,
 ):
     pair, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.minimum(tl.load(lengths + pair), size).to(tl.int32)
+    length = tl.minimum(tl.load(lengths + pair).to(tl.int32), size)
     begin = chunk * CHUNK
     if begin >= length:
         return
@@ -275,7 +275,9 @@ def _best_of_kept(
     SEARCHED: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + pair), size).to(tl.int32)
+    length = tl.load(lengths + pair).to(tl.int32)
+    if missed is None:  # a ranking of any size; elsewhere it spills, and rows are no longer than the keys
+        length = tl.minimum(length, size)
     many = tl.cdiv(length, CHUNK) * room
     count = tl.minimum(length, k)
     tl.store(counts + pair, count.to(tl.int64))
