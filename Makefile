@@ -28,7 +28,7 @@ unit: $(VENV)/.installed
 # The figures that slow tests record, docs/reliability.md shows.
 slow: $(VENV)/.installed
 	@: > $(FIGURES)
-	KVSIEVE_RELIABILITY=$(abspath $(FIGURES)) $(BIN)/python -m pytest -m slow
+	KVSIEVE_RELIABILITY=$(abspath $(FIGURES)) $(BIN)/python -m pytest -m "slow or figures"
 	$(BIN)/python -m tests.reliability $(FIGURES) > benchmarks/results/reliability.md
 	$(BIN)/python -m tests.test_docs
 

@@ -1,6 +1,6 @@
 """Figures that tests measure for docs/reliability.md: `record` writes them, this module prints the table.
 
-KVSIEVE_RELIABILITY=figures.jsonl pytest -m slow && python -m tests.reliability figures.jsonl
+KVSIEVE_RELIABILITY=figures.jsonl pytest -m "slow or figures" && python -m tests.reliability figures.jsonl
 """
 
 import json

@@ -86,6 +86,7 @@ def test_a_broken_plugin_is_reported_and_takes_nothing_down(install):
         make_policy("first_tokens")
 
 
+@pytest.mark.figures
 def test_forty_broken_plugins_are_each_named_and_leave_the_built_in_policies(tmp_path):
     """In one process of its own, so that one may end it, and so that each meets all others."""
     for plugin in BROKEN:
