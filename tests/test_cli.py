@@ -192,7 +192,7 @@ def test_policies_and_tasks_are_listed_with_origin_parameters_and_paper(kvsieve,
     monkeypatch.setattr(plugins, "problems", lambda: ["plugin 'x' of y 1.0: ImportError: gone"])
     result = kvsieve("policies")
     assert result.exit_code == 0
-    assert "sparq  (kvsieve 0.1.0, arXiv:2312.04985)" in result.stdout
+    assert f"sparq  (kvsieve {__version__}, arXiv:2312.04985)" in result.stdout
     assert "    group_score: 'softmax' | 'logits' = 'softmax'" in result.stdout
     assert "    inner: Policy\n" in result.stdout
     assert "not loaded: plugin 'x' of y 1.0: ImportError: gone" in result.stderr

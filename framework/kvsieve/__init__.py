@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .specs import make_policy
     from .wrapper import Wrapper
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _FROM = {
     "cache.kv": ["KVView", "NewTokens"],
