@@ -65,7 +65,7 @@ class Selection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Base of all policies, itself dense attention: reads everything, keeps everything."""
+    """Dense attention: reads everything, keeps everything. The base of all policies."""
 
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = ""
