@@ -136,8 +136,8 @@ def top_slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k live slots with the highest `ranking [B, K, T]`, the `newest` tokens forced in.
 
-    Returns slots `[B, K, k]` and how many of them are live `[B, K]`: `min(k, length)`. A set: order and ties
-    are free.
+    Returns slots `[B, K, min(k, T)]` and how many of them are live `[B, K]`: `min(k, length)`. A set: order
+    and ties are free.
     """
     run = implementation(ranking.device)
     return run.top_slots(ranking, kv.lengths, k, newest=newest, forced=_newest_by_position(kv, newest))
