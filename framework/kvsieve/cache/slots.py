@@ -200,12 +200,23 @@ class Slots:
         self._home = self._stores
         self.used, self.fixed = self.capacity, True
 
+    def keep_where(self, stays: torch.Tensor, most: int) -> None:
+        """Keep the slots where `stays [B, K, T]`, in their order; `most`: of the head that keeps most.
+
+        Storage is as large as that head needs, for all heads.
+        """
+        counts = stays.sum(2)
+        slots = stays.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., :most]
+        free = torch.arange(most, device=self.device) >= counts[..., None]
+        self.keep(slots.masked_fill(free, -1))
+        self.lengths.copy_(counts)
+
     def keep(self, slots: torch.Tensor) -> None:
         """Keep `slots [B, K, n]`, in this order, and free the rest. The live ones among them come first."""
         run, count = ops.implementation(slots.device), slots.shape[2]
         before = self._stores
         # The stores of a decode before the last reset, if they fit: a captured step finds them.
-        if self._home and self._home[VALUES].shape[2] == count and self._home is not before:
+        if self._home and self._home[VALUES].shape[2] >= count and self._home is not before:
             self._stores = self._home
         else:
             with torch.inference_mode(False):
