@@ -74,8 +74,8 @@ def check_class(cls: Any) -> None:
         raise UserError(f"{name} declares how many tokens it `keeps`, but has no `priority(kv)` to rank them")
     if cls.last_queries is not Policy.last_queries and not cuts and cls.on_prefill is Policy.on_prefill:
         raise UserError(
-            f"{name} declares `last_queries`, but has neither `cut` nor `on_prefill`, where alone they can be "
-            "used"
+            f"{name} declares `last_queries`, but has neither `cut` nor `on_prefill`, the two that can use "
+            "them"
         )
     observes = vars(cls).get("observes", cls.observes)
     if not isinstance(observes, property | Observe):
@@ -120,11 +120,6 @@ def check_declarations(policy: Policy) -> None:
         refuse("keeps", keeps, "a number of tokens of at least 1, or None")
     if not isinstance(policy.overwrites, bool):
         refuse("overwrites", policy.overwrites, "True or False")
-    if keeps is not None and policy.overwrites and not _ranks(policy):
-        raise UserError(
-            f"policy {policy.name} keeps {keeps} tokens by `cut`, but has no `priority(kv)` to say which one a "
-            "new token overwrites: add it, or `overwrites = False`"
-        )
     last = policy.last_queries
     if isinstance(last, bool) or not isinstance(last, int) or last < 0:
         refuse("last_queries", last, "a number of queries, 0 or more")
@@ -150,17 +145,23 @@ def check_declarations(policy: Policy) -> None:
                     shape,
                     'a torch.dtype, or (torch.dtype, size) with a size of 1 or more, or "D"',
                 )
+    _check_overwriting(policy)
     if both := policy.columns.keys() & policy.summaries.keys():
         raise UserError(
             f"policy {policy.name}: {sorted(both)} is both a column and a summary; choose another name"
         )
 
 
-def _ranks(policy: Policy) -> bool:
-    """Whether `priority` is answered, by the policy or by the innermost of a wrapper's."""
-    while isinstance(policy, Wrapper) and type(policy).priority is Wrapper.priority:
-        policy = policy.inner
-    return type(policy).priority is not Policy.priority
+def _check_overwriting(policy: Policy) -> None:
+    answers = policy
+    while isinstance(answers, Wrapper) and type(answers).priority is Wrapper.priority:
+        answers = answers.inner
+    ranks = type(answers).priority is not Policy.priority
+    if policy.keeps is not None and policy.overwrites and not ranks:
+        raise UserError(
+            f"policy {policy.name} keeps {policy.keeps} tokens by `cut`, but has no `priority(kv)` to say "
+            "which one a new token overwrites: add it, or `overwrites = False`"
+        )
 
 
 def _is_shape(shape: Any) -> bool:

@@ -1,13 +1,15 @@
 """AdaKV: heads share one pool, and take from it what they need (arXiv:2407.11550).
 
-The one idea: some heads attend to few tokens, others to many. Rank the tokens of all KV heads of a layer together,
-by SnapKV's votes; a head's share of the winners is its budget, blended with a floor so that none starves.
+The one idea: some heads attend to few tokens, others to many. Rank the tokens of all KV heads of a layer
+together, by SnapKV's votes; a head's share of the winners is its budget, blended with a floor so that none
+starves.
 
 Choices, after the authors' code (FFY0/AdaKV with `gqa_support`):
 
-- `budget` is the average per KV head, the window included; the window is kept in every head on top of its share.
-- The floor is a blend: share = round((1 - floor) * winners + floor * (budget - window)), head by head; rounding loses
-  or gains single tokens of the pool. kvpress' safeguard is a minimum instead.
+- `budget` is the average per KV head, the window included; the window is kept in every head on top of its
+  share.
+- The floor is a blend: share = round((1 - floor) * winners + floor * (budget - window)), head by head;
+  rounding loses or gains single tokens of the pool. kvpress' safeguard is a minimum instead.
 - `normalize` weighs a head's votes by how many of them its own best `budget - window` tokens hold.
 - A prompt that fits into the budget is kept whole.
 
@@ -41,7 +43,7 @@ class AdaKV(WindowVotes):
 
     def cut(self, kv: KVView) -> torch.Tensor:
         votes = self._votes(kv)
-        return self._window_and_best(kv, votes, self._shares(votes))
+        return self._best(kv, votes, self._shares(votes))
 
     def _shares(self, votes: torch.Tensor) -> torch.Tensor:
         """Tokens before the window that each head keeps, `[B, K]`."""

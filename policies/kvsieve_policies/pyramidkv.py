@@ -1,16 +1,16 @@
 """PyramidKV: much for the first layers, little for the last (arXiv:2406.02069).
 
-The one idea: attention is spread in the lower layers and gathers on few tokens in the upper ones; so the budget
-falls from layer to layer, in equal steps. Within a layer tokens are chosen as by SnapKV.
+The one idea: attention is spread in the lower layers and gathers on few tokens in the upper ones; so the
+budget falls from layer to layer, in equal steps. Within a layer tokens are chosen as by SnapKV.
 
 The schedule is that of the authors' KVCache-Factory:
 
-- The window comes on top of each layer's share, and `budget - window` is the mean of the shares: with L layers they
-  fall from 2 (budget - window) - low to low = (budget - window) / beta, in whole steps. The last layer may be left
-  with its window alone.
+- The window comes on top of each layer's share, and `budget - window` is the mean of the shares: with L
+  layers they fall from 2 (budget - window) - low to low = (budget - window) / beta, in whole steps. The last
+  layer may be left with its window alone.
 - Where the first share would exceed the tokens before the window, it is these, and the last share is raised.
-- A prompt shorter than 2 (budget - window) is flat: every layer keeps `budget`. A model of one layer too, for which
-  the authors' formula divides by zero.
+- A prompt shorter than 2 (budget - window) is flat: every layer keeps `budget`. A model of one layer too,
+  for which the authors' formula divides by zero.
 
 kvpress counts the window in, and makes all budgets equal where the smallest would be below the window.
 """
@@ -27,7 +27,7 @@ from .window_votes import WindowVotes
 
 @dataclass(frozen=True)
 class PyramidKV(WindowVotes):
-    """Keeps, on average over the layers, `budget` tokens: the window and a share that falls; then it grows."""
+    """Keeps `budget` tokens on average over the layers: the window and a share that falls; then it grows."""
 
     beta: int = 20  # the larger, the less is left for the last layer
 
@@ -47,7 +47,7 @@ class PyramidKV(WindowVotes):
 
     def _cut_layer(self, kv: KVView, layer: int, layers: int) -> torch.Tensor:
         share = self._share(kv.lengths, layer, layers)
-        return self._window_and_best(kv, self._votes(kv), share)
+        return self._best(kv, self._votes(kv), share)
 
     def _share(self, lengths: torch.Tensor, layer: int, layers: int) -> torch.Tensor:
         """Tokens before the window that a layer keeps, `[B, K]`."""

@@ -1,14 +1,14 @@
 """TOVA, token omission via attention: drop what the last query looks at least (arXiv:2401.06104).
 
-The one idea: a transformer is an RNN whose state is its cache; keep the state small by dropping, at every step, the
-token with the lowest attention weight from the newest query, averaged over all heads of the layer.
+The one idea: a transformer is an RNN whose state is its cache; keep the state small by dropping, at every
+step, the token with the lowest attention weight from the newest query, averaged over all heads of the layer.
 
-As in the authors' code, all KV heads of a layer hold the same tokens, neither the first nor the newest one is
-protected, and a prompt is cut once, when it is complete, by its last query. Choice: `budget` counts the current
-token; the authors hold C tokens between steps and read C + 1, so their C is `budget - 1`.
+As in the authors' code, all KV heads of a layer hold the same tokens, neither the first nor the newest one
+is protected, and a prompt is cut once, when it is complete, by its last query. Choice: `budget` counts the
+current token; the authors hold C tokens between steps and read C + 1, so their C is `budget - 1`.
 
-Under tensor parallelism every process averages over its own heads, which may then hold other tokens than those of
-another process.
+Under tensor parallelism every process averages over its own heads, which may then hold other tokens than
+those of another process.
 """
 
 from dataclasses import dataclass

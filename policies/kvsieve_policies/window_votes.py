@@ -1,7 +1,7 @@
 """Votes of the last prompt queries: what SnapKV, PyramidKV and AdaKV have in common.
 
-The window's queries say which earlier tokens they attend to; their weights, averaged or maximised over the query
-group and pooled over neighbouring tokens, rank the past of each KV head.
+The window's queries say which earlier tokens they attend to; their weights, averaged or maximised over the
+query group and pooled over neighbouring tokens, rank the past of each KV head.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class WindowVotes(Policy):
             raise UserError(f"{self.name}.window must be at least 1 token, not {self.window}")
         if self.budget <= self.window:
             raise UserError(
-                f"{self.name}.budget must be larger than the window of {self.window} tokens, which it counts, "
-                f"not {self.budget}"
+                f"{self.name}.budget must be larger than the window of {self.window} tokens, which it "
+                f"counts, not {self.budget}"
             )
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise UserError(f"{self.name}.kernel must be an odd number of tokens, not {self.kernel}")
@@ -59,7 +59,7 @@ class WindowVotes(Policy):
         pooled = pool(weights.masked_fill(~before, 0), self.kernel, stride=1, padding=self.kernel // 2)
         return pooled.masked_fill(~before, -torch.inf)
 
-    def _window_and_best(self, kv: KVView, votes: torch.Tensor, counts: torch.Tensor | int) -> torch.Tensor:
+    def _best(self, kv: KVView, votes: torch.Tensor, counts: torch.Tensor | int) -> torch.Tensor:
         """`[B, K, T]` bool: the window, and the `counts [B, K]` tokens before it with the most votes.
 
         Of equal ones the oldest.

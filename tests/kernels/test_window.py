@@ -1,4 +1,4 @@
-"""The last queries' weights equal the reference, and the mass that a prefill gives: ragged, sinks, soft-cap."""
+"""The last queries' weights equal the reference, and the mass of a prefill: ragged, sinks, soft-cap."""
 
 from types import ModuleType
 

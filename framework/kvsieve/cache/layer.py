@@ -54,7 +54,8 @@ class LayerCache(CacheLayerMixin):
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not yet written
         self.prompt: Prompt | None = None  # the last one written, for layers that borrow these slots
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
-        self.pending_cut: contract.Cut | None = None  # answered, not yet carried out
+        self.must_drop = False  # a prompt is complete, and its tokens that do not stay are still there
+        self.pending_cut: contract.Cut | None = None  # who stays, where the policy said it by slots
         self.lends = False  # other layers attend to these slots too (gemma3n): drop tokens when all have
         self.counts_steps = True  # in a model one layer counts them for all
 
@@ -85,8 +86,8 @@ class LayerCache(CacheLayerMixin):
 
     def append_token(self) -> NewTokens:
         """Write the incoming token of each row: in a free slot, or over the one with the lowest priority."""
-        if self.lends:
-            self.drop_beyond_budget()  # all have read the prompt by now
+        if self.must_drop:  # this layer lends, and all have read the prompt by now
+            self.drop_beyond_budget()
         keys, values = self._take_incoming()
         slots, active = self.slots, self.active
         counts = slots.ones if active is None else active.long()
@@ -145,6 +146,7 @@ class LayerCache(CacheLayerMixin):
         self.policy.on_prefill(self.kv)
         self.pending_cut = contract.checked_cut(self.policy.cut(self.kv), self.policy, self.index, self.slots)
         self.kv._last_queries = None
+        self.must_drop = True
         if not self.lends:
             self.drop_beyond_budget()
 
@@ -153,6 +155,7 @@ class LayerCache(CacheLayerMixin):
         head, as many as the policy keeps.
         """
         keeps, slots = self.policy.keeps, self.slots
+        self.must_drop = False
         if self.pending_cut is not None:
             (stays, most, drops), self.pending_cut = self.pending_cut, None
             if drops or slots.used > most:
@@ -281,7 +284,7 @@ class LayerCache(CacheLayerMixin):
         """Forget all tokens. The storage stays for the next batch, if it has as many rows."""
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
-        self.pending_cut, self.kv._last_queries = None, None
+        self.must_drop, self.pending_cut, self.kv._last_queries = False, None, None
         if self.is_initialized:
             self.slots.reset()
 

@@ -183,10 +183,10 @@ def _newest_by_position(kv: KVView, n: int) -> torch.Tensor | None:
 def window_weights(kv: KVView) -> torch.Tensor:
     """The attention weight `[B, K, G, T]` float32 that each slot received from the row's last prompt queries.
 
-    Summed over `policy.last_queries` queries, or as many as the row's prompt has, each of which sees the slots
-    up to its own: over the slots they sum to that number, less what the model's attention sinks take. For
-    `on_prefill` and `cut`; recomputed from the keys, at the cost of that share of the prefill's scores. Not
-    metered, because no decode step reads it.
+    Summed over `policy.last_queries` queries, or as many as the row's prompt has (a turn, in a conversation);
+    each sees the slots up to its own. A head's weights sum to that number, less what the model's attention
+    sinks take. For `on_prefill` and `cut`; recomputed from the keys, at the cost of that share of the
+    prefill's scores. Not metered: no decode step reads it.
 
     Raises:
         UserError: no prompt has just been completed, or the policy declares no `last_queries`.

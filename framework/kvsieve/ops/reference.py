@@ -136,8 +136,8 @@ def window_weights(
 ) -> torch.Tensor:
     """The weight `[B, K, G, T]` float32 that slots receive from the newest tokens' queries, summed over them.
 
-    `query [B, K, G, W, D]`: the first `counts [B]` are real, and belong to the last `counts` of the live slots
-    of `keys [B, K, T, D]`; each sees the slots up to its own. Works in blocks of queries.
+    `query [B, K, G, W, D]`: the first `counts [B]` are real, and belong to the last `counts` of the live
+    slots of `keys [B, K, T, D]`; each sees the slots up to its own. Works in blocks of queries.
     """
     (rows, heads, group, window, _), total = query.shape, keys.shape[2]
     weights = query.new_zeros(rows, heads, group, total, dtype=torch.float32)

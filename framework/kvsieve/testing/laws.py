@@ -63,8 +63,8 @@ def the_budget_is_respected(tight: Policy, loose: Policy) -> None:
 
 
 def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
-    """After the prompt the cache holds the tokens that `cut` chose, or as many as the policy keeps, with their
-    own keys, and no storage for others.
+    """After the prompt the cache holds the tokens that `cut` chose, or as many as the policy keeps, with
+    their own keys, and no storage for others.
     """
     inputs = Inputs.random()
     prompt = inputs.prefill_queries.shape[2]

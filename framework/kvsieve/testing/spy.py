@@ -26,7 +26,7 @@ class Notes:
 
     selections: list[Selection | None] = dataclasses.field(default_factory=list)
     lengths: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    # By `cut`: the tokens that it chose, by row and head, as positions; None: it left the choice to `priority`.
+    # The positions that each `cut` chose, by row and head; None: it left the choice to `priority`.
     cuts: list[list[list[list[int]]] | None] = dataclasses.field(default_factory=list)
     changes: list[str] = dataclasses.field(default_factory=list)  # by questions, in the cache
     leaks: list[str] = dataclasses.field(default_factory=list)  # from slots outside the selection

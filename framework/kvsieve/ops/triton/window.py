@@ -1,7 +1,7 @@
 """Attention weights of the last prompt queries, summed per slot and query head.
 
-Two launches: the log-sum-exps of the queries, in splits of the slots so that few rows fill a GPU, and then the
-column sums of the weights recomputed from them. Only prompts need it: no decode step does.
+Two launches: the log-sum-exps of the queries, in splits of the slots so that few rows fill a GPU, and then
+the column sums of the weights recomputed from them. Only prompts need it: no decode step does.
 """
 
 import torch
@@ -50,14 +50,16 @@ def window_weights(
         "num_stages": plan.stages,
     }
     per_split = triton.cdiv(triton.cdiv(total, plan.slots), splits) * plan.slots
-    grid = (splits, triton.cdiv(window, many), pairs * group)
-    _log_sum_exps[grid](lse=lse, per_split=per_split, pairs=pairs, **shared)
+    _log_sum_exps[(splits, triton.cdiv(window, many), pairs * group)](
+        lse=lse, per_split=per_split, pairs=pairs, **shared
+    )
     whole = torch.logsumexp(lse, 0)
     if sinks is not None:
         whole = torch.logaddexp(whole, sinks.float()[..., None])
     weights = query.new_empty(rows, heads, group, total, dtype=torch.float32)
-    grid = (triton.cdiv(total, plan.slots), pairs * group)
-    _sum_columns[grid](lse=whole.contiguous(), weights=weights, total=total, **shared)
+    _sum_columns[(triton.cdiv(total, plan.slots), pairs * group)](
+        lse=whole.contiguous(), weights=weights, total=total, **shared
+    )
     return weights
 
 
