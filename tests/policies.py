@@ -40,6 +40,23 @@ CASES = {
     "h2o_all_recent": Case("h2o", {"budget": 5, "recent": 5}, {"budget": 46, "recent": 1}),
     "local_window": Case("local_window", {"budget": 12, "sinks": 2}, {"budget": 64}),
     "local_window_of_one": Case("local_window", {"budget": 1, "sinks": 0}, {"budget": 46, "sinks": 3}),
+    "tova": Case("tova", {"budget": 12}, {"budget": 46}),
+    "tova_of_one": Case("tova", {"budget": 1}, {"budget": 64}),
+    "snapkv": Case("snapkv", {"budget": 12, "window": 4, "kernel": 3}, {"budget": 40, "window": 4}),
+    "snapkv_max": Case(
+        "snapkv",
+        {"budget": 9, "window": 8, "kernel": 5, "pooling": "max", "group": "max"},
+        {"budget": 64, "window": 1, "kernel": 1},
+    ),
+    "pyramidkv": Case("pyramidkv", {"budget": 12, "window": 4, "beta": 2}, {"budget": 64}),
+    "adakv": Case(
+        "adakv", {"budget": 12, "window": 4, "kernel": 3}, {"budget": 64, "window": 4, "floor": 0.5}
+    ),
+    "adakv_normalized": Case(
+        "adakv",
+        {"budget": 12, "window": 3, "floor": 0.0, "normalize": True},
+        {"budget": 64, "normalize": True},
+    ),
     "dense_layers": Case(
         "dense_layers",
         {"layers": [], "inner": {"h2o": {"budget": 12, "recent": 4}}},

@@ -128,6 +128,13 @@ class LastPieceOnly(Evicting):
         return kv["last"].masked_fill(kv.newest(1), torch.inf)
 
 
+class RenumbersItsTokens(Evicting):
+    """Counts positions backwards once the prompt is complete."""
+
+    def on_prefill(self, kv):
+        kv.positions.copy_(kv.seen[:, None, None] - 1 - kv.positions)
+
+
 class ReadsRawKeys(Base):
     """Scores with all keys, behind the meter."""
 
@@ -219,6 +226,7 @@ CAUGHT = {
     ChoosesDeadSlots: "answers_fit_the_contract",
     RanksWithNaN: "answers_fit_the_contract",
     NeverDense: "a_loose_budget_is_dense",
+    RenumbersItsTokens: "the_cut_is_what_is_held",
     CountsInAQuestion: "questions_change_nothing",
     RemembersOutsideTheCache: "same_run_same_result",
     LooksAtItsNeighbours: "rows_do_not_meet",

@@ -149,6 +149,21 @@ def test_storage_is_for_the_budget_not_for_the_context():
     assert window.memory() == 20 * per_token
 
 
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "adakv"])
+def test_after_a_cut_storage_is_for_what_was_kept_and_what_comes(name):
+    model, prompts = tiny_llama(), random_prompts(200, 150)
+    cache = KVCache(model, make_policy(name, budget=20, window=4), capacity=210)
+    held = []
+    for _ in kvsieve.decode(model, prompts, max_new_tokens=10, cache=cache):
+        held.append(cache.memory())
+    per_token = 2 * 2 * 8 * 4  # keys and values, KV heads, head size, float32; of one layer and row
+    largest = [int(layer.kv.lengths.max()) - 9 for layer in cache.policy_layers]
+    assert held[0] == sum(largest) * 2 * per_token
+    assert held[-1] == sum(most + 10 for most in largest) * 2 * per_token
+    if name == "snapkv":
+        assert largest == [20, 20]
+
+
 def test_the_whole_context_is_never_held_for_all_layers():
     """When layer 1 begins its prefill, layer 0 is down to its budget."""
     model, held = tiny_llama(), []

@@ -65,6 +65,14 @@ def step(made, **given):
         ),
         ({"keeps": 2.5, "priority": lambda self, kv: kv.positions.float()}, "keeps must be .* not 2.5"),
         ({"keeps": True, "priority": lambda self, kv: kv.positions.float()}, "keeps must be .* not True"),
+        (
+            {"keeps": 8, "cut": lambda self, kv: None},
+            "no `priority.*new token overwrites.*`overwrites = False`",
+        ),
+        ({"last_queries": 8}, "declares `last_queries`, but has neither `cut` nor `on_prefill`"),
+        ({"last_queries": -1, "cut": lambda self, kv: None}, "last_queries must be .* 0 or more, not -1"),
+        ({"last_queries": True, "cut": lambda self, kv: None}, "last_queries must be .* not True"),
+        ({"last_query": property(lambda self: 8)}, "did you mean 'last_queries'"),
         ({"overwrites": "yes"}, "overwrites must be True or False, not 'yes'"),
         ({"key_layout": "double"}, "key_layout must be a kvsieve.KeyLayout, not 'double'"),
         ({"columns": {"values": torch.float32}}, "'values' in columns is the cache's own"),
@@ -83,6 +91,21 @@ def step(made, **given):
 def test_declarations_that_cannot_be_are_refused_before_any_work(members, message):
     with pytest.raises(UserError, match=message):
         KVCache(tiny_llama(), policy(**members))
+
+
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "adakv"])
+def test_a_window_that_does_not_fit_into_the_budget_is_refused(name):
+    with pytest.raises(UserError, match=f"{name}.budget must be larger than the window of 32 .* not 32"):
+        make_policy(name, budget=32)
+    for given in ({"window": 0}, {"kernel": 4}, {"pooling": "sum"}, {"group": "sum"}):
+        with pytest.raises(UserError, match=f"{name}.{next(iter(given))}:? must be"):
+            make_policy(name, **given)
+    with pytest.raises(UserError, match="must be from 0 to 1, not 1.5"):
+        make_policy("adakv", floor=1.5)
+    with pytest.raises(UserError, match="beta must be at least 1"):
+        make_policy("pyramidkv", beta=0)
+    with pytest.raises(UserError, match="tova.budget must be at least 1"):
+        make_policy("tova", budget=0)
 
 
 def test_a_budget_below_one_is_refused_by_the_built_in_policies_too():
@@ -112,6 +135,10 @@ def ranked(priority):
     return policy(keeps=8, priority=lambda self, kv: priority(kv))
 
 
+def cutting(cut, **members):
+    return policy(cut=lambda self, kv: cut(kv), **members)
+
+
 SHAPES = [
     (
         policy(select=lambda self, query, kv: kv.lengths),
@@ -134,6 +161,18 @@ SHAPES = [
     ),
     (ranked(lambda kv: kv.positions), "priority is int64, expected float32 or"),
     (ranked(lambda kv: 1.0), "priority must be a tensor .*, not float"),
+    (
+        cutting(lambda kv: kv.live()[:, 0]),
+        r"cut has the shape \[3, 40\], expected \[B, K, T\] = \[3, 2, 40\]",
+    ),
+    (cutting(lambda kv: kv.positions), "cut is int64, expected bool"),
+    (cutting(lambda kv: kv.positions.tolist()), "cut must be a tensor .*, not list"),
+    (cutting(lambda kv: kv.positions >= 0), "cut keeps slot 33 in row 1, KV head 0, which holds no token"),
+    (cutting(lambda kv: kv.live() & (kv.positions > 3)), "cut keeps nothing in row 2, KV head 0; every head"),
+    (
+        cutting(lambda kv: kv.live(), keeps=8, overwrites=False),
+        "cut keeps 40 slots in row 0, KV head 0, but the policy declares keeps = 8",
+    ),
 ]
 VALUES = [
     (
@@ -257,6 +296,68 @@ def test_growing_policies_keep_their_best_and_then_everything_new():
     assert layer.kv.positions[0, 0, :14].tolist() == [*range(32, 46)]
 
 
+# -------------------------------------------------------------------- who stays
+def test_heads_may_keep_different_numbers_and_the_cache_then_grows():
+    def cut(self, kv):
+        return kv.newest(5) | kv.oldest(1) & (torch.arange(2) == 1)[:, None]
+
+    made = policy(cut=cut)
+    layer = LayerCache(made, capacity=46)
+    step(made, layer=layer)
+    assert layer.kv.lengths.tolist() == [[5 + 6, 6 + 6], [5 + 6, 6 + 6], [3 + 6, 3 + 6]]
+    assert layer.kv.positions[0, 1, :12].tolist() == [0, *range(35, 46)]
+    assert layer.slots.capacity == 6 + 6  # as the largest head needs, and what was still to come
+
+
+def test_a_full_cache_overwrites_after_a_cut_of_the_policys_own():
+    made = policy(
+        keeps=8,
+        cut=lambda self, kv: kv.newest(5) | kv.oldest(1) & (torch.arange(2) == 1)[:, None],
+        priority=lambda self, kv: -kv.positions.float().masked_fill(kv.newest(1), -torch.inf),
+    )
+    layer = LayerCache(made)
+    step(made, layer=layer)
+    assert layer.kv.lengths.tolist() == [[8, 8]] * 3
+    assert sorted(layer.kv.positions[0, 0].tolist()) == [35, 36, 37, 38, 39, 40, 41, 45]
+    assert sorted(layer.kv.positions[0, 1].tolist()) == [0, 35, 36, 37, 38, 39, 40, 45]
+
+
+@pytest.mark.parametrize("pieces", [None, 1, 3, 39])
+def test_the_last_queries_are_those_of_the_prompts_end(pieces):
+    inputs, seen = Inputs.random(), []
+
+    def cut(self, kv):
+        seen.append(kvsieve.ops.window_weights(kv))
+
+    made = policy(last_queries=5, cut=cut)
+    rollout(made, *inputs, prefill_chunk=pieces)
+    (weights,) = seen
+    queries, keys = inputs.prefill_queries.unflatten(1, (2, 2)), inputs.keys
+    for b, length in enumerate(inputs.lengths.tolist()):
+        asked = queries[b, :, :, max(0, length - 5) : length]
+        logits = asked @ keys[b, :, None, :length].transpose(2, 3) / 4
+        later = torch.arange(length) > torch.arange(max(0, length - 5), length)[:, None]
+        expected = logits.masked_fill(later, -torch.inf).softmax(-1).sum(2)
+        torch.testing.assert_close(weights[b, ..., :length], expected, atol=1e-5, rtol=1e-5)
+        assert not weights[b, ..., length:].any()
+
+
+def test_the_window_cannot_be_asked_for_elsewhere():
+    asks = {"select": lambda self, query, kv: kvsieve.ops.window_weights(kv)}
+    for made in (policy(**asks), policy(last_queries=4, on_prefill=lambda self, kv: None, **asks)):
+        with pytest.raises(UserError, match=r"window_weights\(kv\) is for on_prefill and cut"):
+            step(made)
+    with pytest.raises(UserError, match="observes the attention of the prompt: give prefill_queries"):
+        rollout(TIGHT["snapkv"], None, *Inputs.random()[1:])
+
+
+def test_steps_alone_may_be_observed():
+    seen = []
+    made = policy(observes=Observe.STEP_MASS, on_attend=lambda self, kv, mass: seen.append(mass.sum(2)))
+    step(made)
+    torch.testing.assert_close(torch.stack(seen), torch.ones(6, 3, 2))  # six steps, no prompt
+
+
 # -------------------------------------------------------------------- wrappers
 @dataclass(frozen=True)
 class Counting(Wrapper):
@@ -273,7 +374,7 @@ class Counting(Wrapper):
         kv[self.own("steps")] += 1
 
 
-@pytest.mark.parametrize("inner", ["sparq", "h2o", "local_window", "dense"])
+@pytest.mark.parametrize("inner", ["sparq", "h2o", "local_window", "dense", "tova", "snapkv", "adakv"])
 def test_a_wrapper_forwards_everything(inner):
     plain = TIGHT[inner]
     wrapped = Counting(Counting(plain))

@@ -9,18 +9,23 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvsieve
 from kvsieve import KVCache, Policy, graph
+from kvsieve.attention import decode_step
 from kvsieve.loop import Decoding, Runner
 from kvsieve.sampling import Sampler
-from kvsieve.testing import FindsWaits
+from kvsieve.testing import FindsWaits, Inputs, LayerCache, rollout
 from tests.models import random_prompts, tiny_llama
 from tests.policies import FIRST_LAYER_DENSE, TIGHT
 
 POLICIES = {
     name: TIGHT[name]
-    for name in ("dense", "sparq", "sparq_logits", "sparq_double", "sparq_blocked", "h2o", "local_window")
+    for name in (
+        *("dense", "sparq", "sparq_logits", "sparq_double", "sparq_blocked", "h2o", "local_window"),
+        *("tova", "snapkv"),
+    )
 }
 POLICIES["dense_layers"] = FIRST_LAYER_DENSE
 STEPS = 20
@@ -42,6 +47,34 @@ def test_a_step_never_looks_at_the_device(policy, temperature):
     with kvsieve.transfer.measure(), FindsWaits() as trace, torch.no_grad():
         made.step()
     assert trace.found == []
+
+
+class Counts(TorchDispatchMode):
+    """Counts the operators of torch that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+# Of one layer's step. What a policy does not declare costs its step nothing: a new part of the contract does
+# not change these numbers. A change of the step itself may.
+OPERATORS = {"dense": 45, "sparq": 220, "h2o": 92, "local_window": 63}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_step_costs_only_what_its_policy_declares(name):
+    inputs, layer = Inputs.random(), LayerCache(TIGHT[name])
+    rollout(TIGHT[name], *Inputs.random((80, 80, 80)))  # the ops' workspaces are large enough from here on
+    rollout(TIGHT[name], *inputs, layer=layer)
+    layer.update(inputs.keys[:, :, -1:], inputs.values[:, :, -1:])
+    with torch.no_grad(), Counts() as counted:
+        decode_step(layer, inputs.step_queries[:, :, -1].unflatten(1, (2, 2)))
+    assert counted.operators == OPERATORS[name]
 
 
 def test_the_trace_finds_what_it_looks_for():

@@ -7,6 +7,7 @@ import torch
 from . import contract, ops
 from .cache import layouts
 from .cache.forward import Forward
+from .cache.kv import LastQueries
 from .cache.layer import LayerCache
 from .policy import Observe
 
@@ -34,7 +35,7 @@ def decode_step(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | No
         policy.on_append(kv, new)
     answer = policy.select(query, kv)
     selection = contract.checked_selection(answer, policy, layer.index, layer.slots, query)
-    output, mass = ops.attend(query, kv, selection, want_mass=policy.observes is Observe.MASS)
+    output, mass = ops.attend(query, kv, selection, want_mass=policy.observes is not Observe.NONE)
     if mass is not None:
         policy.on_attend(kv, mass)
     layer.end_step()
@@ -54,6 +55,8 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
     starts, counts, order = layer.prompt
     if order is not None:
         query = query.gather(3, order[:, None, None, :, None].expand(query.shape))
+    if owner and policy.last_queries:
+        kv._last_queries = LastQueries.joined(kv._last_queries, query, counts, policy.last_queries)
     slots = layer.slots
     output, mass = ops.implementation(query.device).prefill(
         query,

@@ -15,7 +15,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from .cache.layouts import KeyLayout
 from .cache.slots import RESERVED, Slots
 from .errors import UserError
 from .policy import Observe, Policy, Selection
+from .wrapper import Wrapper
 
 _HOOKS = ("on_append", "on_attend", "on_prefill")
 _NEAR = 0.8  # names as much alike as this are taken for a misspelling
@@ -62,14 +63,20 @@ def check_class(cls: Any) -> None:
         if kind not in ours:
             _check_names(kind, known)
     ranks, keeps = cls.priority is not Policy.priority, cls.keeps is not Policy.keeps
+    cuts = cls.cut is not Policy.cut
     if ranks and not keeps:
         raise UserError(
             f"{name} has `priority`, but does not declare how many tokens it `keeps`, so it would never be "
             "asked: add `keeps`, a property (or class attribute) that is the number of tokens, such as its "
             "budget"
         )
-    if keeps and not ranks:
+    if keeps and not (ranks or cuts):
         raise UserError(f"{name} declares how many tokens it `keeps`, but has no `priority(kv)` to rank them")
+    if cls.last_queries is not Policy.last_queries and not cuts and cls.on_prefill is Policy.on_prefill:
+        raise UserError(
+            f"{name} declares `last_queries`, but has neither `cut` nor `on_prefill`, the two that can use "
+            "them"
+        )
     observes = vars(cls).get("observes", cls.observes)
     if not isinstance(observes, property | Observe):
         raise UserError(f"{name}.observes must be a kvsieve.Observe, not {observes!r}")
@@ -113,6 +120,9 @@ def check_declarations(policy: Policy) -> None:
         refuse("keeps", keeps, "a number of tokens of at least 1, or None")
     if not isinstance(policy.overwrites, bool):
         refuse("overwrites", policy.overwrites, "True or False")
+    last = policy.last_queries
+    if isinstance(last, bool) or not isinstance(last, int) or last < 0:
+        refuse("last_queries", last, "a number of queries, 0 or more")
     if not isinstance(policy.observes, Observe):
         refuse("observes", policy.observes, "a kvsieve.Observe")
     if not isinstance(policy.key_layout, KeyLayout):
@@ -135,9 +145,22 @@ def check_declarations(policy: Policy) -> None:
                     shape,
                     'a torch.dtype, or (torch.dtype, size) with a size of 1 or more, or "D"',
                 )
+    _check_overwriting(policy)
     if both := policy.columns.keys() & policy.summaries.keys():
         raise UserError(
             f"policy {policy.name}: {sorted(both)} is both a column and a summary; choose another name"
+        )
+
+
+def _check_overwriting(policy: Policy) -> None:
+    answers = policy
+    while isinstance(answers, Wrapper) and type(answers).priority is Wrapper.priority:
+        answers = answers.inner
+    ranks = type(answers).priority is not Policy.priority
+    if policy.keeps is not None and policy.overwrites and not ranks:
+        raise UserError(
+            f"policy {policy.name} keeps {policy.keeps} tokens by `cut`, but has no `priority(kv)` to say "
+            "which one a new token overwrites: add it, or `overwrites = False`"
         )
 
 
@@ -192,6 +215,46 @@ def checked_priority(answer: Any, policy: Policy, layer: int, slots: Slots) -> t
             f"{who} is NaN in row {b}, KV head {k}, slot {t}; a number is needed for every live slot"
         )
     return found
+
+
+class Cut(NamedTuple):
+    """The slots that stay, as `cut` answered."""
+
+    stays: torch.Tensor  # [B, K, T] bool
+    most: int  # slots that stay in the head that keeps most
+    drops: bool  # whether a live slot goes
+
+
+def checked_cut(answer: Any, policy: Policy, layer: int, slots: Slots) -> Cut | None:
+    """Return what `cut` answered. Waits for the device: a layer's one look at it per prompt.
+
+    Raises:
+        UserError: as `checked_selection`; always checked slot by slot.
+    """
+    if answer is None:
+        return None
+    who = f"policy {policy.name}, layer {layer}: cut"
+    lengths = slots.lengths
+    stays = _check_tensor(
+        who, answer, (*lengths.shape, slots.used), "[B, K, T]", (torch.bool,), lengths.device
+    )
+    counts, live = stays.sum(2), slots.live()
+    dead, empty = (stays & ~live).any(2), (counts == 0) & (lengths > 0)
+    found = torch.stack([counts.max(), (live & ~stays).any(), dead.any(), empty.any()])
+    most, drops, chose_dead, chose_none = found.tolist()
+    if chose_dead:
+        b, k, t = (stays & ~live).nonzero()[0].tolist()
+        raise UserError(f"{who} keeps slot {t} in row {b}, KV head {k}, which holds no token")
+    if chose_none:
+        b, k = empty.nonzero()[0].tolist()
+        raise UserError(f"{who} keeps nothing in row {b}, KV head {k}; every head keeps a slot at least")
+    if policy.keeps is not None and most > policy.keeps:
+        b, k = (counts > policy.keeps).nonzero()[0].tolist()
+        raise UserError(
+            f"{who} keeps {int(counts[b, k])} slots in row {b}, KV head {k}, but the policy declares "
+            f"keeps = {policy.keeps}"
+        )
+    return Cut(stays, most, bool(drops))
 
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ One decode step of one layer, in order:
     observe     on_attend(kv, mass)
 
 A prompt (or a chunk of one) is attended densely: append, attend, observe; when it is complete, on_prefill,
-and all but the `keeps` slots with the highest priority are dropped.
+then `cut(kv)` says which slots stay: by default the `keeps` with the highest priority.
 
 Declarations and answers are checked: see contract.py.
 
@@ -46,6 +46,8 @@ class Observe(enum.Enum):
     NONE = "none"
     # Per slot: the weight it received, summed over queries, averaged over the group.
     MASS = "mass"
+    # The same, of decode steps alone: a prompt is read without computing it.
+    STEP_MASS = "step mass"
 
 
 class Tail(NamedTuple):
@@ -74,7 +76,10 @@ class Policy:
     # Properties, so that they may depend on the parameters; a plain class attribute of the same name will do.
     @property
     def keeps(self) -> int | None:
-        """Tokens that a KV head keeps once the prompt is complete; None keeps all. Needs `priority`."""
+        """Tokens that a KV head keeps once the prompt is complete, at most; None: no limit.
+
+        Needs `priority`, or a `cut` and `overwrites = False`.
+        """
         return None
 
     @property
@@ -101,6 +106,14 @@ class Policy:
         return Observe.NONE
 
     @property
+    def last_queries(self) -> int:
+        """Number of a row's last prompt queries that are held until the prompt is complete.
+
+        `on_prefill` and `cut` then find their attention in `kvsieve.ops.window_weights(kv)`.
+        """
+        return 0
+
+    @property
     def key_layout(self) -> KeyLayout:
         """The order of the keys in memory; it changes speed and memory, never a result."""
         return KeyLayout()
@@ -110,7 +123,7 @@ class Policy:
         """Whether a step has constant shapes and never waits for the device: it can then be a CUDA graph."""
         return True
 
-    # ---------------------------------------------------------------- two questions
+    # ---------------------------------------------------------------- three questions
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
         """Choose the slots to read at this decode step; None reads every live one.
 
@@ -129,6 +142,16 @@ class Policy:
         raise NotImplementedError(
             f"{type(self).__name__} keeps {self.keeps} tokens: priority(kv) must rank them"
         )
+
+    def cut(self, kv: KVView) -> torch.Tensor | None:
+        """Choose the slots that stay, once, when the prompt is complete: `[B, K, T]` bool.
+
+        None: the `keeps` best by `priority`, or all where `keeps` is None. Heads may keep different numbers,
+        none more than `keeps`, each at least one live slot; dead slots are not chosen. Asked after
+        `on_prefill`, in a conversation at the end of every turn of several tokens. Does not modify the cache.
+        Afterwards the cache grows, or `overwrites`.
+        """
+        return None
 
     # ---------------------------------------------------------------- notices
     def on_append(self, kv: KVView, new: NewTokens) -> None:

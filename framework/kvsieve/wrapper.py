@@ -68,6 +68,10 @@ class Wrapper(Policy):
         return self.inner.observes
 
     @property
+    def last_queries(self) -> int:
+        return self.inner.last_queries
+
+    @property
     def key_layout(self) -> KeyLayout:
         return self.inner.key_layout
 
@@ -80,6 +84,9 @@ class Wrapper(Policy):
 
     def priority(self, kv: KVView) -> torch.Tensor:
         return self.inner.priority(kv)
+
+    def cut(self, kv: KVView) -> torch.Tensor | None:
+        return self.inner.cut(kv)
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         self.inner.on_append(kv, new)

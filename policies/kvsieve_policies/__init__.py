@@ -9,11 +9,15 @@ from kvsieve import hookimpl
 def register_policies(register: Callable[[type], None]) -> None:
     from kvsieve import Policy
 
+    from .adakv import AdaKV
     from .dense_layers import DenseLayers
     from .h2o import H2O
     from .local_window import LocalWindow
+    from .pyramidkv import PyramidKV
+    from .snapkv import SnapKV
     from .sparq import SparQ
+    from .tova import TOVA
 
     # The base class itself is dense attention: reads everything, keeps everything.
-    for policy in (Policy, SparQ, H2O, LocalWindow, DenseLayers):
+    for policy in (Policy, SparQ, H2O, LocalWindow, TOVA, SnapKV, PyramidKV, AdaKV, DenseLayers):
         register(policy)

@@ -61,6 +61,7 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
         ),
         **selecting_calls(query, keys, blocked, lengths),
         **storing_calls(keys, blocked, lengths, counts),
+        "window weights": lambda: ops.window_weights(prompt, keys, lengths, counts, **gemma),
         "prefill": lambda: ops.prefill(prompt, *kv, counts, fresh=False, want_mass=True, **gemma),
     }
 

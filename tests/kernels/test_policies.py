@@ -16,6 +16,9 @@ POLICIES = [
     ("sparq", {"r": 8, "k": 12, "local": 3, "layout": "blocked"}),
     ("h2o", {"budget": 17, "recent": 4}),
     ("local_window", {"budget": 17, "sinks": 2}),
+    ("tova", {"budget": 17}),
+    ("snapkv", {"budget": 17, "window": 4}),
+    ("adakv", {"budget": 10, "window": 4}),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from .. import transfer
 from ..attention import decode_step
-from ..cache.kv import Scoring
+from ..cache.kv import LastQueries, Scoring
 from ..cache.layer import LayerCache
 from ..policy import Observe, Policy
 from .shapes import Heads
@@ -47,6 +47,11 @@ def fill(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
     policy.on_append(kv, layer.append_prompt(None))
     if policy.observes is Observe.MASS:
         policy.on_attend(kv, torch.rand(kv.positions.shape, device=keys.device))
+    if policy.last_queries:
+        rows, heads, new, size = keys.shape
+        query = torch.randn(rows, heads, 1, min(new, policy.last_queries), size, device=keys.device)
+        counts = torch.full((rows,), query.shape[3], device=keys.device)
+        kv._last_queries = LastQueries.joined(None, query.to(keys.dtype), counts, policy.last_queries)
     layer.end_prompt()
 
 

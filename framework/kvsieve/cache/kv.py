@@ -33,6 +33,28 @@ class Scoring(NamedTuple):
     sinks: torch.Tensor | None = None  # [K, G]: a logit per head that takes weight and gives no value
 
 
+class LastQueries(NamedTuple):
+    """The last W queries of each row's prompt, so far as it was read."""
+
+    queries: torch.Tensor  # [B, K, G, W, D], a row's real ones first
+    counts: torch.Tensor  # [B], real ones
+
+    @classmethod
+    def joined(
+        cls, held: LastQueries | None, query: torch.Tensor, counts: torch.Tensor, window: int
+    ) -> LastQueries:
+        """The last `window` of those held and of a row's first `counts [B]` new ones, `[B, K, G, Q, D]`."""
+        before = torch.zeros_like(counts) if held is None else held.counts
+        total = before + counts
+        kept = total.clamp(max=window)
+        index = (total - kept)[:, None] + torch.arange(window, device=query.device)
+        if held is not None:  # the new ones stand behind `window` places, of which `before` are real
+            index = torch.where(index < before[:, None], index, index + (window - before)[:, None])
+            query = torch.cat([held.queries, query], 3)
+        index = index.clamp(max=query.shape[3] - 1)[:, None, None, :, None]
+        return cls(query.gather(3, index.expand(*query.shape[:3], -1, query.shape[4])), kept)
+
+
 class KVView:
     """One layer's cache as a policy sees it.
 
@@ -45,6 +67,7 @@ class KVView:
         # Private: the ops and the layer go by these, and count for themselves.
         self._slots, self._traffic = slots, traffic
         self._scoring = Scoring(1.0)
+        self._last_queries: LastQueries | None = None  # while a prompt is read, where a policy wants them
         self._in_order = in_order  # slots stand in the order of their tokens: until one is overwritten
         self._versions: dict[str, int] = {}  # of columns and summaries when they were last counted
 

@@ -54,6 +54,8 @@ class LayerCache(CacheLayerMixin):
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not yet written
         self.prompt: Prompt | None = None  # the last one written, for layers that borrow these slots
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
+        self.must_drop = False  # a prompt is complete, and its tokens that do not stay are still there
+        self.pending_cut: contract.Cut | None = None  # who stays, where the policy said it by slots
         self.lends = False  # other layers attend to these slots too (gemma3n): drop tokens when all have
         self.counts_steps = True  # in a model one layer counts them for all
 
@@ -84,8 +86,8 @@ class LayerCache(CacheLayerMixin):
 
     def append_token(self) -> NewTokens:
         """Write the incoming token of each row: in a free slot, or over the one with the lowest priority."""
-        if self.lends:
-            self.drop_beyond_budget()  # all have read the prompt by now
+        if self.must_drop:  # this layer lends, and all have read the prompt by now
+            self.drop_beyond_budget()
         keys, values = self._take_incoming()
         slots, active = self.slots, self.active
         counts = slots.ones if active is None else active.long()
@@ -140,14 +142,25 @@ class LayerCache(CacheLayerMixin):
         return NewTokens(keys, values, counts, at)
 
     def end_prompt(self) -> None:
-        """The prompt is complete: tell the policy, and drop what it does not keep."""
+        """The prompt is complete: tell the policy, ask it who stays, and drop the others."""
         self.policy.on_prefill(self.kv)
+        self.pending_cut = contract.checked_cut(self.policy.cut(self.kv), self.policy, self.index, self.slots)
+        self.kv._last_queries = None
+        self.must_drop = True
         if not self.lends:
             self.drop_beyond_budget()
 
     def drop_beyond_budget(self) -> None:
-        """Keep the slots with the highest priority of each row and KV head, as many as the policy keeps."""
+        """Keep the slots of the last `cut`; without one those with the highest priority of each row and KV
+        head, as many as the policy keeps.
+        """
         keeps, slots = self.policy.keeps, self.slots
+        self.must_drop = False
+        if self.pending_cut is not None:
+            (stays, most, drops), self.pending_cut = self.pending_cut, None
+            if drops or slots.used > most:
+                slots.keep_where(stays, most)
+            return
         if keeps is None or slots.used <= keeps:
             return
         priority = self._priority().masked_fill(~slots.live(), -torch.inf)
@@ -176,7 +189,8 @@ class LayerCache(CacheLayerMixin):
     # ---------------------------------------------------------------- room
     def fix_shapes(self, tokens: int) -> None:
         """Make room for `tokens` a row, or for the kept ones: decode steps then have constant shapes."""
-        self.slots.fix(tokens if self._most is None else min(tokens, self._most))
+        to_come = tokens - self.fed
+        self.slots.fix(self.slots.used + to_come if self._most is None else min(tokens, self._most))
         # The prompt is in, and from now on `fed` stands still: it cannot tell.
         self.prompt_end = None
 
@@ -195,7 +209,10 @@ class LayerCache(CacheLayerMixin):
     def _make_room(self, needed: int) -> None:
         if needed > self.slots.capacity:
             self.check_room(needed)
-            self.slots.make_room(needed, self._most)
+            at_most = self._most
+            if at_most is None and self.asked_capacity is not None:
+                at_most = needed + self.asked_capacity - self.fed  # what is still to come, no more
+            self.slots.make_room(needed, at_most)
 
     # ---------------------------------------------------------------- transformers' protocol
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -267,6 +284,7 @@ class LayerCache(CacheLayerMixin):
         """Forget all tokens. The storage stays for the next batch, if it has as many rows."""
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
+        self.must_drop, self.pending_cut, self.kv._last_queries = False, None, None
         if self.is_initialized:
             self.slots.reset()
 
@@ -277,11 +295,14 @@ class LayerCache(CacheLayerMixin):
         """Make row i what row `indices[i]` was."""
         if self.is_initialized:
             self.slots.reorder(indices)
+        if self.pending_cut is not None:
+            stays = self.pending_cut.stays.index_select(0, indices.to(self.device))
+            self.pending_cut = self.pending_cut._replace(stays=stays)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
             rows = torch.arange(self.batch_size, device=self.device)
-            self.slots.reorder(rows.repeat_interleave(repeats))
+            self.batch_select_indices(rows.repeat_interleave(repeats))
 
     @property
     def batch_size(self) -> int:

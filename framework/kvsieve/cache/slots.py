@@ -200,19 +200,36 @@ class Slots:
         self._home = self._stores
         self.used, self.fixed = self.capacity, True
 
+    def keep_where(self, stays: torch.Tensor, most: int) -> None:
+        """Keep the slots where `stays [B, K, T]`, in their order; `most`: of the head that keeps most.
+
+        Storage is as large as that head needs, for all heads.
+        """
+        counts = stays.sum(2)
+        slots = stays.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., :most]
+        free = torch.arange(most, device=self.device) >= counts[..., None]
+        self.keep(slots.masked_fill(free, -1))
+        self.lengths.copy_(counts)
+
     def keep(self, slots: torch.Tensor) -> None:
         """Keep `slots [B, K, n]`, in this order, and free the rest. The live ones among them come first."""
         run, count = ops.implementation(slots.device), slots.shape[2]
-        before = self._stores
+        before, home = self._stores, self._home
         # The stores of a decode before the last reset, if they fit: a captured step finds them.
-        if self._home and self._home[VALUES].shape[2] == count and self._home is not before:
-            self._stores = self._home
+        fits = bool(home) and home[VALUES].shape[2] >= count
+        if fits and home is not before:
+            self._stores = home
         else:
             with torch.inference_mode(False):
                 self._stores = self._resized(count)
         for name, store in before.items():
             kept = self._stores[name]
             run.compact(layouts.slots_first(name, store), slots, layouts.slots_first(name, kept))
+        if fits and home is before:  # a prompt that was read into them
+            for name, store in self._stores.items():
+                kept = layouts.first_slots(name, store, count)
+                layouts.first_slots(name, home[name], count).copy_(kept)
+            self._stores = home
         self.lengths.clamp_(max=count)
         self.used = count
 

@@ -180,6 +180,29 @@ def _newest_by_position(kv: KVView, n: int) -> torch.Tensor | None:
     return None if kv._in_order else kv.newest(n)
 
 
+def window_weights(kv: KVView) -> torch.Tensor:
+    """The attention weight `[B, K, G, T]` float32 that each slot received from the row's last prompt queries.
+
+    Summed over `policy.last_queries` queries, or as many as the row's prompt has (a turn, in a conversation);
+    each sees the slots up to its own. A head's weights sum to that number, less what the model's attention
+    sinks take. For `on_prefill` and `cut`; recomputed from the keys, at the cost of that share of the
+    prefill's scores. Not metered: no decode step reads it.
+
+    Raises:
+        UserError: no prompt has just been completed, or the policy declares no `last_queries`.
+    """
+    last, slots = kv._last_queries, kv._slots
+    if last is None:
+        raise UserError(
+            "ops.window_weights(kv) is for on_prefill and cut of a policy that declares `last_queries`, the "
+            "number of queries in the window"
+        )
+    keys = slots.keys if slots.keys.dim() == 4 else slots.keys.flatten(2, 3)[:, :, : slots.used]
+    run = implementation(last.queries.device)
+    weights = run.window_weights(last.queries, keys, slots.lengths, last.counts, **kv._scoring._asdict())
+    return cast(torch.Tensor, weights)
+
+
 def running_mean(
     mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:

@@ -30,6 +30,7 @@ from .reference import (
     tempered,
     top_channels,
     top_slots,
+    window_weights,
     with_tail,
     within,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "top_by_channels",
     "top_channels",
     "top_slots",
+    "window_weights",
 ]
 
 _AT_ONCE = 2**21  # logits in one batch of rows: 8 MiB, which stay in the last-level cache

@@ -30,6 +30,7 @@ __all__ = [
     "top_by_channels",
     "top_channels",
     "top_slots",
+    "window_weights",
 ]
 
 _LOWEST = torch.finfo(torch.float32).min
@@ -121,6 +122,34 @@ def prefill(
         if mass is not None:
             mass[:, :, :reach] += weights.mean(2).sum(2)
     return output, mass
+
+
+def window_weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lengths: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weight `[B, K, G, T]` float32 that slots receive from the newest tokens' queries, summed over them.
+
+    `query [B, K, G, W, D]`: the first `counts [B]` are real, and belong to the last `counts` of the live
+    slots of `keys [B, K, T, D]`; each sees the slots up to its own. Works in blocks of queries.
+    """
+    (rows, heads, group, window, _), total = query.shape, keys.shape[2]
+    weights = query.new_zeros(rows, heads, group, total, dtype=torch.float32)
+    slots = torch.arange(total, device=query.device)
+    step = max(1, _PREFILL_BLOCK // (rows * heads * group * total))
+    for first in range(0, window, step):
+        token = torch.arange(first, min(first + step, window), device=query.device)
+        own = (lengths - counts[:, None])[..., None] + token
+        visible = (slots <= own[..., None]) & (token < counts[:, None])[:, None, :, None]
+        logits = _logits(query[:, :, :, first : first + step].flatten(2, 3), keys, scale, softcap)
+        weights += _softmax(logits.unflatten(2, (group, -1)), visible[:, :, None], sinks).sum(3)
+    return weights
 
 
 def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:

@@ -22,8 +22,8 @@ from .waits import FindsWaits
 
 
 def answers_fit_the_contract(tight: Policy, loose: Policy) -> None:
-    """`select` and `priority` answer with the right shapes and types, with live slots, each once, and with
-    numbers.
+    """`select`, `priority` and `cut` answer with the right shapes and types, with live slots, each once, and
+    with numbers.
     """
     with contract.strict():
         for policy in (tight, loose):
@@ -62,8 +62,35 @@ def the_budget_is_respected(tight: Policy, loose: Policy) -> None:
             )
 
 
+def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
+    """After the prompt the cache holds the tokens that `cut` chose, or as many as the policy keeps, with
+    their own keys, and no storage for others.
+    """
+    inputs = Inputs.random()
+    prompt = inputs.prefill_queries.shape[2]
+    for policy in (tight, loose):
+        spy = Spy(policy.for_layer(0, 1))
+        layer = LayerCache(spy)
+        layer.scoring = Scoring(0.25)
+        layer.update(inputs.keys[:, :, :prompt], inputs.values[:, :, :prompt])
+        valid = torch.arange(prompt) < inputs.lengths[:, None]
+        prefill(layer, inputs.prefill_queries.unflatten(1, (2, 2)), valid)
+        kv, (chosen,) = layer.kv, spy.notes.cuts
+        most = prompt if policy.keeps is None else policy.keeps
+        for b, k in _heads(kv.lengths):
+            held = kv.positions[b, k, : int(kv.lengths[b, k])].tolist()
+            if chosen is None:
+                assert len(held) == min(int(inputs.lengths[b]), most), f"{policy} holds {len(held)} tokens"
+            else:
+                assert held == chosen[b][k], f"{policy} holds {held}, but its cut chose {chosen[b][k]}"
+            keys = kv.keys[b, k, : len(held)]
+            assert torch.equal(keys, inputs.keys[b, k, held]), f"{policy}: tokens have other tokens' keys"
+        largest = int(kv.lengths.max())
+        assert layer.slots.capacity == largest, f"{policy} has storage for {layer.slots.capacity} tokens"
+
+
 def questions_change_nothing(tight: Policy, loose: Policy) -> None:
-    """`select` and `priority` do not modify the cache."""
+    """`select`, `priority` and `cut` do not modify the cache."""
     spy = Spy(tight.for_layer(0, 1))
     rollout(spy, *Inputs.random())
     assert not spy.notes.changes, f"{tight}: {spy.notes.changes[0]}"
@@ -202,6 +229,7 @@ LAWS: list[Callable[[Policy, Policy], None]] = [
     answers_fit_the_contract,
     a_loose_budget_is_dense,
     the_budget_is_respected,
+    the_cut_is_what_is_held,
     questions_change_nothing,
     same_run_same_result,
     rows_do_not_meet,

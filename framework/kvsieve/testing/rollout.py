@@ -37,7 +37,7 @@ def rollout(
         prefill_chunk: feed the prompt in pieces of this many tokens.
 
     Raises: UserError: shapes that do not fit together, or no prefill queries for a policy that observes
-        attention mass.
+        the attention of the prompt.
     """
     rows, heads, steps, size = step_queries.shape
     kv_heads, prompt = keys.shape[1], keys.shape[2] - steps
@@ -48,7 +48,7 @@ def rollout(
             f"and the H = {heads} query heads of step_queries {list(step_queries.shape)} a multiple of K"
         )
     if prefill_queries is None:
-        if policy.observes is not Observe.NONE:
+        if policy.observes is Observe.MASS or policy.last_queries:
             raise UserError(f"{policy.name} observes the attention of the prompt: give prefill_queries")
         prefill_queries = step_queries.new_zeros(rows, heads, prompt, size)
     layer = layer or LayerCache(policy)

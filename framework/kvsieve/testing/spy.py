@@ -22,10 +22,12 @@ Answer = TypeVar("Answer")
 
 @dataclasses.dataclass
 class Notes:
-    """Everything that the spy saw in decode steps."""
+    """Everything that the spy saw in decode steps, and what `cut` said."""
 
     selections: list[Selection | None] = dataclasses.field(default_factory=list)
     lengths: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    # The positions that each `cut` chose, by row and head; None: it left the choice to `priority`.
+    cuts: list[list[list[list[int]]] | None] = dataclasses.field(default_factory=list)
     changes: list[str] = dataclasses.field(default_factory=list)  # by questions, in the cache
     leaks: list[str] = dataclasses.field(default_factory=list)  # from slots outside the selection
     unmetered: list[str] = dataclasses.field(default_factory=list)  # reads and writes behind the meter
@@ -51,6 +53,16 @@ class Spy(Wrapper):
 
     def priority(self, kv: KVView) -> torch.Tensor:
         return self._watched(kv, "priority", lambda: self.inner.priority(kv), question=True)
+
+    def cut(self, kv: KVView) -> torch.Tensor | None:
+        stays = self._watched(kv, "cut", lambda: self.inner.cut(kv), question=True)
+        held = kv.positions
+        self.notes.cuts.append(
+            None
+            if stays is None
+            else [[held[b, k][stays[b, k]].tolist() for k in range(held.shape[1])] for b in range(len(held))]
+        )
+        return stays
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         self._watched(kv, "on_append", lambda: self.inner.on_append(kv, new))

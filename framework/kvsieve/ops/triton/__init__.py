@@ -9,6 +9,7 @@ from .scores import channel_scores, top_channels
 from .select import top_by_channels, top_slots
 from .store import append, compact, running_mean
 from .weights import slot_weights
+from .window import window_weights
 
 __all__ = [
     "append",
@@ -21,4 +22,5 @@ __all__ = [
     "top_by_channels",
     "top_channels",
     "top_slots",
+    "window_weights",
 ]

@@ -1,0 +1,162 @@
+"""Methods that evict reproduce the numbers of their authors' own code (tests/data/README.md)."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from kvsieve import make_policy
+from kvsieve.testing import LayerCache, rollout
+
+DATA = Path(__file__).parent / "data" / "evict"
+TOLERANCE = 1e-5  # float32
+
+
+class Case(NamedTuple):
+    """One layer: prompts of ragged rows, right-padded, and N decode steps."""
+
+    prompt_queries: torch.Tensor  # [B, H, P, D]
+    step_queries: torch.Tensor  # [B, H, N, D]
+    keys: torch.Tensor  # [B, K, P + N, D]
+    values: torch.Tensor
+    lengths: torch.Tensor  # [B]
+    outputs: torch.Tensor  # [B, H, N, D]
+    kept: torch.Tensor  # [B, K, P + N] bool: after the last step, by column
+
+    def row(self, b: int) -> "Case":
+        """Row b alone, without padding."""
+        length, prompt = int(self.lengths[b]), self.prompt_queries.shape[2]
+        tokens = [*range(length), *range(prompt, self.keys.shape[2])]
+        queries, steps, keys, values, lengths, outputs, kept = (field[b : b + 1] for field in self)
+        keys, values = keys[:, :, tokens], values[:, :, tokens]
+        return Case(queries[:, :, :length], steps, keys, values, lengths, outputs, kept[..., tokens])
+
+    def per_query_head(self) -> "Case":
+        """The same with a KV head for every query head, as authors who repeat keys and values have it."""
+        group = self.prompt_queries.shape[1] // self.keys.shape[1]
+        keys, values = (tensor.repeat_interleave(group, 1) for tensor in (self.keys, self.values))
+        return self._replace(keys=keys, values=values)
+
+
+def read(method, case, source=None, layer=None):
+    """A case with the results of `source` (None: the one that the method follows), and its parameters."""
+    with np.load(DATA / f"{method}.npz") as file:
+        given = {k.removeprefix(f"{case}/"): file[k] for k in file.files if k.startswith(f"{case}/")}
+    prefix = f"{source}/" if source else ""
+    results = [torch.from_numpy(given[prefix + name]) for name in ("outputs", "kept")]
+    outputs, kept = results if layer is None else (result[layer] for result in results)
+    inputs = [torch.from_numpy(given[name]).float() for name in Case._fields[:4]]
+    kept = kept[:, :, -1]
+    return Case(*inputs, torch.from_numpy(given["lengths"]), outputs, kept), json.loads(str(given["params"]))
+
+
+def check(policy, case, prefill_chunk=None, current_dropped=False):
+    """The outputs of all steps, and which tokens are held after the last one."""
+    layer = LayerCache(policy.for_layer(0, 1))
+    given = case.prompt_queries, case.step_queries, case.keys, case.values
+    got = rollout(policy, *given, case.lengths, layer=layer, prefill_chunk=prefill_chunk)
+    torch.testing.assert_close(got, case.outputs, atol=TOLERANCE, rtol=TOLERANCE)
+    kv, prompt = layer.kv, case.prompt_queries.shape[2]
+    for b in range(len(case.lengths)):
+        padding = prompt - int(case.lengths[b])
+        for head in range(kv.lengths.shape[1]):
+            held = kv.positions[b, head][kv.live()[b, head]]
+            columns = set((held + padding * (held >= case.lengths[b])).tolist())
+            wanted = set(case.kept[b, head].nonzero().flatten().tolist())
+            if current_dropped:  # the authors drop a token after the step, here the next one does
+                assert wanted <= columns
+                assert len(columns) <= len(wanted) + 1
+            else:
+                assert columns == wanted
+
+
+WAYS = ["whole", "in pieces", "alone"]
+
+
+def check_all_ways(way, policy, case, **given):
+    if way == "whole":
+        check(policy, case, **given)
+    elif way == "in pieces":
+        for chunk in (1, 7, 50):  # shorter than any window, and longer
+            check(policy, case, prefill_chunk=chunk, **given)
+    else:
+        for b in range(len(case.lengths)):
+            check(policy, case.row(b), **given)
+
+
+def voting(name, params, **more):
+    """SnapKV or one of its kin with the parameters of a case."""
+    return make_policy(
+        name,
+        budget=params["capacity"],
+        window=params["window"],
+        kernel=params["kernel"],
+        pooling=params["pooling"].removesuffix("pool"),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["mha", "gqa", "maxpool", "short"])
+def test_snapkv(name, way):
+    case, params = read("snapkv", name)
+    check_all_ways(way, voting("snapkv", params), case)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "maxpool", "short"])
+def test_snapkv_as_its_authors_run_it_with_a_set_per_query_head(name):
+    case, params = read("snapkv", name, "authors_query_head")
+    check(voting("snapkv", params), case.per_query_head())
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_snapkv_as_kvpress_has_it(name):
+    case, params = read("snapkv", name, "kvpress")
+    check(voting("snapkv", params), case)
+
+
+PYRAMID_LAYERS = [("mha", 4), ("gqa", 3), ("mid", 3), ("short", 3)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "layer", "layers"),
+    [(name, layer, layers) for name, layers in PYRAMID_LAYERS for layer in range(layers)],
+)
+def test_pyramidkv(name, layer, layers, way):
+    case, params = read("pyramidkv", name, layer=layer)
+    assert params["layers"] == layers
+    policy = voting("pyramidkv", params, beta=params["beta"])
+    check_all_ways(way, policy.for_layer(layer, layers), case)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "mid", "short"])
+def test_pyramidkv_with_a_set_per_query_head(name):
+    case, params = read("pyramidkv", name, "factory_query_head", layer=1)
+    policy = voting("pyramidkv", params, beta=params["beta"])
+    check(policy.for_layer(1, params["layers"]), case.per_query_head())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_tova(name, way):
+    case, params = read("tova", name)
+    policy = make_policy("tova", budget=params["cache_size"] + 1)  # theirs does not count the current token
+    check_all_ways(way, policy, case, current_dropped=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_adakv(name, way):
+    case, params = read("adakv", name)
+    policy = voting("adakv", params, floor=params["floor_alpha"], normalize=params["normalize"])
+    check_all_ways(way, policy, case)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_adakv_as_its_authors_run_it_with_a_set_per_query_head(name):
+    case, params = read("adakv", name, "authors_query_head")
+    check(voting("adakv", params, floor=params["floor_alpha"]), case.per_query_head())
