@@ -40,6 +40,12 @@ CASES = {
     "h2o_all_recent": Case("h2o", {"budget": 5, "recent": 5}, {"budget": 46, "recent": 1}),
     "local_window": Case("local_window", {"budget": 12, "sinks": 2}, {"budget": 64}),
     "local_window_of_one": Case("local_window", {"budget": 1, "sinks": 0}, {"budget": 46, "sinks": 3}),
+    "quest": Case("quest", {"pages": 3, "page": 4}, {"pages": 12, "page": 4}),
+    "quest_mean": Case(
+        "quest",
+        {"pages": 1, "page": 5, "group_score": "mean", "newest_page": False, "floor": 2},
+        {"pages": 3, "page": 16},
+    ),
     "dense_layers": Case(
         "dense_layers",
         {"layers": [], "inner": {"h2o": {"budget": 12, "recent": 4}}},

@@ -12,8 +12,9 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .dense_layers import DenseLayers
     from .h2o import H2O
     from .local_window import LocalWindow
+    from .quest import Quest
     from .sparq import SparQ
 
     # The base class itself is dense attention: reads everything, keeps everything.
-    for policy in (Policy, SparQ, H2O, LocalWindow, DenseLayers):
+    for policy in (Policy, SparQ, H2O, LocalWindow, Quest, DenseLayers):
         register(policy)
