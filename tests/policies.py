@@ -57,6 +57,12 @@ CASES = {
         {"budget": 12, "window": 3, "floor": 0.0, "normalize": True},
         {"budget": 64, "normalize": True},
     ),
+    "quest": Case("quest", {"pages": 3, "page": 4}, {"pages": 12, "page": 4}),
+    "quest_mean": Case(
+        "quest",
+        {"pages": 1, "page": 5, "group_score": "mean", "newest_page": False, "floor": 2},
+        {"pages": 3, "page": 16},
+    ),
     "dense_layers": Case(
         "dense_layers",
         {"layers": [], "inner": {"h2o": {"budget": 12, "recent": 4}}},

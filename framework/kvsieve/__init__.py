@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cache.layouts import KeyLayout
     from .hf.models import load, prepare
     from .loop import decode
-    from .policy import Observe, Policy, Selection, Shape, Tail
+    from .policy import KEYS, Column, Observe, Paged, Policy, Selection, Shape, Tail
     from .scoring import score
     from .specs import make_policy
     from .wrapper import Wrapper
@@ -34,7 +34,7 @@ _FROM = {
     "cache.layouts": ["KeyLayout"],
     "hf.models": ["load", "prepare"],
     "loop": ["decode"],
-    "policy": ["Observe", "Policy", "Selection", "Shape", "Tail"],
+    "policy": ["KEYS", "Column", "Observe", "Paged", "Policy", "Selection", "Shape", "Tail"],
     "scoring": ["score"],
     "specs": ["make_policy"],
     "wrapper": ["Wrapper"],
@@ -43,11 +43,14 @@ _HOME = {name: module for module, names in _FROM.items() for name in names}
 _MODULES = ["corpus", "ops", "plugins", "testing", "transfer"]
 
 __all__ = [
+    "KEYS",
+    "Column",
     "KVCache",
     "KVView",
     "KeyLayout",
     "NewTokens",
     "Observe",
+    "Paged",
     "Policy",
     "Selection",
     "Shape",

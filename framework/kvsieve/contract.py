@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .cache.layouts import KeyLayout
-from .cache.slots import RESERVED, Slots
+from .cache.slots import RESERVED, Like, Paged, Slots
 from .errors import UserError
 from .policy import Observe, Policy, Selection
 from .wrapper import Wrapper
@@ -139,12 +139,7 @@ def check_declarations(policy: Policy) -> None:
                     f"policy {policy.name}: {name!r} in {what} is the cache's own; choose another name. "
                     f"Reserved: {', '.join(RESERVED)}"
                 )
-            if not _is_shape(shape):
-                refuse(
-                    f"{what}[{name!r}]",
-                    shape,
-                    'a torch.dtype, or (torch.dtype, size) with a size of 1 or more, or "D"',
-                )
+            _check_shape(policy, what, name, shape)
     _check_overwriting(policy)
     if both := policy.columns.keys() & policy.summaries.keys():
         raise UserError(
@@ -164,10 +159,39 @@ def _check_overwriting(policy: Policy) -> None:
         )
 
 
+def _check_shape(policy: Policy, what: str, name: str, shape: Any) -> None:
+    """Refuse a column or summary of a type that the cache cannot hold."""
+    where = f"policy {policy.name}: {what}[{name!r}]"
+    paged = what == "columns" and isinstance(shape, Paged)
+    if not _is_shape(shape.shape if paged else shape):
+        raise UserError(
+            f"{where} must be a torch.dtype or KEYS, or (torch.dtype or KEYS, size) with a size of 1 or "
+            f'more, or "D", not {shape!r}'
+        )
+    if not paged:
+        return
+    if isinstance(shape.page, bool) or not isinstance(shape.page, int) or shape.page < 1:
+        raise UserError(f"{where} has pages of {shape.page!r} slots; a page has at least 1")
+    innermost = policy
+    while isinstance(innermost, Wrapper):
+        innermost = innermost.inner
+    if policy.keeps is not None or type(innermost).cut is not Policy.cut:
+        how = (
+            "chooses the slots that stay by `cut`" if policy.keeps is None else f"keeps {policy.keeps} tokens"
+        )
+        raise UserError(
+            f"{where} has one entry per page of slots, and a policy that {how} cannot have that: what is "
+            "dropped or overwritten would move tokens from page to page. Use a column per slot, or keep "
+            "every token"
+        )
+
+
 def _is_shape(shape: Any) -> bool:
-    if isinstance(shape, torch.dtype):
+    if isinstance(shape, torch.dtype | Like):
         return True
-    if not (isinstance(shape, tuple) and len(shape) == 2 and isinstance(shape[0], torch.dtype)):
+    if isinstance(shape, Paged) or not (isinstance(shape, tuple) and len(shape) == 2):
+        return False
+    if not isinstance(shape[0], torch.dtype | Like):
         return False
     size = shape[1]
     return size == "D" or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)

@@ -31,13 +31,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import torch
 
 from .cache.layouts import KeyLayout
-from .cache.slots import Shape
+from .cache.slots import KEYS, Column, Paged, Shape
 from .errors import UserError
 
 if TYPE_CHECKING:
     from .cache.kv import KVView, NewTokens
 
-__all__ = ["Observe", "Policy", "Selection", "Shape", "Tail"]
+__all__ = ["KEYS", "Column", "Observe", "Paged", "Policy", "Selection", "Shape", "Tail"]
 
 
 class Observe(enum.Enum):
@@ -91,8 +91,10 @@ class Policy:
         return True
 
     @property
-    def columns(self) -> Mapping[str, Shape]:
-        """Numbers that the cache keeps per slot for this policy; zero for a new token."""
+    def columns(self) -> Mapping[str, Column]:
+        """Numbers that the cache keeps for this policy per slot, zero for a new token; or, `Paged`, per page
+        of slots, zero at first.
+        """
         return {}
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache.layouts import KeyLayout
-from .policy import Observe, Policy, Selection, Shape
+from .policy import Column, Observe, Policy, Selection, Shape
 
 if TYPE_CHECKING:
     from .cache.kv import KVView, NewTokens
@@ -27,7 +27,7 @@ class Wrapper(Policy):
 
     # ---------------------------------------------------------------- the wrapper's own
     @property
-    def own_columns(self) -> Mapping[str, Shape]:
+    def own_columns(self) -> Mapping[str, Column]:
         """Columns beside those of `inner`; read them as `kv[self.own("name")]`."""
         return {}
 
@@ -53,7 +53,7 @@ class Wrapper(Policy):
         return self.inner.overwrites
 
     @property
-    def columns(self) -> Mapping[str, Shape]:
+    def columns(self) -> Mapping[str, Column]:
         return {**self.inner.columns, **{self.own(name): shape for name, shape in self.own_columns.items()}}
 
     @property

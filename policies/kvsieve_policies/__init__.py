@@ -14,10 +14,12 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .h2o import H2O
     from .local_window import LocalWindow
     from .pyramidkv import PyramidKV
+    from .quest import Quest
     from .snapkv import SnapKV
     from .sparq import SparQ
     from .tova import TOVA
 
     # The base class itself is dense attention: reads everything, keeps everything.
-    for policy in (Policy, SparQ, H2O, LocalWindow, TOVA, SnapKV, PyramidKV, AdaKV, DenseLayers):
+    reading, keeping = (SparQ, Quest), (H2O, LocalWindow, TOVA, SnapKV, PyramidKV, AdaKV)
+    for policy in (Policy, *reading, *keeping, DenseLayers):
         register(policy)

@@ -62,6 +62,7 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
         **selecting_calls(query, keys, blocked, lengths),
         **storing_calls(keys, blocked, lengths, counts),
         "window weights": lambda: ops.window_weights(prompt, keys, lengths, counts, **gemma),
+        **paging_calls(query, keys, lengths, counts),
         "prefill": lambda: ops.prefill(prompt, *kv, counts, fresh=False, want_mass=True, **gemma),
     }
 
@@ -104,6 +105,19 @@ def storing_calls(
         "compact": lambda: ops.compact(keys, some, keys[:, :, :S].clone()),
         "compact, blocked": lambda: ops.compact(blocked, some, blocked[:, :, : S // 16].clone()),
         "running mean": lambda: ops.running_mean(mean, new, counts, counts),
+    }
+
+
+def paging_calls(
+    query: torch.Tensor, keys: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor
+) -> dict[str, Callable[[], Any]]:
+    low, high = (keys[:, :, : T // 16].clone() for _ in range(2))
+    prompt, pages = lengths.new_zeros(B, K, Q), lengths.new_zeros(B, K, S // 16)
+    return {
+        "widen bounds": lambda: ops.widen_bounds(low, high, keys[:, :, :1], prompt[..., :1], counts, 16),
+        "widen bounds, prompt": lambda: ops.widen_bounds(low, high, keys[:, :, :Q], prompt, counts, 16),
+        "page scores": lambda: ops.page_scores(query, low, high, lengths),
+        "slots of pages": lambda: ops.slots_of_pages(pages, lengths, 16, lengths),
     }
 
 

@@ -14,6 +14,8 @@ POLICIES = [
     ("sparq", {"r": 8, "k": 12, "local": 3, "layout": "single"}),
     ("sparq", {"r": 5, "k": 12, "local": 0, "layout": "double", "group_score": "logits"}),
     ("sparq", {"r": 8, "k": 12, "local": 3, "layout": "blocked"}),
+    ("quest", {"pages": 3, "page": 4}),
+    ("quest", {"pages": 1, "page": 5, "group_score": "mean", "newest_page": False}),
     ("h2o", {"budget": 17, "recent": 4}),
     ("local_window", {"budget": 17, "sinks": 2}),
     ("tova", {"budget": 17}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..cache.layouts import KEY_STORES
+from ..cache.slots import Slots
 from ..errors import UserError
 from ..policy import Policy
 from .shapes import Heads
@@ -31,14 +31,9 @@ def cache_bytes(policy: Policy, batch: int, context: int, heads: Heads, dtype: t
     """Bytes that one layer's cache holds for `context` tokens under a policy, positions included."""
     slots = min(context, policy.keeps or context)
     one = torch.empty(1, 1, 1, heads.size, dtype=dtype, device="meta")
-    stores = policy.key_layout.stores(one, slots)
-    assert stores.keys() <= set(KEY_STORES)
-    numbers = sum(store.numel() for store in stores.values()) + slots * heads.size
-    total = numbers * dtype.itemsize + slots * torch.int64.itemsize
-    for shape in policy.columns.values():
-        kind, size = shape if isinstance(shape, tuple) else (shape, 1)
-        total += slots * kind.itemsize * (heads.size if size == "D" else int(size))
-    return total * batch * heads.kv
+    storage = Slots(policy.key_layout, policy.columns, {})
+    storage.allocate(one, one, slots)
+    return (storage.memory() + slots * torch.int64.itemsize) * batch * heads.kv
 
 
 def check(need: int, device: torch.device, what: str) -> None:

@@ -58,9 +58,10 @@ class LastQueries(NamedTuple):
 class KVView:
     """One layer's cache as a policy sees it.
 
-    `kv["name"]` is a column `[B, K, T, ...]` or a summary `[B, K, ...]`; `kv["name"] = ...` and changing it
-    in place write it. Each is counted once per step and way, as large as it is. `kv.keys` and `kv.values`
-    count a read of every live slot; the ops cost less. The rest is free: it does not grow with D.
+    `kv["name"]` is a column `[B, K, T, ...]` (of pages: `[B, K, ceil(T / page), ...]`) or a summary
+    `[B, K, ...]`; `kv["name"] = ...` and changing it in place write it. Each is counted once per step and
+    way, as large as it is. `kv.keys` and `kv.values` count a read of every live slot; `kv.at` and the ops
+    cost less. The rest is free: it does not grow with D.
     """
 
     def __init__(self, slots: Slots, traffic: Traffic, in_order: bool) -> None:
@@ -130,9 +131,12 @@ class KVView:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         found = self._find(name)
-        if self._traffic.first_read(name):
-            self._traffic.read(*self._extent(name, found))
         if self._traffic.meter is not None:
+            kind, entries, numbers, dtype = self._extent(name, found)
+            if kind == "columns":
+                self._traffic.read_column(name, entries, numbers, dtype)
+            elif self._traffic.first_read(name):
+                self._traffic.read(kind, entries, numbers, dtype)
             self._traffic.handed.add(name)
             self._versions.setdefault(name, found._version)
         return found
@@ -143,12 +147,36 @@ class KVView:
             self._traffic.written(*self._extent(name, found))
         found.copy_(new)
 
+    def at(self, name: str, slots: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """A copy `[B, K, S, ...]` of a column, of "keys" or of "values" at `slots [B, K, S]` only.
+
+        Of a paged column, `slots` are pages. Counted as a read of the first `counts [B, K]` of them; what
+        stands behind these means nothing. Of a column that is also read whole in the same step, every entry
+        is counted once; keys and values are counted each time, by attention too.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        slots_ = self._slots
+        if name in ("keys", "values"):
+            self._traffic.read(name, counts, slots_.head_size, slots_.dtype)
+        elif name in slots_.columns:
+            column = slots_.column(name)
+            self._traffic.read_part(name, counts, column[0, 0, 0].numel(), column.dtype)
+        else:
+            raise UserError(unknown("column", name, ["keys", "values", *slots_.columns]))
+        return slots_.at(name, slots)
+
     def write(self, name: str, new: NewTokens, column: torch.Tensor) -> None:
         """Set a column for the new tokens only: `column [B, K, Q, ...]`. Counted as a write of theirs."""
         found = self._find(name)
         kind, _, numbers, dtype = self._extent(name, found)
         if kind != "columns":
             raise UserError(f"kv.write is for columns, and {name!r} is a summary: kv[{name!r}] = ...")
+        if self._slots.page(name) > 1:
+            raise UserError(
+                f"kv.write is for new tokens, and {name!r} has one entry per page: kv[{name!r}] = ..."
+            )
         self._traffic.written(kind, new.counts[:, None].expand_as(self.lengths), numbers, dtype)
         self._count_change(name)
         self._slots.write_column(name, column, new.slots, self._traffic.active)
@@ -179,7 +207,8 @@ class KVView:
         raise UserError(unknown("column or summary", name, legal) + ". A policy declares its own")
 
     def _extent(self, name: str, found: torch.Tensor) -> tuple[str, torch.Tensor, int, torch.dtype]:
-        """Kind, slots `[B, K]`, numbers in each, and their type."""
+        """Kind, entries `[B, K]`, numbers in each, and their type."""
         if name in self._slots.summaries:
             return "summaries", torch.ones_like(self.lengths), found[0, 0].numel(), found.dtype
-        return "columns", self.lengths, found[0, 0, 0].numel(), found.dtype
+        entries = self._slots.entries(name, self.lengths)
+        return "columns", entries, found[0, 0, 0].numel(), found.dtype

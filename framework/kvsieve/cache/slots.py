@@ -8,8 +8,9 @@ order once one is overwritten: `positions` says which token each one holds. Stor
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -17,8 +18,31 @@ from .. import ops
 from . import layouts
 from .layouts import KeyLayout
 
-# A column or summary holds one number (a dtype), or a vector (dtype, size); size "D" is the head size.
-Shape = torch.dtype | tuple[torch.dtype, "int | str"]
+
+class Like(enum.Enum):
+    """Types of numbers that are known once the model is."""
+
+    KEYS = "keys"
+
+
+KEYS = Like.KEYS  # the type of the keys
+Number = torch.dtype | Like
+# A column or summary holds one number (its type), or a vector (type, size); size "D" is the head size.
+Shape = Number | tuple[Number, "int | str"]
+
+
+class Paged(NamedTuple):
+    """A column with one entry per `page` consecutive slots: entry i is of slots `i * page` and following.
+
+    Only for policies that keep every token, because dropping one would move tokens from page to page.
+    """
+
+    shape: Shape
+    page: int
+
+
+Column = Shape | Paged
+Count = TypeVar("Count", int, torch.Tensor)
 
 # Stores beside the columns; a key layout has one or two of the first three.
 VALUES, POSITIONS = "values", "positions"
@@ -38,7 +62,7 @@ class Slots:
 
     Args:
         layout: of the keys.
-        columns: per slot, by name.
+        columns: per slot or per page of slots, by name.
         summaries: per row and KV head, by name.
     """
 
@@ -49,10 +73,14 @@ class Slots:
     device: torch.device
 
     def __init__(
-        self, layout: KeyLayout, columns: Mapping[str, Shape], summaries: Mapping[str, Shape]
+        self, layout: KeyLayout, columns: Mapping[str, Column], summaries: Mapping[str, Shape]
     ) -> None:
         self.layout = layout
-        self._column_shapes, self._summary_shapes = dict(columns), dict(summaries)
+        self._pages = {name: column.page for name, column in columns.items() if isinstance(column, Paged)}
+        self._column_shapes: dict[str, Shape] = {
+            name: column.shape if isinstance(column, Paged) else column for name, column in columns.items()
+        }
+        self._summary_shapes = dict(summaries)
         self._stores: dict[str, torch.Tensor] = {}  # [B, K, C, ...] each; keys as their layout has it
         self._key_stores: list[str] = []  # token-major first, if there is one
         self._home: dict[str, torch.Tensor] = {}  # where a captured step finds the stores, after a reset too
@@ -83,10 +111,10 @@ class Slots:
             stores[VALUES] = zeros(rows, heads, capacity, values.shape[3], dtype=values.dtype)
             stores[POSITIONS] = zeros(rows, heads, capacity, dtype=torch.int64)
             for name, shape in self._column_shapes.items():
-                dtype, extra = _dtype_and_size(shape, size)
-                stores[name] = zeros(rows, heads, capacity, *extra, dtype=dtype)
+                dtype, extra = _dtype_and_size(shape, keys)
+                stores[name] = zeros(rows, heads, self.entries(name, capacity), *extra, dtype=dtype)
             for name, shape in self._summary_shapes.items():
-                dtype, extra = _dtype_and_size(shape, size)
+                dtype, extra = _dtype_and_size(shape, keys)
                 self.summaries[name] = zeros(rows, heads, *extra, dtype=dtype)
         self._stores, self._home = stores, {}
 
@@ -104,6 +132,14 @@ class Slots:
     def columns(self) -> tuple[str, ...]:
         """Names of the columns."""
         return tuple(self._column_shapes)
+
+    def page(self, name: str) -> int:
+        """Slots that share an entry of this column: 1, if it is not paged."""
+        return self._pages.get(name, 1)
+
+    def entries(self, name: str, slots: Count) -> Count:
+        """The entries that a store or column has for so many slots: one each, or one per page begun."""
+        return -(-slots // self._pages[name]) if name in self._pages else slots
 
     @property
     def key_copies(self) -> int:
@@ -132,15 +168,27 @@ class Slots:
         return self._in_use(POSITIONS)
 
     def column(self, name: str) -> torch.Tensor:
-        """`[B, K, T, ...]`."""
+        """`[B, K, T, ...]`, or `[B, K, ceil(T / page), ...]`."""
         return self._in_use(name)
+
+    def at(self, name: str, slots: torch.Tensor) -> torch.Tensor:
+        """A copy `[B, K, S, ...]` of "keys", "values" or a column at `slots [B, K, S]`, its pages if paged.
+
+        What is out of reach is zero.
+        """
+        store = self._key_stores[0] if name == "keys" else name
+        stored = self._in_use(store)
+        width = stored.shape[3:] if stored.dim() < 5 else stored.shape[4:]
+        taken = stored.new_empty(*slots.shape, *width)
+        ops.implementation(slots.device).compact(stored, slots, taken)
+        return taken
 
     def live(self) -> torch.Tensor:
         """`[B, K, T]` bool: slots that hold a token."""
         return torch.arange(self.used, device=self.device) < self.lengths[..., None]
 
     def _in_use(self, name: str) -> torch.Tensor:
-        return layouts.first_slots(name, self._stores[name], self.used)
+        return layouts.first_slots(name, self._stores[name], self.entries(name, self.used))
 
     # ---------------------------------------------------------------- write
     def write(
@@ -152,7 +200,7 @@ class Slots:
         active: torch.Tensor | None = None,
     ) -> None:
         """Put tokens `[B, K, Q, ...]` into `slots [B, K, Q]`; their columns start at zero. `active [B]`
-        False: not.
+        False: not. Entries of pages stay as they are.
         """
         run = ops.implementation(keys.device)
         for name, store in self._stores.items():
@@ -162,6 +210,8 @@ class Slots:
                 new = values
             elif name == POSITIONS:
                 new = tokens
+            elif name in self._pages:
+                continue
             else:
                 new = store.new_zeros(()).expand(*slots.shape, *store.shape[3:])
             run.append(layouts.slots_first(name, store), new, slots, active)
@@ -187,8 +237,8 @@ class Slots:
         with torch.inference_mode(False):
             grown = self._resized(max(needed, room))
         for name, store in self._stores.items():
-            in_use = layouts.first_slots(name, store, self.used)
-            layouts.first_slots(name, grown[name], self.used).copy_(in_use)
+            used = self.entries(name, self.used)
+            layouts.first_slots(name, grown[name], used).copy_(layouts.first_slots(name, store, used))
         self._stores = grown
 
     def fix(self, capacity: int) -> None:
@@ -212,7 +262,11 @@ class Slots:
         self.lengths.copy_(counts)
 
     def keep(self, slots: torch.Tensor) -> None:
-        """Keep `slots [B, K, n]`, in this order, and free the rest. The live ones among them come first."""
+        """Keep `slots [B, K, n]`, in this order, and free the rest. The live ones among them come first.
+
+        Not with paged columns: a page would be of other tokens.
+        """
+        assert not self._pages
         run, count = ops.implementation(slots.device), slots.shape[2]
         before, home = self._stores, self._home
         # The stores of a decode before the last reset, if they fit: a captured step finds them.
@@ -234,7 +288,10 @@ class Slots:
         self.used = count
 
     def _resized(self, capacity: int) -> dict[str, torch.Tensor]:
-        return {name: layouts.resized(name, store, capacity) for name, store in self._stores.items()}
+        return {
+            name: layouts.resized(name, store, self.entries(name, capacity))
+            for name, store in self._stores.items()
+        }
 
     # ---------------------------------------------------------------- rows
     def reorder(self, indices: torch.Tensor) -> None:
@@ -283,8 +340,9 @@ class Slots:
         self.seen.copy_(checkpoint.seen)
 
 
-def _dtype_and_size(shape: Shape, head_size: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    if not isinstance(shape, tuple):
-        return shape, ()
-    dtype, size = shape
-    return dtype, (head_size if size == "D" else int(size),)
+def _dtype_and_size(shape: Shape, keys: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    """The type and the size of a vector, or no size of a number, where keys are like these `[..., D]`."""
+    number, *sizes = shape if isinstance(shape, tuple) else (shape,)
+    dtype = keys.dtype if isinstance(number, Like) else number
+    assert isinstance(dtype, torch.dtype)
+    return dtype, tuple(keys.shape[-1] if size == "D" else int(size) for size in sizes)

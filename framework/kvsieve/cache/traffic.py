@@ -16,6 +16,8 @@ class Traffic:
         # Columns and summaries are counted once each way per step, however often a policy touches them.
         self._read: set[str] = set()
         self._written: set[str] = set()
+        # Entries [B, K] of columns that were read in part, before the whole column was.
+        self._parts: dict[str, torch.Tensor] = {}
         # Names of all that was handed to the policy in this step; what it reads beside these is read behind
         # the meter.
         self.handed: set[str] = set()
@@ -25,11 +27,27 @@ class Traffic:
         self.meter, self.active = meter, active
         self._read.clear()
         self._written.clear()
+        self._parts.clear()
         self.handed.clear()
 
     def read(self, kind: str, slots: torch.Tensor, numbers: int, dtype: torch.dtype) -> None:
         """Count a read of `numbers` numbers in each of `slots [B, K]` slots."""
         self._count(f"read/{kind}", slots, numbers, dtype)
+
+    def read_column(self, name: str, entries: torch.Tensor, numbers: int, dtype: torch.dtype) -> None:
+        """Count a read of a whole column of `entries [B, K]`: once a step, less what was read in part."""
+        if self.first_read(name):
+            before = self._parts.pop(name, None)
+            rest = entries if before is None else (entries - before).clamp(min=0)
+            self.read("columns", rest, numbers, dtype)
+
+    def read_part(self, name: str, entries: torch.Tensor, numbers: int, dtype: torch.dtype) -> None:
+        """Count a read of so many `entries [B, K]` of a column; free where the whole was read before."""
+        if self.meter is None or name in self._read:
+            return
+        before = self._parts.get(name)
+        self._parts[name] = entries if before is None else before + entries
+        self.read("columns", entries, numbers, dtype)
 
     def written(self, kind: str, slots: torch.Tensor, numbers: int, dtype: torch.dtype) -> None:
         """Count a write, as `read`."""

@@ -23,7 +23,7 @@ from ..errors import UserError, unknown
 from . import reference
 
 if TYPE_CHECKING:
-    from ..cache.kv import KVView
+    from ..cache.kv import KVView, NewTokens
     from ..policy import Selection
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
@@ -211,3 +211,55 @@ def running_mean(
     `counts [B]` of `new [B, K, Q, D]` are real, the rest is zero; `seen [B]` have come in all.
     """
     return implementation(new.device).running_mean(mean, new, counts, seen)
+
+
+# -------------------------------------------------------------------- pages of slots
+def widen_bounds(kv: KVView, low: str, high: str, new: NewTokens) -> None:
+    """Widen the channel-wise bounds of pages so that they hold the new keys.
+
+    `low` and `high` name columns of the policy, both `Paged` of `(KEYS, "D")`. A decode step reads and writes
+    one entry of each.
+    """
+    slots, traffic = kv._slots, kv._traffic
+    written = new.counts[:, None].expand_as(kv.lengths)
+    for name in (low, high):
+        traffic.read_part(name, written, slots.head_size, slots.column(name).dtype)
+        traffic.written("columns", written, slots.head_size, slots.column(name).dtype)
+    implementation(new.keys.device).widen_bounds(
+        slots.column(low), slots.column(high), new.keys, new.slots, new.counts, slots.page(low)
+    )
+
+
+def page_scores(query: torch.Tensor, kv: KVView, low: str, high: str) -> torch.Tensor:
+    """The largest product `[B, K, G, ceil(T / page)]` float32 of a query with any key in a page's bounds.
+
+    Not scaled; dead pages get -inf. Reads both columns: `2 * D` numbers per live page and KV head.
+    """
+    slots = kv._slots
+    pages = slots.entries(low, slots.lengths)
+    for name in (low, high):
+        kv._traffic.read_column(name, pages, slots.head_size, slots.column(name).dtype)
+    run = implementation(query.device)
+    return cast(torch.Tensor, run.page_scores(query, slots.column(low), slots.column(high), pages))
+
+
+def top_pages(
+    ranking: torch.Tensor, kv: KVView, pages: int, page: int, newest: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The live pages with the highest `ranking [B, K, ceil(T / page)]`, the `newest` ones forced in.
+
+    Returns `[B, K, pages]` and how many of them are live `[B, K]`. A set, as of `top_slots`.
+    """
+    run = implementation(ranking.device)
+    return run.top_slots(ranking, -(-kv.lengths // page), pages, newest=newest, forced=None)
+
+
+def slots_of_pages(
+    pages: torch.Tensor, counts: torch.Tensor, kv: KVView, page: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The live slots of the first `counts [B, K]` of `pages [B, K, N]`, each page at most once.
+
+    Returns slots `[B, K, N * page]` and how many of them are live `[B, K]`: the last page of a row may be
+    begun only.
+    """
+    return implementation(pages.device).slots_of_pages(pages, counts, page, kv.lengths)

@@ -23,10 +23,12 @@ from .reference import (
     channel_scores,
     compact,
     mass_by_slot,
+    page_scores,
     prefill,
     readable,
     running_mean,
     slot_weights,
+    slots_of_pages,
     tempered,
     top_channels,
     top_slots,
@@ -40,12 +42,15 @@ __all__ = [
     "attend",
     "channel_scores",
     "compact",
+    "page_scores",
     "prefill",
     "running_mean",
     "slot_weights",
+    "slots_of_pages",
     "top_by_channels",
     "top_channels",
     "top_slots",
+    "widen_bounds",
     "window_weights",
 ]
 
@@ -138,6 +143,28 @@ def append(
     integers = _INTEGERS[storage.element_size()]
     bits = storage.view(integers)
     bits.scatter_(2, inside, torch.where(written, new.view(integers), bits.gather(2, inside)))
+
+
+def widen_bounds(
+    low: torch.Tensor,
+    high: torch.Tensor,
+    keys: torch.Tensor,
+    slots: torch.Tensor,
+    counts: torch.Tensor,
+    page: int,
+) -> None:
+    """`reference.widen_bounds`; one token a row touches one page, and only that one."""
+    if slots.shape[2] > 1:
+        reference.widen_bounds(low, high, keys, slots, counts, page)
+        return
+    index = within(slots // page, low.shape[2])
+    written = ((index == slots // page) & (counts > 0)[:, None, None])[..., None]
+    begins = (slots % page == 0)[..., None]
+    index = index[..., None].expand(keys.shape)
+    for bound, widest in ((low, torch.minimum), (high, torch.maximum)):
+        held, new = bound.gather(2, index), keys.to(bound.dtype)
+        wider = torch.where(begins, new, widest(held, new))
+        bound.scatter_(2, index, torch.where(written, wider, held))
 
 
 def top_by_channels(

@@ -24,12 +24,15 @@ __all__ = [
     "attend",
     "channel_scores",
     "compact",
+    "page_scores",
     "prefill",
     "running_mean",
     "slot_weights",
+    "slots_of_pages",
     "top_by_channels",
     "top_channels",
     "top_slots",
+    "widen_bounds",
     "window_weights",
 ]
 
@@ -308,6 +311,61 @@ def running_mean(
     """
     total = seen.clamp(min=1).view(-1, 1, 1)
     return mean + (new.sum(2, dtype=torch.float32) - counts.view(-1, 1, 1) * mean) / total
+
+
+def widen_bounds(
+    low: torch.Tensor,
+    high: torch.Tensor,
+    keys: torch.Tensor,
+    slots: torch.Tensor,
+    counts: torch.Tensor,
+    page: int,
+) -> None:
+    """Widen the bounds `[B, K, N, D]` of pages, in place, so that they hold new keys `[B, K, Q, D]`.
+
+    The first `counts [B]` keys of a row stand in consecutive slots from `slots[:, :, 0]` on, of `[B, K, Q]`.
+    A page whose first slot is among them begins anew. Other pages, and pages outside [0, N), are not touched.
+    """
+    first = slots[:, :, :1]
+    pages = torch.arange(low.shape[2], device=keys.device) * page  # their first slots
+    begins = (pages >= first)[..., None]
+    touched = ((pages + page > first) & (pages < first + counts[:, None, None]))[..., None]
+    index = slots // page
+    real = below(counts, keys.shape[2])[:, None] & (index >= 0) & (index < low.shape[2])
+    index = within(index, low.shape[2])[..., None].expand(keys.shape)
+    for bound, nothing, reduce in ((low, math.inf, "amin"), (high, -math.inf, "amax")):
+        numbers = keys.to(bound.dtype).masked_fill(~real[..., None], nothing)
+        held = bound.masked_fill(begins, nothing)
+        bound.copy_(torch.where(touched, held.scatter_reduce(2, index, numbers, reduce), bound))
+
+
+def page_scores(
+    query: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """The largest product `[B, K, G, N]` float32 of a query with any key within a page's bounds.
+
+    `query [B, K, G, D]`; `low`, `high [B, K, N, D]`; `lengths [B, K]`: pages below are live, the others get
+    -inf.
+    """
+    query, live = query.float(), below(lengths, low.shape[2])
+    low, high = (bound.float().masked_fill(~live[..., None], 0).transpose(2, 3) for bound in (low, high))
+    scores = torch.matmul(query.clamp(min=0), high) + torch.matmul(query.clamp(max=0), low)
+    return scores.masked_fill(~live[:, :, None], -math.inf)
+
+
+def slots_of_pages(
+    pages: torch.Tensor, counts: torch.Tensor, page: int, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The live slots of the first `counts [B, K]` of `pages [B, K, N]`, and how many there are `[B, K]`.
+
+    Slots `[B, K, N * page]`: live ones first, in any order; the last page of a row may be begun only. A page
+    without a live slot, or outside the row, adds none.
+    """
+    taken = below(counts, pages.shape[2]) & (pages >= 0) & (pages < -(-lengths // page)[..., None])
+    ordered = pages.masked_fill(~taken, torch.iinfo(torch.int64).max // page - 1).sort(2).values
+    slots = (ordered[..., None] * page + torch.arange(page, device=pages.device)).flatten(2)
+    live = slots < lengths[..., None]
+    return slots * live, live.sum(2)
 
 
 def readable(

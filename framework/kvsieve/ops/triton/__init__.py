@@ -4,6 +4,7 @@ Only on a GPU, or on a CPU under Triton's interpreter (`TRITON_INTERPRET=1`), wh
 """
 
 from .attend import attend
+from .pages import page_scores, slots_of_pages, widen_bounds
 from .prefill import prefill
 from .scores import channel_scores, top_channels
 from .select import top_by_channels, top_slots
@@ -16,11 +17,14 @@ __all__ = [
     "attend",
     "channel_scores",
     "compact",
+    "page_scores",
     "prefill",
     "running_mean",
     "slot_weights",
+    "slots_of_pages",
     "top_by_channels",
     "top_channels",
     "top_slots",
+    "widen_bounds",
     "window_weights",
 ]
