@@ -63,6 +63,14 @@ CASES = {
         {"pages": 1, "page": 5, "group_score": "mean", "newest_page": False, "floor": 2},
         {"pages": 3, "page": 16},
     ),
+    "expected_attention": Case(
+        "expected_attention", {"budget": 12, "sinks": 2, "future": 16}, {"budget": 40, "future": 1}
+    ),
+    "expected_attention_mean": Case(
+        "expected_attention",
+        {"budget": 5, "sinks": 0, "covariance": False, "value_norm": False},
+        {"budget": 64, "epsilon": 0.1},
+    ),
     "dense_layers": Case(
         "dense_layers",
         {"layers": [], "inner": {"h2o": {"budget": 12, "recent": 4}}},

@@ -22,10 +22,10 @@ import torch
 from .cache.layouts import KeyLayout
 from .cache.slots import RESERVED, Like, Paged, Slots
 from .errors import UserError
-from .policy import Observe, Policy, Selection
+from .policy import Observe, Policy, Positions, Selection
 from .wrapper import Wrapper
 
-_HOOKS = ("on_append", "on_attend", "on_prefill")
+_HOOKS = ("on_append", "on_queries", "on_attend", "on_prefill")
 _NEAR = 0.8  # names as much alike as this are taken for a misspelling
 
 
@@ -123,6 +123,8 @@ def check_declarations(policy: Policy) -> None:
     last = policy.last_queries
     if isinstance(last, bool) or not isinstance(last, int) or last < 0:
         refuse("last_queries", last, "a number of queries, 0 or more")
+    if not isinstance(policy.positions, Positions):
+        refuse("positions", policy.positions, "a kvsieve.Positions")
     if not isinstance(policy.observes, Observe):
         refuse("observes", policy.observes, "a kvsieve.Observe")
     if not isinstance(policy.key_layout, KeyLayout):
