@@ -56,15 +56,14 @@ def read(method, case, source=None, layer=None):
     lengths, params = torch.from_numpy(given["lengths"]), json.loads(str(given["params"]))
     inputs = []
     for name in Case._fields[:4]:
-        if name in given:
-            inputs.append(torch.from_numpy(given[name]).float())
-        else:
-            inputs.append(rotated(torch.from_numpy(given[f"{name}_unrotated"]).float(), name, lengths, params))
+        stored = name if name in given else f"{name}_unrotated"
+        plain = torch.from_numpy(given[stored]).float()
+        inputs.append(plain if name in given else rotated(plain, name, lengths, params))
     return Case(*inputs, lengths, outputs, kept[:, :, -1]), params
 
 
 def rotated(vectors, name, lengths, params):
-    """As a model rotates them: a prompt's token i at position i, step n of a row at position `lengths + n`."""
+    """As a model rotates them: token i of a prompt at position i, step n of a row at `lengths + n`."""
     steps = torch.arange(STEPS)
     prompt = torch.arange(vectors.shape[2] - (STEPS if name == "keys" else 0)).expand(len(lengths), -1)
     later = lengths[:, None] + steps

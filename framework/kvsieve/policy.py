@@ -12,8 +12,8 @@ One decode step of one layer, in order:
     attend
     observe     on_attend(kv, mass)
 
-A prompt (or a chunk of one) is attended densely: append, attend, observe; when it is complete, on_prefill,
-then `cut(kv)` says which slots stay: by default the `keeps` with the highest priority.
+A prompt (or a chunk of one) is attended densely: append, on_queries, attend, observe; when it is complete,
+on_prefill, then `cut(kv)` says which slots stay: by default the `keeps` with the highest priority.
 
 Declarations and answers are checked: see contract.py.
 

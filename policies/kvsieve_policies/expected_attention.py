@@ -1,14 +1,16 @@
 """Expected Attention: keep what future queries are expected to attend to (arXiv:2510.00636).
 
-The one idea: queries before RoPE are nearly normally distributed. From the mean and covariance of the prompt's
-queries follows, in closed form, the weight that a key can expect from the queries of the next `future` positions.
+The one idea: queries before RoPE are nearly normally distributed. From the mean and covariance of the
+prompt's queries follows, in closed form, the weight that a key can expect from the queries of the next
+`future` positions.
 
-The statistics are gathered while the prompt is read, query head by query head; no query is remembered. Choices, as
-in the authors' code (kvpress): the rotations of the future positions are averaged before they are applied, to the
-mean and to both sides of the covariance; the first `sinks` tokens always stay and neither their queries nor their
-keys count; a query group agrees on the mean of its heads' softmaxes; the norms of the values weigh it.
-`epsilon` is added to a score before that. `budget` counts the sinks; generated tokens come on top, for good (the
-authors compress again while decoding, too). Logits are scaled as the model does, not by `D ** -0.5`.
+The statistics are gathered while the prompt is read, query head by query head; no query is remembered.
+Choices, as in the authors' code (kvpress): the rotations of the future positions are averaged before they
+are applied, to the mean and to both sides of the covariance; the first `sinks` tokens always stay and
+neither their queries nor their keys count; a query group agrees on the mean of its heads' softmaxes; the
+norms of the values weigh it. `epsilon` is added to a score before that. `budget` counts the sinks; generated
+tokens come on top, for good (the authors compress again while decoding, too). Logits are scaled as the model
+does, not by `D ** -0.5`.
 
 In a conversation the statistics are those of the last turn.
 """
@@ -84,7 +86,9 @@ class ExpectedAttention(Policy):
         rest = kv.live() & ~sinks
         scores = self._scores(kv, rest).masked_fill(~rest, -torch.inf)
         order = scores.argsort(dim=2, descending=True, stable=True)
-        among = (torch.arange(order.shape[2], device=order.device) < self.budget - self.sinks).expand_as(order)
+        among = (torch.arange(order.shape[2], device=order.device) < self.budget - self.sinks).expand_as(
+            order
+        )
         return sinks | torch.zeros_like(rest).scatter_(2, order, among) & rest
 
     def _scores(self, kv: KVView, rest: torch.Tensor) -> torch.Tensor:

@@ -53,10 +53,9 @@ def fill(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
     if policy.observes is Observe.MASS:
         policy.on_attend(kv, torch.rand(kv.positions.shape, device=keys.device))
     if policy.last_queries:
-        rows, heads, new, size = keys.shape
-        query = torch.randn(rows, heads, 1, min(new, policy.last_queries), size, device=keys.device)
-        counts = torch.full((rows,), query.shape[3], device=keys.device)
-        kv._last_queries = LastQueries.joined(None, query.to(keys.dtype), counts, policy.last_queries)
+        query = torch.randn_like(keys[:, :, None, -policy.last_queries :])
+        counts = torch.full((len(keys),), query.shape[3], device=keys.device)
+        kv._last_queries = LastQueries.joined(None, query, counts, policy.last_queries)
     layer.end_prompt()
 
 

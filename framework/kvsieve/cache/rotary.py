@@ -1,8 +1,9 @@
 """Rotary position embeddings, by which keys and queries can be turned to other positions.
 
-Which one a model uses is measured, not read from its source: one token at two positions has keys that differ by the
-turn alone, in every layer, because it attends to itself only. A layer where no turn explains the difference (learned
-positions, ALiBi, none) has no `Rotary`.
+Which one a model uses is measured, not read from its source: one token at two positions has keys that differ
+by the turn alone, in every layer, because it attends to itself only. A layer without positions, in a model
+where others have rotary ones, turns nothing. Where no turn explains the difference (learned positions),
+there is no `Rotary`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ _TOKENS = (3, 5, 11, 17)
 _APART = 101  # positions between the two of a token
 # These change their frequencies with the length of the text: turns do not add up.
 _CHANGING = ("dynamic", "longrope")
+# Of each model, by layer.
 _known: weakref.WeakKeyDictionary[PreTrainedModel, list[Rotary | None]] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rotary:
-    """Turns the first `2 * len(frequencies)` channels in pairs: halves of them, or neighbours (`interleaved`)."""
+    """Turns the first `2 * len(frequencies)` channels in pairs: a half with the other one, or neighbours."""
 
     frequencies: torch.Tensor  # radians per position of each pair
-    interleaved: bool = False
+    interleaved: bool = False  # neighbours
 
     @classmethod
     def of_theta(cls, theta: float, head_size: int) -> Rotary:
@@ -60,18 +62,26 @@ def rotary_of(model: PreTrainedModel, layer: int, policy: str) -> Rotary:
     found = _known[model][layer]
     if found is None:
         raise UserError(
-            f"policy {policy} turns queries or keys to other positions, which needs rotary position embeddings "
-            f"whose turns add up: layer {layer} of {type(model).__name__} has none (learned positions, ALiBi, or "
-            "frequencies that change with the length of the text)"
+            f"policy {policy} turns queries or keys to other positions, which needs rotary position "
+            f"embeddings whose turns add up: {type(model).__name__} has none in layer {layer} (learned "
+            "positions, ALiBi, or frequencies that change with the length of the text)"
         )
     return found
 
 
 def _measured(model: PreTrainedModel) -> list[Rotary | None]:
     """The rotary embedding of every layer."""
-    here, there = _keys_at_two_positions(model)
+    keys = _keys_at_two_positions(model)
     candidates = list(_candidates(model))
-    return [_that_explains(candidates, *keys) for keys in zip(here, there, strict=True)]
+    found = [None if pair is None else _that_explains(candidates, *pair) for pair in keys]
+    if not any(found):
+        return found
+    # This model goes by the positions that it is given: a layer where they change nothing has none.
+    still = [Rotary(torch.zeros(1, device=model.device))]
+    return [
+        rotary if rotary or pair is None else _that_explains(still, *pair)
+        for rotary, pair in zip(found, keys, strict=True)
+    ]
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[Rotary]:
@@ -94,12 +104,15 @@ def _that_explains(candidates: list[Rotary], here: torch.Tensor, there: torch.Te
 
 
 @torch.no_grad()
-def _keys_at_two_positions(model: PreTrainedModel) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The keys `[tokens, K, 1, D]` of some tokens at position 0 and `_APART` positions later, for each layer."""
-    cache = DynamicCache()
+def _keys_at_two_positions(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Of each layer the keys `[tokens, K, 1, D]` of some tokens at position 0, and `_APART` positions later.
+
+    None: the layer caches no keys (linear attention).
+    """
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     tokens = torch.tensor(_TOKENS * 2, device=model.device)[:, None]
     positions = torch.zeros_like(tokens)
     positions[len(_TOKENS) :] = _APART
     model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    keys = [layer.keys for layer in cache.layers]
-    return [key[: len(_TOKENS)] for key in keys], [key[len(_TOKENS) :] for key in keys]
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return [None if both is None else (both[: len(_TOKENS)], both[len(_TOKENS) :]) for both in keys]
