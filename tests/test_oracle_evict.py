@@ -221,3 +221,20 @@ def test_expected_attention_in_a_model(prefill_chunk):
     torch.testing.assert_close(torch.cat(got), logits, atol=1e-4, rtol=1e-4)
     greedy = kvsieve.decode(model, [prompt], policy, max_new_tokens=8, eos_token_id=())
     assert torch.equal(torch.cat(list(greedy)), tokens)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_streaming_llm(name, way):
+    case, params = read("streaming_llm", name)
+    policy = make_policy(
+        "streaming_llm", budget=params["start"] + params["recent"] + 1, sinks=params["start"]
+    )
+    check_all_ways(way, policy, case, current_dropped=True, rope_theta=params["rope_theta"])
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_local_window_is_streaming_llm_at_the_positions_of_the_text(name):
+    case, params = read("streaming_llm", name, "slow_absolute_positions")
+    policy = make_policy("local_window", budget=params["start"] + params["recent"] + 1, sinks=params["start"])
+    check(policy, case, current_dropped=True)

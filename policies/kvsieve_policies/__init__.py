@@ -18,10 +18,11 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .quest import Quest
     from .snapkv import SnapKV
     from .sparq import SparQ
+    from .streaming_llm import StreamingLLM
     from .tova import TOVA
 
     # The base class itself is dense attention: reads everything, keeps everything.
     reading = (SparQ, Quest)
-    keeping = (H2O, LocalWindow, TOVA, SnapKV, PyramidKV, AdaKV, ExpectedAttention)
+    keeping = (H2O, LocalWindow, StreamingLLM, TOVA, SnapKV, PyramidKV, AdaKV, ExpectedAttention)
     for policy in (Policy, *reading, *keeping, DenseLayers):
         register(policy)

@@ -136,6 +136,16 @@ class KVView:
             raise UserError("kv.turned is for a policy that declares `positions = Positions.OWN`")
         return self._rotary.turned(vectors, by)
 
+    def write_keys(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
+        """Replace the keys in `slots [B, K, S]` by `keys [B, K, S, D]`, as turned ones; slots below 0: none.
+
+        Counted as a write of all S. Rows that have ended are not written.
+        """
+        written = torch.full_like(self.lengths, slots.shape[2])
+        numbers = self._slots.head_size * self._slots.key_copies
+        self._traffic.written("keys", written, numbers, self._slots.dtype)
+        self._slots.write_keys(keys, slots, self._traffic.active)
+
     def _forget_prompt(self) -> None:
         self._last_queries = None
         self._notes.clear()
