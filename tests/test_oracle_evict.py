@@ -238,3 +238,28 @@ def test_local_window_is_streaming_llm_at_the_positions_of_the_text(name):
     case, params = read("streaming_llm", name, "slow_absolute_positions")
     policy = make_policy("local_window", budget=params["start"] + params["recent"] + 1, sinks=params["start"])
     check(policy, case, current_dropped=True)
+
+
+@pytest.mark.parametrize("prefill_chunk", [None, 1, 2])
+def test_sinks_may_come_in_the_prompt_or_in_steps(prefill_chunk):
+    """Against the definition, slowly: held tokens at the positions of their places in the cache."""
+    lengths, steps, sinks, budget, size = torch.tensor([1, 3, 9]), 14, 4, 6, 16
+    random = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(3, 2, 9 + steps, size, generator=random) for _ in range(2))
+    queries = torch.randn(3, 2, steps, size, generator=random)
+    rotary = Rotary.of_theta(1e4, size)
+    wanted = torch.zeros(3, 2, steps, size)
+    for b, length in enumerate(lengths.tolist()):
+        columns = [*range(length), *range(9, 9 + steps)]
+        for step in range(steps):
+            seen = columns[: length + step + 1]
+            held = seen if len(seen) <= budget else seen[:sinks] + seen[sinks - budget :]
+            places = torch.arange(len(held))
+            query = rotary.turned(queries[b, :, step : step + 1], places[-1:])
+            logits = query @ rotary.turned(keys[b, :, held], places).mT / size**0.5
+            wanted[b, :, step] = (logits.softmax(-1) @ values[b, :, held])[:, 0]
+    text = torch.cat([torch.arange(9).expand(3, -1), lengths[:, None] + torch.arange(steps)], 1)[:, None]
+    given = rotary.turned(queries, text[..., 9:]), rotary.turned(keys, text), values, lengths
+    policy = make_policy("streaming_llm", budget=budget, sinks=sinks)
+    got = rollout(policy, torch.zeros(3, 2, 9, size), *given, prefill_chunk=prefill_chunk, rope_theta=1e4)
+    torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=TOLERANCE)

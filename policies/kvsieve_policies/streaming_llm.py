@@ -1,15 +1,16 @@
 """StreamingLLM: attention sinks and the newest tokens, at positions within the cache (arXiv:2309.17453).
 
-The one idea: the first tokens take the attention that heads have no other use for; keep them and a window of the
-newest, and count positions within the cache, so that they never exceed what the model was trained on.
+The one idea: the first tokens take the attention that heads have no other use for; keep them and a window of
+the newest, and count positions within the cache, so that they never exceed what the model was trained on.
 
-`budget` counts the current token and the sinks; the authors hold `sinks + recent` tokens between steps, so that is
-`budget - 1`. A prompt is read densely and cut when it is complete, as their evaluation does.
+`budget` counts the current token and the sinks; the authors hold `sinks + recent` tokens between steps, so
+that is `budget - 1`. A prompt is read densely and cut when it is complete, as their evaluation does.
 
-Choice: rotary attention sees differences of positions only. So the tokens of the window keep the positions of the
-text, and the sinks are turned towards them by as many positions as were dropped in between, at every step anew from
-their first keys (turning in place would drift). Scores are those of the authors, who rotate all keys anew. In a
-later turn of a conversation the new tokens are read with the sinks where the last step put them.
+Choice: rotary attention sees differences of positions only. So the tokens of the window keep the positions
+of the text, and the sinks are turned towards them by as many positions as were dropped in between, at every
+step anew from their first keys (turning in place would drift). Scores are those of the authors, who rotate
+all keys anew. In a later turn of a conversation the new tokens are read with the sinks where the last step
+put them.
 """
 
 from collections.abc import Mapping
@@ -52,18 +53,19 @@ class StreamingLLM(Policy):
     def priority(self, kv: KVView) -> torch.Tensor:
         return kv.positions.float().masked_fill(kv.oldest(self.sinks), torch.inf)
 
-    def on_prefill(self, kv: KVView) -> None:
-        keys, untouched = kv.keys, (kv.seen[:, None] == kv.lengths)[..., None]
-        for i in range(min(self.sinks, keys.shape[2])):
-            kv[f"sink {i}"] = torch.where(untouched, keys[:, :, i].float(), kv[f"sink {i}"])
-
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         if self.sinks == 0:
             return
+        numbers = torch.arange(self.sinks, device=kv.seen.device)
+        place = numbers - (kv.seen - new.counts)[:, None]  # [B, sinks], among the new tokens
+        came = ((place >= 0) & (place < new.counts[:, None]))[:, None, :, None]
+        index = place.clamp(0, new.keys.shape[2] - 1)[:, None, :, None]
+        keys = new.keys.gather(2, index.expand(*kv.lengths.shape, -1, kv.head_size)).float()
+        first = torch.where(came, keys, torch.stack([kv[name] for name in self.summaries], 2))
+        for i, name in enumerate(self.summaries):
+            kv[name] = first[:, :, i]
         dropped = (kv.seen[:, None] - kv.lengths)[..., None]
-        first = torch.stack([kv[name] for name in self.summaries], 2)
-        slots = torch.arange(self.sinks, device=dropped.device).masked_fill(dropped == 0, -1)
-        kv.write_keys(slots, kv.turned(first, dropped))
+        kv.write_keys(numbers.masked_fill(dropped == 0, -1), kv.turned(first, dropped))
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
