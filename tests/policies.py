@@ -40,6 +40,8 @@ CASES = {
     "h2o_all_recent": Case("h2o", {"budget": 5, "recent": 5}, {"budget": 46, "recent": 1}),
     "local_window": Case("local_window", {"budget": 12, "sinks": 2}, {"budget": 64}),
     "local_window_of_one": Case("local_window", {"budget": 1, "sinks": 0}, {"budget": 46, "sinks": 3}),
+    "streaming_llm": Case("streaming_llm", {"budget": 12, "sinks": 2}, {"budget": 46}),
+    "streaming_llm_no_sinks": Case("streaming_llm", {"budget": 1, "sinks": 0}, {"budget": 64, "sinks": 5}),
     "tova": Case("tova", {"budget": 12}, {"budget": 46}),
     "tova_of_one": Case("tova", {"budget": 1}, {"budget": 64}),
     "snapkv": Case("snapkv", {"budget": 12, "window": 4, "kernel": 3}, {"budget": 40, "window": 4}),
@@ -62,6 +64,14 @@ CASES = {
         "quest",
         {"pages": 1, "page": 5, "group_score": "mean", "newest_page": False, "floor": 2},
         {"pages": 3, "page": 16},
+    ),
+    "expected_attention": Case(
+        "expected_attention", {"budget": 12, "sinks": 2, "future": 16}, {"budget": 40, "future": 1}
+    ),
+    "expected_attention_mean": Case(
+        "expected_attention",
+        {"budget": 5, "sinks": 0, "covariance": False, "value_norm": False},
+        {"budget": 64, "epsilon": 0.1},
     ),
     "dense_layers": Case(
         "dense_layers",

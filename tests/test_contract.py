@@ -54,7 +54,10 @@ def step(made, **given):
         ({"on_attend": lambda self, kv, mass: None, "observes": Observe.NONE}, "but does not observe"),
         ({"observes": "mass"}, "observes must be a kvsieve.Observe, not 'mass'"),
         ({"observes": True}, "observes must be a kvsieve.Observe, not True"),
-        ({"on_attention": lambda self, kv, mass: None}, "Made.on_attention is no hook.*on_append, on_attend"),
+        (
+            {"on_attention": lambda self, kv, mass: None},
+            "Made.on_attention is no hook.*on_append, on_queries",
+        ),
         ({"on_step": lambda self, kv: None}, "Made.on_step is no hook"),
         ({"selects": lambda self, query, kv: None}, "did you mean 'select'"),
         ({"for_compresion": classmethod(lambda cls, *_: cls())}, "did you mean 'for_compression'"),
@@ -73,6 +76,8 @@ def step(made, **given):
         ({"last_queries": -1, "cut": lambda self, kv: None}, "last_queries must be .* 0 or more, not -1"),
         ({"last_queries": True, "cut": lambda self, kv: None}, "last_queries must be .* not True"),
         ({"last_query": property(lambda self: 8)}, "did you mean 'last_queries'"),
+        ({"positions": "own"}, "positions must be a kvsieve.Positions, not 'own'"),
+        ({"on_query": lambda self, kv: None}, "Made.on_query is no hook.*on_append, on_queries, on_attend"),
         ({"overwrites": "yes"}, "overwrites must be True or False, not 'yes'"),
         ({"key_layout": "double"}, "key_layout must be a kvsieve.KeyLayout, not 'double'"),
         ({"columns": {"values": torch.float32}}, "'values' in columns is the cache's own"),
@@ -106,6 +111,19 @@ def test_a_window_that_does_not_fit_into_the_budget_is_refused(name):
         make_policy("pyramidkv", beta=0)
     with pytest.raises(UserError, match="tova.budget must be at least 1"):
         make_policy("tova", budget=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"budget": 4}, "sinks must be from 0 to budget - 1 = 3, not 4"),
+        ({"future": 0}, "future must be at least 1 position, not 0"),
+        ({"epsilon": -1.0}, "epsilon must be 0 or more, not -1"),
+    ],
+)
+def test_expected_attention_refuses_parameters_that_cannot_be(given, message):
+    with pytest.raises(UserError, match=f"expected_attention.{message}"):
+        make_policy("expected_attention", **given)
 
 
 def test_a_budget_below_one_is_refused_by_the_built_in_policies_too():
@@ -349,6 +367,29 @@ def test_the_window_cannot_be_asked_for_elsewhere():
             step(made)
     with pytest.raises(UserError, match="observes the attention of the prompt: give prefill_queries"):
         rollout(TIGHT["snapkv"], None, *Inputs.random()[1:])
+
+
+@pytest.mark.parametrize("pieces", [None, 7])
+def test_notes_of_the_queries_last_until_the_cut(pieces):
+    inputs, found = Inputs.random(), []
+
+    def on_queries(self, kv, queries, new):
+        real = torch.arange(queries.shape[3]) < new.counts[:, None]
+        total = queries.masked_fill(~real[:, None, None, :, None], 0).sum(3)
+        kv.notes["sum"] = kv.notes.get("sum", 0) + total
+
+    made = policy(on_queries=on_queries, cut=lambda self, kv: found.append(kv.notes["sum"]))
+    layer = LayerCache(made)
+    rollout(made, *inputs, prefill_chunk=pieces, layer=layer)
+    queries = inputs.prefill_queries.unflatten(1, (2, 2))
+    expected = [queries[b, :, :, :length].sum(2) for b, length in enumerate(inputs.lengths.tolist())]
+    torch.testing.assert_close(found, [torch.stack(expected)])
+    assert layer.kv.notes == {}
+
+
+def test_a_policy_that_turns_needs_a_theta_in_a_rollout():
+    with pytest.raises(UserError, match="expected_attention turns queries or keys: give the rope_theta"):
+        step(TIGHT["expected_attention"])
 
 
 def test_steps_alone_may_be_observed():

@@ -15,7 +15,8 @@ from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
 from tests.policies import LOOSE, TIGHT
 
-NAMES = ["dense", "sparq", "h2o", "local_window", "tova", "snapkv", "pyramidkv", "adakv"]
+NAMES = ["dense", "sparq", "h2o", "local_window"]
+NAMES += ["tova", "snapkv", "pyramidkv", "adakv", "expected_attention", "streaming_llm"]
 POLICIES = {name: TIGHT[name] for name in NAMES}
 ROOMY = {name: LOOSE[name] for name in NAMES}  # nothing is left out: exactly dense
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)

@@ -7,12 +7,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvsieve import make_policy
+import kvsieve
+from kvsieve import KVCache, make_policy
+from kvsieve.cache.rotary import Rotary
+from kvsieve.loop import Runner
 from kvsieve.testing import LayerCache, rollout
 
 DATA = Path(__file__).parent / "data" / "evict"
 TOLERANCE = 1e-5  # float32
+STEPS = 6
 
 
 class Case(NamedTuple):
@@ -48,16 +53,30 @@ def read(method, case, source=None, layer=None):
     prefix = f"{source}/" if source else ""
     results = [torch.from_numpy(given[prefix + name]) for name in ("outputs", "kept")]
     outputs, kept = results if layer is None else (result[layer] for result in results)
-    inputs = [torch.from_numpy(given[name]).float() for name in Case._fields[:4]]
-    kept = kept[:, :, -1]
-    return Case(*inputs, torch.from_numpy(given["lengths"]), outputs, kept), json.loads(str(given["params"]))
+    lengths, params = torch.from_numpy(given["lengths"]), json.loads(str(given["params"]))
+    inputs = []
+    for name in Case._fields[:4]:
+        stored = name if name in given else f"{name}_unrotated"
+        plain = torch.from_numpy(given[stored]).float()
+        inputs.append(plain if name in given else rotated(plain, name, lengths, params))
+    return Case(*inputs, lengths, outputs, kept[:, :, -1]), params
 
 
-def check(policy, case, prefill_chunk=None, current_dropped=False):
+def rotated(vectors, name, lengths, params):
+    """As a model rotates them: token i of a prompt at position i, step n of a row at `lengths + n`."""
+    steps = torch.arange(STEPS)
+    prompt = torch.arange(vectors.shape[2] - (STEPS if name == "keys" else 0)).expand(len(lengths), -1)
+    later = lengths[:, None] + steps
+    position = {"prompt_queries": prompt, "step_queries": later, "keys": torch.cat([prompt, later], 1)}[name]
+    return Rotary.of_theta(params["rope_theta"], vectors.shape[3]).turned(vectors, position[:, None])
+
+
+def check(policy, case, prefill_chunk=None, current_dropped=False, rope_theta=None):
     """The outputs of all steps, and which tokens are held after the last one."""
     layer = LayerCache(policy.for_layer(0, 1))
     given = case.prompt_queries, case.step_queries, case.keys, case.values
-    got = rollout(policy, *given, case.lengths, layer=layer, prefill_chunk=prefill_chunk)
+    how = {"prefill_chunk": prefill_chunk, "rope_theta": rope_theta}
+    got = rollout(policy, *given, case.lengths, layer=layer, **how)
     torch.testing.assert_close(got, case.outputs, atol=TOLERANCE, rtol=TOLERANCE)
     kv, prompt = layer.kv, case.prompt_queries.shape[2]
     for b in range(len(case.lengths)):
@@ -160,3 +179,87 @@ def test_adakv(name, way):
 def test_adakv_as_its_authors_run_it_with_a_set_per_query_head(name):
     case, params = read("adakv", name, "authors_query_head")
     check(voting("adakv", params, floor=params["floor_alpha"]), case.per_query_head())
+
+
+def expecting(params):
+    return make_policy(
+        "expected_attention",
+        budget=params["kept"],
+        future=params["n_future_positions"],
+        sinks=params["n_sink"],
+        covariance=params["use_covariance"],
+        value_norm=params["use_vnorm"],
+        epsilon=params["epsilon"],
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_expected_attention(name, way):
+    case, params = read("expected_attention", name)
+    check_all_ways(way, expecting(params), case, rope_theta=params["rope_theta"])
+
+
+@pytest.mark.parametrize("prefill_chunk", [None, 1, 7, 50])
+def test_expected_attention_in_a_model(prefill_chunk):
+    with np.load(DATA / "expected_attention.npz") as file:
+        given = {k.removeprefix("model/"): file[k] for k in file.files if k.startswith("model/")}
+    weights = {k[2:]: torch.from_numpy(given[k]).float() for k in given if k.startswith("w/")}
+    model = LlamaForCausalLM(LlamaConfig(**json.loads(str(given["config"]))))
+    assert model.load_state_dict(weights, strict=False).missing_keys in ([], ["lm_head.weight"])
+    model = kvsieve.prepare(model.eval())
+    policy, prompt = expecting(json.loads(str(given["params"]))), given["prompt_ids"][0].tolist()
+    tokens, logits = torch.from_numpy(given["tokens"]), torch.from_numpy(given["logits"])
+    cache = KVCache(model, policy)
+    runner = Runner(model, [prompt], policy, max_new_tokens=8, prefill_chunk=prefill_chunk, cache=cache)
+    got = [runner.prefill()]
+    for layer, kept in zip(cache.policy_layers, torch.from_numpy(given["kept"]), strict=True):
+        for head in range(2):
+            held = set(layer.kv.positions[0, head].tolist())
+            assert held == set(kept[head].nonzero().flatten().tolist())
+    got += [runner.run(tokens[i : i + 1], runner.sizes + i) for i in range(7)]
+    torch.testing.assert_close(torch.cat(got), logits, atol=1e-4, rtol=1e-4)
+    greedy = kvsieve.decode(model, [prompt], policy, max_new_tokens=8, eos_token_id=())
+    assert torch.equal(torch.cat(list(greedy)), tokens)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_streaming_llm(name, way):
+    case, params = read("streaming_llm", name)
+    policy = make_policy(
+        "streaming_llm", budget=params["start"] + params["recent"] + 1, sinks=params["start"]
+    )
+    check_all_ways(way, policy, case, current_dropped=True, rope_theta=params["rope_theta"])
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_local_window_is_streaming_llm_at_the_positions_of_the_text(name):
+    case, params = read("streaming_llm", name, "slow_absolute_positions")
+    policy = make_policy("local_window", budget=params["start"] + params["recent"] + 1, sinks=params["start"])
+    check(policy, case, current_dropped=True)
+
+
+@pytest.mark.parametrize("prefill_chunk", [None, 1, 2])
+def test_sinks_may_come_in_the_prompt_or_in_steps(prefill_chunk):
+    """Against the definition, slowly: held tokens at the positions of their places in the cache."""
+    lengths, steps, sinks, budget, size = torch.tensor([1, 3, 9]), 14, 4, 6, 16
+    random = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(3, 2, 9 + steps, size, generator=random) for _ in range(2))
+    queries = torch.randn(3, 2, steps, size, generator=random)
+    rotary = Rotary.of_theta(1e4, size)
+    wanted = torch.zeros(3, 2, steps, size)
+    for b, length in enumerate(lengths.tolist()):
+        columns = [*range(length), *range(9, 9 + steps)]
+        for step in range(steps):
+            seen = columns[: length + step + 1]
+            held = seen if len(seen) <= budget else seen[:sinks] + seen[sinks - budget :]
+            places = torch.arange(len(held))
+            query = rotary.turned(queries[b, :, step : step + 1], places[-1:])
+            logits = query @ rotary.turned(keys[b, :, held], places).mT / size**0.5
+            wanted[b, :, step] = (logits.softmax(-1) @ values[b, :, held])[:, 0]
+    text = torch.cat([torch.arange(9).expand(3, -1), lengths[:, None] + torch.arange(steps)], 1)[:, None]
+    given = rotary.turned(queries, text[..., 9:]), rotary.turned(keys, text), values, lengths
+    policy = make_policy("streaming_llm", budget=budget, sinks=sinks)
+    got = rollout(policy, torch.zeros(3, 2, 9, size), *given, prefill_chunk=prefill_chunk, rope_theta=1e4)
+    torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=TOLERANCE)

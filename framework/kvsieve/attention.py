@@ -55,6 +55,8 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
     starts, counts, order = layer.prompt
     if order is not None:
         query = query.gather(3, order[:, None, None, :, None].expand(query.shape))
+    if owner:
+        policy.on_queries(kv, query, new)
     if owner and policy.last_queries:
         kv._last_queries = LastQueries.joined(kv._last_queries, query, counts, policy.last_queries)
     slots = layer.slots

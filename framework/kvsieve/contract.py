@@ -22,10 +22,10 @@ import torch
 from .cache.layouts import KeyLayout
 from .cache.slots import RESERVED, Like, Paged, Slots
 from .errors import UserError
-from .policy import Observe, Policy, Selection
+from .policy import Observe, Policy, Positions, Selection
 from .wrapper import Wrapper
 
-_HOOKS = ("on_append", "on_attend", "on_prefill")
+_HOOKS = ("on_append", "on_queries", "on_attend", "on_prefill")
 _NEAR = 0.8  # names as much alike as this are taken for a misspelling
 
 
@@ -123,10 +123,9 @@ def check_declarations(policy: Policy) -> None:
     last = policy.last_queries
     if isinstance(last, bool) or not isinstance(last, int) or last < 0:
         refuse("last_queries", last, "a number of queries, 0 or more")
-    if not isinstance(policy.observes, Observe):
-        refuse("observes", policy.observes, "a kvsieve.Observe")
-    if not isinstance(policy.key_layout, KeyLayout):
-        refuse("key_layout", policy.key_layout, "a kvsieve.KeyLayout")
+    for what, kind in (("positions", Positions), ("observes", Observe), ("key_layout", KeyLayout)):
+        if not isinstance(getattr(policy, what), kind):
+            refuse(what, getattr(policy, what), f"a kvsieve.{kind.__name__}")
     for what in ("columns", "summaries"):
         declared = getattr(policy, what)
         if not isinstance(declared, Mapping):

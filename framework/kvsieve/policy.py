@@ -12,8 +12,8 @@ One decode step of one layer, in order:
     attend
     observe     on_attend(kv, mass)
 
-A prompt (or a chunk of one) is attended densely: append, attend, observe; when it is complete, on_prefill,
-then `cut(kv)` says which slots stay: by default the `keeps` with the highest priority.
+A prompt (or a chunk of one) is attended densely: append, on_queries, attend, observe; when it is complete,
+on_prefill, then `cut(kv)` says which slots stay: by default the `keeps` with the highest priority.
 
 Declarations and answers are checked: see contract.py.
 
@@ -37,7 +37,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .cache.kv import KVView, NewTokens
 
-__all__ = ["KEYS", "Column", "Observe", "Paged", "Policy", "Selection", "Shape", "Tail"]
+__all__ = ["KEYS", "Column", "Observe", "Paged", "Policy", "Positions", "Selection", "Shape", "Tail"]
 
 
 class Observe(enum.Enum):
@@ -48,6 +48,15 @@ class Observe(enum.Enum):
     MASS = "mass"
     # The same, of decode steps alone: a prompt is read without computing it.
     STEP_MASS = "step mass"
+
+
+class Positions(enum.Enum):
+    """The positions at which a policy needs keys and queries."""
+
+    # Those that tokens have in their row's text.
+    TEXT = "text"
+    # Its own: it turns keys or queries by `kv.turned`, and so needs a model with rotary embeddings.
+    OWN = "own"
 
 
 class Tail(NamedTuple):
@@ -108,6 +117,11 @@ class Policy:
         return Observe.NONE
 
     @property
+    def positions(self) -> Positions:
+        """The positions at which keys and queries are needed."""
+        return Positions.TEXT
+
+    @property
     def last_queries(self) -> int:
         """Number of a row's last prompt queries that are held until the prompt is complete.
 
@@ -158,6 +172,13 @@ class Policy:
     # ---------------------------------------------------------------- notices
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         """The new tokens stand in `kv`. May write columns and summaries."""
+
+    def on_queries(self, kv: KVView, queries: torch.Tensor, new: NewTokens) -> None:
+        """A prompt, or a piece of one, was written: its queries `[B, K, G, Q, D]`, rotated, not scaled.
+
+        The first `new.counts [B]` are real, the others may hold anything. `kv.notes` is for what is gathered
+        from them until `cut`.
+        """
 
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         """Attention has read; `mass [B, K, T]` float32 is what each slot received. May write columns."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache.layouts import KeyLayout
-from .policy import Column, Observe, Policy, Selection, Shape
+from .policy import Column, Observe, Policy, Positions, Selection, Shape
 
 if TYPE_CHECKING:
     from .cache.kv import KVView, NewTokens
@@ -68,6 +68,10 @@ class Wrapper(Policy):
         return self.inner.observes
 
     @property
+    def positions(self) -> Positions:
+        return self.inner.positions
+
+    @property
     def last_queries(self) -> int:
         return self.inner.last_queries
 
@@ -90,6 +94,9 @@ class Wrapper(Policy):
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         self.inner.on_append(kv, new)
+
+    def on_queries(self, kv: KVView, queries: torch.Tensor, new: NewTokens) -> None:
+        self.inner.on_queries(kv, queries, new)
 
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         self.inner.on_attend(kv, mass)

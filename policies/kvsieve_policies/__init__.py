@@ -11,15 +11,18 @@ def register_policies(register: Callable[[type], None]) -> None:
 
     from .adakv import AdaKV
     from .dense_layers import DenseLayers
+    from .expected_attention import ExpectedAttention
     from .h2o import H2O
     from .local_window import LocalWindow
     from .pyramidkv import PyramidKV
     from .quest import Quest
     from .snapkv import SnapKV
     from .sparq import SparQ
+    from .streaming_llm import StreamingLLM
     from .tova import TOVA
 
     # The base class itself is dense attention: reads everything, keeps everything.
-    reading, keeping = (SparQ, Quest), (H2O, LocalWindow, TOVA, SnapKV, PyramidKV, AdaKV)
+    reading = (SparQ, Quest)
+    keeping = (H2O, LocalWindow, StreamingLLM, TOVA, SnapKV, PyramidKV, AdaKV, ExpectedAttention)
     for policy in (Policy, *reading, *keeping, DenseLayers):
         register(policy)

@@ -279,7 +279,7 @@ def test_a_ranking_of_another_shape_is_refused() -> None:
 
 
 @every_implementation
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, 4, 9])
 @few
 @given(any_layout, st.sampled_from([None, [True, False]]), st.data())
 def test_only_slots_of_the_storage_are_written(

@@ -18,6 +18,7 @@ POLICIES = [
     ("quest", {"pages": 1, "page": 5, "group_score": "mean", "newest_page": False}),
     ("h2o", {"budget": 17, "recent": 4}),
     ("local_window", {"budget": 17, "sinks": 2}),
+    ("streaming_llm", {"budget": 17, "sinks": 2}),
     ("tova", {"budget": 17}),
     ("snapkv", {"budget": 17, "window": 4}),
     ("adakv", {"budget": 10, "window": 4}),
@@ -36,5 +37,5 @@ def test_decode_steps(name: str, parameters: dict[str, object]) -> None:
     for implementation in ("reference", "triton"):
         with ops.use(implementation):
             given = queries[:, :, :prompt], queries[:, :, prompt:], keys, values
-            outputs[implementation] = rollout(policy, *given, lengths=lengths)
+            outputs[implementation] = rollout(policy, *given, lengths=lengths, rope_theta=1e4)
     torch.testing.assert_close(outputs["triton"], outputs["reference"], atol=1e-4, rtol=1e-4)

@@ -10,7 +10,8 @@ from .. import transfer
 from ..attention import decode_step
 from ..cache.kv import LastQueries, Scoring
 from ..cache.layer import LayerCache
-from ..policy import Observe, Policy
+from ..cache.rotary import Rotary
+from ..policy import Observe, Policy, Positions
 from .shapes import Heads
 
 ROOM = 64  # tokens: a cache in use is never full to the last slot, so its rows do not lie side by side
@@ -40,18 +41,21 @@ class Tokens(NamedTuple):
 def fill(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Bring an empty layer to where a prefill of `keys`, `values [B, K, P, D]` leaves it; no attention.
 
-    The attention that a policy would have observed is random.
+    The attention and the queries that a policy would have observed are random.
     """
     layer.update(keys, values)
     policy, kv = layer.policy, layer.kv
-    policy.on_append(kv, layer.append_prompt(None))
+    new = layer.append_prompt(None)
+    policy.on_append(kv, new)
+    if policy.positions is not Positions.TEXT:
+        kv._rotary = Rotary.of_theta(10_000.0, kv.head_size)
+        policy.on_queries(kv, torch.randn_like(keys)[:, :, None], new)
     if policy.observes is Observe.MASS:
         policy.on_attend(kv, torch.rand(kv.positions.shape, device=keys.device))
     if policy.last_queries:
-        rows, heads, new, size = keys.shape
-        query = torch.randn(rows, heads, 1, min(new, policy.last_queries), size, device=keys.device)
-        counts = torch.full((rows,), query.shape[3], device=keys.device)
-        kv._last_queries = LastQueries.joined(None, query.to(keys.dtype), counts, policy.last_queries)
+        query = torch.randn_like(keys[:, :, None, -policy.last_queries :])
+        counts = torch.full((len(keys),), query.shape[3], device=keys.device)
+        kv._last_queries = LastQueries.joined(None, query, counts, policy.last_queries)
     layer.end_prompt()
 
 

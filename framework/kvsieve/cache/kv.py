@@ -12,6 +12,7 @@ import torch
 
 from ..errors import UserError, unknown
 from . import layouts
+from .rotary import Rotary
 from .slots import Slots
 from .traffic import Traffic
 
@@ -68,6 +69,8 @@ class KVView:
         # Private: the ops and the layer go by these, and count for themselves.
         self._slots, self._traffic = slots, traffic
         self._scoring = Scoring(1.0)
+        self._rotary: Rotary | None = None  # of the model, for a policy that declares positions of its own
+        self._notes: dict[str, torch.Tensor] = {}
         self._last_queries: LastQueries | None = None  # while a prompt is read, where a policy wants them
         self._in_order = in_order  # slots stand in the order of their tokens: until one is overwritten
         self._versions: dict[str, int] = {}  # of columns and summaries when they were last counted
@@ -111,6 +114,41 @@ class KVView:
     def oldest(self, n: int) -> torch.Tensor:
         """`[B, K, T]` bool: slots that hold one of the row's first `n` tokens."""
         return self.live() & (self.positions < n)
+
+    # ---------------------------------------------------------------- positions, and a prompt's end
+    @property
+    def scale(self) -> float:
+        """Factor by which the model multiplies products of queries and keys."""
+        return self._scoring.scale
+
+    @property
+    def notes(self) -> dict[str, torch.Tensor]:
+        """Tensors that a policy gathers while a prompt is read; empty again once it is cut."""
+        return self._notes
+
+    def turned(self, vectors: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """`vectors [..., D]` as they were `by [...]` positions later (broadcast; negative: earlier), float32.
+
+        Raises:
+            UserError: the policy does not declare `positions = Positions.OWN`.
+        """
+        if self._rotary is None:
+            raise UserError("kv.turned is for a policy that declares `positions = Positions.OWN`")
+        return self._rotary.turned(vectors, by)
+
+    def write_keys(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
+        """Replace the keys in `slots [B, K, S]` by `keys [B, K, S, D]`, as turned ones; slots below 0: none.
+
+        Counted as a write of all S. Rows that have ended are not written.
+        """
+        written = torch.full_like(self.lengths, slots.shape[2])
+        numbers = self._slots.head_size * self._slots.key_copies
+        self._traffic.written("keys", written, numbers, self._slots.dtype)
+        self._slots.write_keys(keys, slots, self._traffic.active)
+
+    def _forget_prompt(self) -> None:
+        self._last_queries = None
+        self._notes.clear()
 
     # ---------------------------------------------------------------- metered
     @property

@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import UserError
-from ..policy import Policy
+from ..policy import Policy, Positions
 from .layer import LayerCache
+from .rotary import rotary_of
 from .slots import Checkpoint
 from .windows import WindowLayer
 
@@ -63,6 +64,8 @@ class KVCache(Cache):
         for layer in self.policy_layers:
             layer.counts_steps = layer is self.policy_layers[0]
             layer.policy.check(_head_size(config))
+            if layer.policy.positions is not Positions.TEXT:
+                layer.kv._rotary = rotary_of(model, layer.index, layer.policy.name)
 
     @functools.cached_property
     def policy_layers(self) -> list[LayerCache]:

@@ -145,7 +145,7 @@ class LayerCache(CacheLayerMixin):
         """The prompt is complete: tell the policy, ask it who stays, and drop the others."""
         self.policy.on_prefill(self.kv)
         self.pending_cut = contract.checked_cut(self.policy.cut(self.kv), self.policy, self.index, self.slots)
-        self.kv._last_queries = None
+        self.kv._forget_prompt()
         self.must_drop = True
         if not self.lends:
             self.drop_beyond_budget()
@@ -284,7 +284,8 @@ class LayerCache(CacheLayerMixin):
         """Forget all tokens. The storage stays for the next batch, if it has as many rows."""
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
-        self.must_drop, self.pending_cut, self.kv._last_queries = False, None, None
+        self.must_drop, self.pending_cut = False, None
+        self.kv._forget_prompt()
         if self.is_initialized:
             self.slots.reset()
 

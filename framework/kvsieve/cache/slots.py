@@ -216,6 +216,13 @@ class Slots:
                 new = store.new_zeros(()).expand(*slots.shape, *store.shape[3:])
             run.append(layouts.slots_first(name, store), new, slots, active)
 
+    def write_keys(self, keys: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None) -> None:
+        """Put keys `[B, K, S, D]` into `slots [B, K, S]`, in every store of them."""
+        run = ops.implementation(keys.device)
+        for name in self._key_stores:
+            store = layouts.slots_first(name, self._stores[name])
+            run.append(store, keys.to(self.dtype), slots, active)
+
     def write_column(
         self, name: str, column: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
     ) -> None:

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _LOWEST = torch.finfo(torch.float32).min
+_FEW = 8  # tokens written one by one: a decode step may write so many and not look at the device
 _PREFILL_BLOCK = 2**22  # attention weights held at once during prefill: 16 MiB
 
 
@@ -276,11 +277,16 @@ def append(
     The storage may be of any strides, and in blocks. Nothing is written for a slot outside [0, C), nor in
     rows that are not `active [B]`.
     """
+    count = slots.shape[2]
+    if 1 < count <= _FEW:
+        for i in range(count):
+            append(storage, new[:, :, i : i + 1], slots[:, :, i : i + 1], active)
+        return
     inside = within(slots, capacity(storage))
     written = inside == slots
     if active is not None:
         written &= active[:, None, None]
-    if slots.shape[2] == 1:  # a decode step: the device is not looked at
+    if count == 1:  # a decode step: the device is not looked at
         index = places(storage, inside)
         written = written.view(*written.shape, *[1] * (new.dim() - 3))
         storage[index] = torch.where(written, new, storage[index])

@@ -6,6 +6,7 @@ Each takes a policy that leaves something out of 40 tokens (tight), and one that
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,11 +15,24 @@ from .. import contract, specs, transfer
 from ..attention import decode_step, prefill
 from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
+from ..cache.rotary import Rotary
 from ..errors import UserError
 from ..policy import Policy
-from .rollout import Inputs, rollout
+from .rollout import Inputs
+from .rollout import rollout as plain_rollout
 from .spy import Spy
 from .waits import FindsWaits
+
+_THETA = 10_000.0  # random keys may as well be rotated ones
+rollout = functools.partial(plain_rollout, rope_theta=_THETA)
+
+
+def _layer(policy: Policy) -> LayerCache:
+    """An empty layer for `Inputs.random()`, without rollout."""
+    layer = LayerCache(policy)
+    layer.scoring = Scoring(0.25)
+    layer.kv._rotary = Rotary.of_theta(_THETA, 16)
+    return layer
 
 
 def answers_fit_the_contract(tight: Policy, loose: Policy) -> None:
@@ -70,8 +84,7 @@ def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
     prompt = inputs.prefill_queries.shape[2]
     for policy in (tight, loose):
         spy = Spy(policy.for_layer(0, 1))
-        layer = LayerCache(spy)
-        layer.scoring = Scoring(0.25)
+        layer = _layer(spy)
         layer.update(inputs.keys[:, :, :prompt], inputs.values[:, :, :prompt])
         valid = torch.arange(prompt) < inputs.lengths[:, None]
         prefill(layer, inputs.prefill_queries.unflatten(1, (2, 2)), valid)
@@ -119,8 +132,7 @@ def padding_side_does_not_matter(tight: Policy, loose: Policy) -> None:
     inputs = Inputs.random()
     prompt = inputs.prefill_queries.shape[2]
     policy = tight.for_layer(0, 1)
-    layer = LayerCache(policy)
-    layer.scoring = Scoring(0.25)
+    layer = _layer(policy)
     shifts = [prompt - int(length) for length in inputs.lengths]
 
     def left(x: torch.Tensor) -> torch.Tensor:

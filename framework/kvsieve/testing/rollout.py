@@ -9,8 +9,9 @@ import torch
 from ..attention import decode_step, prefill
 from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
+from ..cache.rotary import Rotary
 from ..errors import UserError
-from ..policy import Observe, Policy
+from ..policy import Observe, Policy, Positions
 
 
 def rollout(
@@ -23,6 +24,7 @@ def rollout(
     scale: float | None = None,
     layer: LayerCache | None = None,
     prefill_chunk: int | None = None,
+    rope_theta: float | None = None,
 ) -> torch.Tensor:
     """Attention outputs `[B, H, N, D]` of N decode steps of one layer under a policy.
 
@@ -35,9 +37,11 @@ def rollout(
         scale: of the logits; None is `D ** -0.5`.
         layer: an empty `LayerCache(policy)` to look into afterwards: `layer.kv` is what the policy sees.
         prefill_chunk: feed the prompt in pieces of this many tokens.
+        rope_theta: queries and keys come rotated with it (half-split), at the positions of their row's text;
+            for policies that turn them. None: for those that do not.
 
     Raises: UserError: shapes that do not fit together, or no prefill queries for a policy that observes
-        the attention of the prompt.
+        the attention of the prompt, or no rope_theta for one that turns queries or keys.
     """
     rows, heads, steps, size = step_queries.shape
     kv_heads, prompt = keys.shape[1], keys.shape[2] - steps
@@ -53,6 +57,10 @@ def rollout(
         prefill_queries = step_queries.new_zeros(rows, heads, prompt, size)
     layer = layer or LayerCache(policy)
     layer.scoring = Scoring(size**-0.5 if scale is None else scale)
+    if policy.positions is not Positions.TEXT:
+        if rope_theta is None:
+            raise UserError(f"{policy.name} turns queries or keys: give the rope_theta they are rotated with")
+        layer.kv._rotary = Rotary.of_theta(rope_theta, size)
     valid = None
     if lengths is not None:
         valid = torch.arange(prompt, device=keys.device) < lengths.to(keys.device)[:, None]

@@ -67,6 +67,9 @@ class Spy(Wrapper):
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         self._watched(kv, "on_append", lambda: self.inner.on_append(kv, new))
 
+    def on_queries(self, kv: KVView, queries: torch.Tensor, new: NewTokens) -> None:
+        self._watched(kv, "on_queries", lambda: self.inner.on_queries(kv, queries, new))
+
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         self._watched(kv, "on_attend", lambda: self.inner.on_attend(kv, mass))
 
