@@ -3,9 +3,12 @@
 tight: leaves something out once a row holds 13 tokens. loose: leaves nothing out of 45.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvsieve import make_policy
+
+CALIBRATION = str(Path(__file__).parent / "data/calibration.safetensors")  # for layer 0 of the laws' shape
 
 
 class Case(NamedTuple):
@@ -72,6 +75,48 @@ CASES = {
         "expected_attention",
         {"budget": 5, "sinks": 0, "covariance": False, "value_norm": False},
         {"budget": 64, "epsilon": 0.1},
+    ),
+    "double_sparsity": Case(
+        "double_sparsity",
+        {"calibration": CALIBRATION, "r": 4, "k": 8},
+        {"calibration": CALIBRATION, "r": 4, "k": 46},
+    ),
+    "double_sparsity_4_bits": Case(
+        "double_sparsity",
+        {
+            "calibration": CALIBRATION,
+            "r": 4,
+            "k": 8,
+            "bits": 4,
+            "group_score": "mean",
+            "quantise_query": True,
+        },
+        {"calibration": CALIBRATION, "r": 4, "k": 64, "bits": 4},
+    ),
+    "double_sparsity_softmax": Case(
+        "double_sparsity",
+        {"calibration": CALIBRATION, "r": 3, "k": 9, "group_score": "softmax"},
+        {"calibration": CALIBRATION, "r": 16, "k": 46},
+    ),
+    "loki": Case(
+        "loki",
+        {"calibration": CALIBRATION, "r": 4, "k": 8},
+        {"calibration": CALIBRATION, "r": 4, "k": 46},
+    ),
+    "loki_share": Case(
+        "loki",
+        {"calibration": CALIBRATION, "r": 3, "k": 0.25, "group_score": "softmax"},
+        {"calibration": CALIBRATION, "r": 3, "k": 1},
+    ),
+    "refresh_quest": Case(
+        "refresh",
+        {"inner": {"quest": {"pages": 3, "page": 4}}, "every": 3},
+        {"inner": {"quest": {"pages": 12, "page": 4}}, "every": 3},
+    ),
+    "refresh_sparq": Case(
+        "refresh",
+        {"inner": {"sparq": {"r": 4, "k": 8, "local": 2}}, "every": 2},
+        {"inner": {"sparq": {"r": 4, "k": 64}}, "every": 100},
     ),
     "dense_layers": Case(
         "dense_layers",

@@ -88,6 +88,7 @@ ORDER = [
     "prompts sampling",
     "loop",
     "scoring",
+    "calibration",
     "entry_points registration",
     "plugins",
     "entries",

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from kvsieve import UserError, make_policy, transfer
+from kvsieve import UserError, make_policy, ops, transfer
+from kvsieve.ops import reference
 from kvsieve.testing import Inputs, rollout
 from kvsieve.testing.spy import Spy
 
@@ -114,3 +116,129 @@ def test_quest_at_a_compression_reads_that_share_its_bounds_included(ratio):
 def test_quest_refuses_what_it_cannot_do(wrong, message):
     with pytest.raises(UserError, match=message):
         make_policy("quest", **wrong)
+
+
+# ---------------------------------------------------------------- Double Sparsity
+def saved(folder, **tensors):
+    """A calibration file of one layer."""
+    path = folder / "calibration.safetensors"
+    save_file({f"layers.0.{name}": tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return str(path)
+
+
+def group_score_of(suffix):
+    return next((how for how in ("softmax", "mean", "max") if suffix.endswith(how)), "max")
+
+
+@pytest.mark.parametrize(("case", "suffix"), [*variants("double_sparsity")])
+def test_double_sparsity(tmp_path, case, suffix):
+    given = cases("double_sparsity")[case]
+    params, bits = given["params"], given["params"]["label_bits"]
+    policy = make_policy(
+        "double_sparsity",
+        calibration=saved(tmp_path, channels=torch.from_numpy(given["channels_kv"])),
+        r=params["r"],
+        k=params["heavy_const"],
+        bits=bits,
+        group_score=group_score_of(suffix),
+        quantise_query=bits == 4 and suffix == "",
+    )
+    check(policy, given, suffix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "label"), [(16, lambda e: 6 * e), (4, lambda e: 6 / 2 + 8)])
+@pytest.mark.parametrize("group_score", ["max", "softmax"])
+def test_double_sparsity_moves_what_its_formula_says(tmp_path, dtype, bits, label, group_score):
+    """T (r b / 8 + ranges) + 2 k D e per KV head and row; the channels, 8 r per KV head, once a step."""
+    path = saved(tmp_path, channels=torch.arange(16).expand(2, 16).short())
+    policy = make_policy("double_sparsity", calibration=path, r=6, k=10, bits=bits, group_score=group_score)
+    meter = one_step(policy, dtype)
+    rows_and_heads, e = 2 * 2, dtype.itemsize
+    assert meter.by_kind["columns"] == rows_and_heads * 51 * label(e)
+    assert meter.by_kind["keys"] == meter.by_kind["values"] == rows_and_heads * 10 * 16 * e
+    assert meter.by_kind["static"] == 2 * 6 * 8
+    assert meter.read == rows_and_heads * (51 * label(e) + 2 * 10 * 16 * e) + 2 * 6 * 8
+    assert meter.written == rows_and_heads * (2 * 16 * e + label(e))
+
+
+def one_step(policy, dtype):
+    """The meter of one step of two rows over 51 tokens."""
+    inputs = Inputs.random((50, 50), steps=1)
+    inputs = Inputs(*(x.to(dtype) if x.is_floating_point() else x for x in inputs))
+    with transfer.measure() as meter:
+        rollout(policy, *inputs)
+    return meter
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_with_sparqs_own_channels_double_sparsity_is_sparq_without_temperature(tmp_path, monkeypatch, heads):
+    monkeypatch.setattr(reference, "tempered", untempered)
+    inputs = Inputs.random((40,), steps=1)
+    query = inputs.step_queries[:, :heads]
+    channels = reference.top_channels(query.unflatten(1, (2, -1))[:, :, :, 0], 5)[0]
+    path = saved(tmp_path, channels=channels)
+    policies = (
+        make_policy("double_sparsity", calibration=path, r=5, k=9, group_score="softmax"),
+        make_policy("sparq", r=5, k=9, local=0, mean_value=False),
+    )
+    with ops.use("reference"):
+        one, other = (rollout(policy, None, query, inputs.keys, inputs.values) for policy in policies)
+    torch.testing.assert_close(one, other)
+
+
+def untempered(query, channels, scale):
+    chosen = query.gather(3, channels[:, :, None].expand(-1, -1, query.shape[2], -1))
+    return chosen, torch.full(query.shape[:3], scale)
+
+
+# ---------------------------------------------------------------- Loki
+@pytest.mark.parametrize(("case", "suffix"), [*variants("loki")])
+def test_loki(tmp_path, case, suffix):
+    given = cases("loki")[case]
+    policy = make_policy(
+        "loki",
+        calibration=saved(tmp_path, basis=torch.from_numpy(given["basis"])),
+        r=given["params"]["top_r"],
+        k=given["params"]["top_k"],
+        group_score=group_score_of(suffix),
+    )
+    check(policy, given, suffix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("k", "tokens"), [(10, 10), (0.25, 12)])
+def test_loki_moves_what_its_formula_says(tmp_path, dtype, k, tokens):
+    """T r e + 2 k D e per KV head and row; the basis, 4 D r per KV head, once a step."""
+    path = saved(tmp_path, basis=torch.eye(16).expand(2, 16, 16))
+    meter = one_step(make_policy("loki", calibration=path, r=5, k=k), dtype)
+    rows_and_heads, e, static = 2 * 2, dtype.itemsize, 2 * 16 * 5 * 4
+    assert meter.by_kind["static"] == static
+    assert meter.read == rows_and_heads * (51 * 5 * e + 2 * tokens * 16 * e) + static
+
+
+@pytest.mark.parametrize("ratio", [1 / 2, 1 / 4, 1 / 8, 1 / 16])
+@pytest.mark.parametrize("name", ["double_sparsity", "loki"])
+def test_at_a_compression_that_share_is_read_side_state_included(name, ratio):
+    policy = make_policy(name, compression=ratio, head_size=64, context=4096, calibration="some")
+    assert policy.calibration == "some"
+    assert 4096 * policy.r + 2 * policy.k * 64 == ratio * 2 * 4096 * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("double_sparsity", {"r": 0}, "r must be at least 1"),
+        ("double_sparsity", {"bits": 8}, "bits"),
+        ("double_sparsity", {"bits": 4, "r": 5}, "r must be even with 4 bits, not 5"),
+        ("double_sparsity", {"quantise_query": True}, "goes with bits = 4"),
+        ("double_sparsity", {"group_score": "sum"}, "group_score"),
+        ("loki", {"k": 0}, "share above 0"),
+        ("loki", {"k": 2.5}, "share above 0"),
+        ("loki", {"r": 0}, "r must be at least 1"),
+        ("loki", {"group_score": "sum"}, "group_score"),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(name, wrong, message):
+    with pytest.raises(UserError, match=message):
+        make_policy(name, calibration="some", **wrong)

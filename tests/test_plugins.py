@@ -208,8 +208,8 @@ def test_run_hooks_of_every_plugin_are_called_with_copies_and_may_fail(install, 
         (
             "sparc",
             {},
-            "unknown policy 'sparc'; did you mean 'sparq'. Legal: .*dense, dense_layers, .*h2o, .*local_window, "
-            ".*sparq",
+            "unknown policy 'sparc'; did you mean 'sparq'. Legal: .*dense, dense_layers, .*h2o, "
+            ".*local_window, .*sparq",
         ),
         (
             "sparq",

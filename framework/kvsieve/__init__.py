@@ -15,7 +15,7 @@ from .errors import UserError
 from .hooks import hookimpl
 
 if TYPE_CHECKING:
-    from . import corpus, ops, plugins, testing, transfer
+    from . import calibration, corpus, ops, plugins, testing, transfer
     from .cache.kv import KVView, NewTokens
     from .cache.kv_cache import KVCache
     from .cache.layouts import KeyLayout
@@ -40,7 +40,7 @@ _FROM = {
     "wrapper": ["Wrapper"],
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}
-_MODULES = ["corpus", "ops", "plugins", "testing", "transfer"]
+_MODULES = ["calibration", "corpus", "ops", "plugins", "testing", "transfer"]
 
 __all__ = [
     "KEYS",
@@ -58,6 +58,7 @@ __all__ = [
     "Tail",
     "UserError",
     "Wrapper",
+    "calibration",
     "corpus",
     "decode",
     "hookimpl",

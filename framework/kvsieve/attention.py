@@ -35,6 +35,7 @@ def decode_step(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | No
         policy.on_append(kv, new)
     answer = policy.select(query, kv)
     selection = contract.checked_selection(answer, policy, layer.index, layer.slots, query)
+    policy.on_select(kv, selection)
     output, mass = ops.attend(query, kv, selection, want_mass=policy.observes is not Observe.NONE)
     if mass is not None:
         policy.on_attend(kv, mass)

@@ -246,6 +246,63 @@ def schema() -> None:
     typer.echo(json.dumps(make(plugins.policies().values(), plugins.tasks().values()), indent=2))
 
 
+class Calibrated(enum.StrEnum):
+    """Methods that read by a calibration."""
+
+    double_sparsity = "double_sparsity"
+    loki = "loki"
+
+
+class By(enum.StrEnum):
+    """Measures that rank the channels of a key."""
+
+    q = "q"
+    k = "k"
+    qk = "qk"
+
+
+@app.command()
+def calibrate(
+    method: Annotated[Calibrated, typer.Argument(help="the policy that will read by it")],
+    out: Annotated[Path, typer.Option(help="the file to write (.safetensors)")],
+    model: Annotated[str, typer.Option(help="reference, a Hugging Face id, or a local folder")] = "reference",
+    text: Annotated[
+        Path | None, typer.Option(help="a text file to measure on; default: Python's standard library")
+    ] = None,
+    by: Annotated[By, typer.Option(help="double_sparsity ranks channels by |q|, |k| or |q k|")] = By.qk,
+    samples: Annotated[int, typer.Option(min=1, help="pieces of the text that are read")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="tokens in each")] = 512,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto")] = None,
+    device: Annotated[str | None, typer.Option(help="such as cpu or cuda")] = None,
+    revision: Annotated[str | None, typer.Option(help="of a model on the hub")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure what double_sparsity or loki reads by, once for a model, on some text."""
+    from . import calibration, corpus
+    from .hf import models
+
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if text is not None and not text.is_file():
+        raise UserError(f"--text {text} is no file")
+    words = corpus.training_text() if text is None else text.read_text(encoding="utf-8", errors="replace")
+    _no_loading_bars()
+    loaded = models.load(
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    pieces = calibration.pieces(loaded, words, samples, length)
+
+    def progress(read: int) -> None:
+        _say(f"{read} of {samples} pieces of {length} tokens read")
+
+    if method is Calibrated.loki:
+        tensors = calibration.measure_basis(loaded, pieces, progress)
+    else:
+        tensors = calibration.measure_channels(loaded, pieces, by.value, progress)
+    calibration.write(out, tensors, loaded, corpus.digest(words))
+    typer.echo(f"{out}: {len(tensors)} layers, for {method.value} on {model}")
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="the text to go on from; - reads it from standard input")],

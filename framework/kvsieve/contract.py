@@ -25,7 +25,7 @@ from .errors import UserError
 from .policy import Observe, Policy, Positions, Selection
 from .wrapper import Wrapper
 
-_HOOKS = ("on_append", "on_queries", "on_attend", "on_prefill")
+_HOOKS = ("on_append", "on_queries", "on_select", "on_attend", "on_prefill")
 _NEAR = 0.8  # names as much alike as this are taken for a misspelling
 
 
@@ -162,6 +162,13 @@ def _check_shape(policy: Policy, what: str, name: str, shape: Any) -> None:
     """Refuse a column or summary of a type that the cache cannot hold."""
     where = f"policy {policy.name}: {what}[{name!r}]"
     paged = what == "columns" and isinstance(shape, Paged)
+    if what == "summaries" and isinstance(shape, tuple) and shape[1:] == ("S",) and _is_shape(shape[0]):
+        if policy.capturable:
+            raise UserError(
+                f"{where} is as large as what is written, so a step has no constant shapes: declare "
+                "`capturable = False`, or a size"
+            )
+        return
     if not _is_shape(shape.shape if paged else shape):
         raise UserError(
             f"{where} must be a torch.dtype or KEYS, or (torch.dtype or KEYS, size) with a size of 1 or "
@@ -197,6 +204,26 @@ def _is_shape(shape: Any) -> bool:
 
 
 # -------------------------------------------------------------------- answers
+def checked_static(
+    answer: Any, policy: Policy, layer: int, heads: int, device: torch.device
+) -> Mapping[str, torch.Tensor]:
+    """Return what `bind` answered for a layer of so many KV heads.
+
+    Raises:
+        UserError: naming policy and layer, what came and what was expected.
+    """
+    who = f"policy {policy.name}, layer {layer}: bind"
+    if not isinstance(answer, Mapping):
+        raise UserError(f"{who} must return a mapping from names to tensors, not {type(answer).__name__}")
+    for name, tensor in answer.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1 or len(tensor) != heads:
+            shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise UserError(f"{who}, {name!r} must be a tensor [K, ...] with K = {heads}, not {shape}")
+        if tensor.device != device:
+            raise UserError(f"{who}, {name!r} is on {tensor.device}, expected {device}")
+    return answer
+
+
 def checked_selection(
     answer: Any, policy: Policy, layer: int, slots: Slots, query: torch.Tensor
 ) -> Selection | None:

@@ -8,7 +8,7 @@ One decode step of one layer, in order:
 
     make room   priority(kv)      only where storage is full: the slot with the lowest priority is overwritten
     append      on_append(kv, new)
-    select      select(query, kv)
+    select      select(query, kv), on_select(kv, selection)
     attend
     observe     on_attend(kv, mass)
 
@@ -35,6 +35,8 @@ from .cache.slots import KEYS, Column, Paged, Shape
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .cache.kv import KVView, NewTokens
 
 __all__ = ["KEYS", "Column", "Observe", "Paged", "Policy", "Positions", "Selection", "Shape", "Tail"]
@@ -108,7 +110,11 @@ class Policy:
 
     @property
     def summaries(self) -> Mapping[str, Shape]:
-        """Numbers that the cache keeps per row and KV head; zero at first."""
+        """Numbers that the cache keeps per row and KV head; zero at first.
+
+        Size "S" is that of the `[B, K, S]` written last, and 0 at first and after every prompt; such a step
+        is not `capturable`.
+        """
         return {}
 
     @property
@@ -138,6 +144,16 @@ class Policy:
     def capturable(self) -> bool:
         """Whether a step has constant shapes and never waits for the device: it can then be a CUDA graph."""
         return True
+
+    def bind(
+        self, layer: int, heads: range, head_size: int, device: torch.device
+    ) -> Mapping[str, torch.Tensor]:
+        """Return static data of layer `layer`, by name: tensors `[K, ...]` on `device`, found as `kv.static`.
+
+        Asked once, when the layer's storage is made. `heads` are the KV heads of the model that this process
+        has: all, unless the model is split. Raises UserError where the data is for another model.
+        """
+        return {}
 
     # ---------------------------------------------------------------- three questions
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
@@ -180,6 +196,9 @@ class Policy:
         from them until `cut`.
         """
 
+    def on_select(self, kv: KVView, selection: Selection | None) -> None:
+        """`select` has answered at this step. May write columns and summaries, for the next steps to find."""
+
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         """Attention has read; `mass [B, K, T]` float32 is what each slot received. May write columns."""
 
@@ -211,6 +230,9 @@ class Policy:
 
     def check(self, head_size: int) -> None:
         """Raise UserError if these parameters cannot serve a model with this head size."""
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raise UserError if these parameters are for another model: asked when a cache is made for one."""
 
     def spec(self) -> dict[str, Any]:
         """Return `{name: parameters}`, plain data from which specs.make_policy makes an equal policy."""

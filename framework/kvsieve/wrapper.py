@@ -12,6 +12,8 @@ from .cache.layouts import KeyLayout
 from .policy import Column, Observe, Policy, Positions, Selection, Shape
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .cache.kv import KVView, NewTokens
 
 
@@ -83,6 +85,11 @@ class Wrapper(Policy):
     def capturable(self) -> bool:
         return self.inner.capturable
 
+    def bind(
+        self, layer: int, heads: range, head_size: int, device: torch.device
+    ) -> Mapping[str, torch.Tensor]:
+        return self.inner.bind(layer, heads, head_size, device)
+
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
         return self.inner.select(query, kv)
 
@@ -97,6 +104,9 @@ class Wrapper(Policy):
 
     def on_queries(self, kv: KVView, queries: torch.Tensor, new: NewTokens) -> None:
         self.inner.on_queries(kv, queries, new)
+
+    def on_select(self, kv: KVView, selection: Selection | None) -> None:
+        self.inner.on_select(kv, selection)
 
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         self.inner.on_attend(kv, mass)
@@ -114,3 +124,6 @@ class Wrapper(Policy):
 
     def check(self, head_size: int) -> None:
         self.inner.check(head_size)
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        self.inner.check_model(model)

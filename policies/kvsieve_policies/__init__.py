@@ -11,18 +11,21 @@ def register_policies(register: Callable[[type], None]) -> None:
 
     from .adakv import AdaKV
     from .dense_layers import DenseLayers
+    from .double_sparsity import DoubleSparsity
     from .expected_attention import ExpectedAttention
     from .h2o import H2O
     from .local_window import LocalWindow
+    from .loki import Loki
     from .pyramidkv import PyramidKV
     from .quest import Quest
+    from .refresh import Refresh
     from .snapkv import SnapKV
     from .sparq import SparQ
     from .streaming_llm import StreamingLLM
     from .tova import TOVA
 
     # The base class itself is dense attention: reads everything, keeps everything.
-    reading = (SparQ, Quest)
+    reading = (SparQ, Quest, DoubleSparsity, Loki)
     keeping = (H2O, LocalWindow, StreamingLLM, TOVA, SnapKV, PyramidKV, AdaKV, ExpectedAttention)
-    for policy in (Policy, *reading, *keeping, DenseLayers):
+    for policy in (Policy, *reading, *keeping, DenseLayers, Refresh):
         register(policy)

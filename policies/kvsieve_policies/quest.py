@@ -1,8 +1,8 @@
 """Quest: read the pages of the cache that can matter most to the query (arXiv:2406.10774).
 
 The one idea: the smallest and the largest number of every channel among a page's keys bound each product of
-the query with one of them, from above: `sum of max(q * low, q * high)`. Read the bounds of all pages, then
-the pages with the highest ones whole.
+the query with one of them from above, by the sum of `max(q * low, q * high)`. Read the bounds of all pages,
+then the pages with the highest ones whole.
 
 Paper and code differ. The authors' kernels always read the newest page, counted among the `pages`; their
 evaluation code forces none, so that the current token may be left out, and takes at least three pages:

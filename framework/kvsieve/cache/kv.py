@@ -6,6 +6,7 @@ Letters: B rows, K KV heads, T slots in use, D head size, Q new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,27 @@ class LastQueries(NamedTuple):
         return cls(query.gather(3, index.expand(*query.shape[:3], -1, query.shape[4])), kept)
 
 
+class Static(Mapping[str, torch.Tensor]):
+    """A policy's static data of one layer, by name: tensors `[K, ...]`, each counted once a step."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], traffic: Traffic) -> None:
+        self._tensors, self._traffic = dict(tensors), traffic
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise UserError(
+                unknown("static data", name, self._tensors) + ". A policy's `bind` returns its own"
+            )
+        self._traffic.read_static(name, self._tensors[name])
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 class KVView:
     """One layer's cache as a policy sees it.
 
@@ -73,6 +95,8 @@ class KVView:
         self._notes: dict[str, torch.Tensor] = {}
         self._last_queries: LastQueries | None = None  # while a prompt is read, where a policy wants them
         self._in_order = in_order  # slots stand in the order of their tokens: until one is overwritten
+        self._steps = 0
+        self._static = Static({}, traffic)
         self._versions: dict[str, int] = {}  # of columns and summaries when they were last counted
 
     # ---------------------------------------------------------------- slots and tokens
@@ -85,6 +109,15 @@ class KVView:
     def slots_in_use(self) -> int:
         """T: no live slot at or above it. With fixed shapes, the capacity; never waits for the device."""
         return self._slots.used
+
+    @property
+    def steps(self) -> int:
+        """Decode steps since the prompt, the running one counted; 0 within a prompt.
+
+        A Python int, which stands still where a step is replayed as a CUDA graph: a policy that goes by it is
+        not `capturable`.
+        """
+        return self._steps
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -152,6 +185,14 @@ class KVView:
 
     # ---------------------------------------------------------------- metered
     @property
+    def static(self) -> Static:
+        """The static data that the policy's `bind` returned for this layer, by name: `[K, ...]`.
+
+        Counted once a step, whatever the number of rows: it does not grow with them.
+        """
+        return self._static
+
+    @property
     def keys(self) -> torch.Tensor:
         """`[B, K, T, D]`, whatever the layout. Counted as a read of every live key."""
         slots = self._slots
@@ -181,9 +222,14 @@ class KVView:
 
     def __setitem__(self, name: str, new: torch.Tensor) -> None:
         found = self._find(name)
+        if name in self._slots.free_sizes:
+            self._slots.replace_summary(name, new)
+            found = self._find(name)
+            self._versions.pop(name, None)
         if self._traffic.first_write(name):
             self._traffic.written(*self._extent(name, found))
-        found.copy_(new)
+        if name not in self._slots.free_sizes:
+            found.copy_(new)
 
     def at(self, name: str, slots: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """A copy `[B, K, S, ...]` of a column, of "keys" or of "values" at `slots [B, K, S]` only.

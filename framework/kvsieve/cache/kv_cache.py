@@ -64,6 +64,9 @@ class KVCache(Cache):
         for layer in self.policy_layers:
             layer.counts_steps = layer is self.policy_layers[0]
             layer.policy.check(_head_size(config))
+            layer.policy.check_model(model)
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            layer.model_heads = heads if isinstance(heads, int) else None
             if layer.policy.positions is not Positions.TEXT:
                 layer.kv._rotary = rotary_of(model, layer.index, layer.policy.name)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .. import contract, transfer
+from .. import contract, processes, transfer
 from ..errors import UserError
 from ..policy import Policy
 from .forward import Forward, kind_of_forward
-from .kv import KVView, NewTokens, Scoring
+from .kv import KVView, NewTokens, Scoring, Static
 from .slots import Slots
 from .traffic import Traffic
 
@@ -57,6 +58,7 @@ class LayerCache(CacheLayerMixin):
         self.must_drop = False  # a prompt is complete, and its tokens that do not stay are still there
         self.pending_cut: contract.Cut | None = None  # who stays, where the policy said it by slots
         self.lends = False  # other layers attend to these slots too (gemma3n): drop tokens when all have
+        self.model_heads: int | None = None  # KV heads of the layer in all processes, where that is known
         self.counts_steps = True  # in a model one layer counts them for all
 
     # ---------------------------------------------------------------- a forward
@@ -92,6 +94,7 @@ class LayerCache(CacheLayerMixin):
         slots, active = self.slots, self.active
         counts = slots.ones if active is None else active.long()
         slots.seen += counts
+        self.kv._steps += 1
         tokens = (slots.seen - 1)[:, None, None].expand(*slots.lengths.shape, 1)
         most = self._most
         if most is not None and slots.used >= most:
@@ -119,6 +122,8 @@ class LayerCache(CacheLayerMixin):
         `valid [B, Q]` bool marks the real ones; None: all.
         """
         keys, values = self._take_incoming()
+        self.kv._steps = 0
+        self.slots.clear_free_sizes()
         rows, _, new, _ = keys.shape
         slots, order = self.slots, None
         counts = torch.full((rows,), new, device=keys.device)
@@ -223,7 +228,16 @@ class LayerCache(CacheLayerMixin):
             key_states, value_states, max(new, self.asked_capacity or 0) if keeps_all else new
         )
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.kv._static = Static(self._bound(key_states), self.traffic)
         self.is_initialized = True
+
+    def _bound(self, keys: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The policy's static data for the KV heads of these keys `[B, K, Q, D]`."""
+        heads, size = keys.shape[1], keys.shape[3]
+        split = self.model_heads is not None and heads < self.model_heads
+        first = processes.rank() * heads if split else 0
+        answer = self.policy.bind(self.index, range(first, first + heads), size, keys.device)
+        return contract.checked_static(answer, self.policy, self.index, heads, keys.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -286,6 +300,7 @@ class LayerCache(CacheLayerMixin):
         self.active, self.incoming, self.prompt_end = None, None, None
         self.must_drop, self.pending_cut = False, None
         self.kv._forget_prompt()
+        self.kv._steps = 0
         if self.is_initialized:
             self.slots.reset()
 

@@ -27,7 +27,8 @@ class Like(enum.Enum):
 
 KEYS = Like.KEYS  # the type of the keys
 Number = torch.dtype | Like
-# A column or summary holds one number (its type), or a vector (type, size); size "D" is the head size.
+# A column or summary holds one number (its type), or a vector (type, size); size "D" is the head size. A
+# summary's size "S" is that of the tensor `[B, K, S]` written last: 0 at first, and after every prompt.
 Shape = Number | tuple[Number, "int | str"]
 
 
@@ -81,6 +82,9 @@ class Slots:
             name: column.shape if isinstance(column, Paged) else column for name, column in columns.items()
         }
         self._summary_shapes = dict(summaries)
+        self.free_sizes = {
+            n for n, shape in summaries.items() if isinstance(shape, tuple) and shape[1] == "S"
+        }
         self._stores: dict[str, torch.Tensor] = {}  # [B, K, C, ...] each; keys as their layout has it
         self._key_stores: list[str] = []  # token-major first, if there is one
         self._home: dict[str, torch.Tensor] = {}  # where a captured step finds the stores, after a reset too
@@ -230,6 +234,17 @@ class Slots:
         store = self._stores[name]
         ops.implementation(store.device).append(store, column.to(store.dtype), slots, active)
 
+    def replace_summary(self, name: str, new: torch.Tensor) -> None:
+        """Hold `new [B, K, S]` as a summary of free size."""
+        held = self.summaries[name]
+        assert new.shape[:2] == held.shape[:2]
+        self.summaries[name] = new.to(held.dtype, copy=True)
+
+    def clear_free_sizes(self) -> None:
+        """Forget what summaries of free size hold."""
+        for name in self.free_sizes:
+            self.summaries[name] = self.summaries[name][:, :, :0]
+
     # ---------------------------------------------------------------- size
     def make_room(self, needed: int, at_most: int | None = None) -> None:
         """Grow to at least `needed` slots, but not beyond `at_most`.
@@ -317,6 +332,7 @@ class Slots:
         """Forget all tokens. The storage stays, zero-filled: dead slots must be finite."""
         self.used, self.fixed = 0, False
         home = {} if self._home is self._stores else self._home
+        self.clear_free_sizes()
         stores = (*self._stores.values(), *home.values(), *self.summaries.values())
         for tensor in (self.lengths, self.seen, *stores):
             tensor.zero_()
@@ -352,4 +368,5 @@ def _dtype_and_size(shape: Shape, keys: torch.Tensor) -> tuple[torch.dtype, tupl
     number, *sizes = shape if isinstance(shape, tuple) else (shape,)
     dtype = keys.dtype if isinstance(number, Like) else number
     assert isinstance(dtype, torch.dtype)
-    return dtype, tuple(keys.shape[-1] if size == "D" else int(size) for size in sizes)
+    letters = {"D": keys.shape[-1], "S": 0}
+    return dtype, tuple(letters[size] if isinstance(size, str) else size for size in sizes)

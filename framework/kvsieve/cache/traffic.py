@@ -49,6 +49,11 @@ class Traffic:
         self._parts[name] = entries if before is None else before + entries
         self.read("columns", entries, numbers, dtype)
 
+    def read_static(self, name: str, tensor: torch.Tensor) -> None:
+        """Count a read of static data: once a step, for all rows together."""
+        if self.meter is not None and self.first_read(f"static {name}"):
+            self.meter.add("read/static", tensor.numel() * tensor.element_size())
+
     def written(self, kind: str, slots: torch.Tensor, numbers: int, dtype: torch.dtype) -> None:
         """Count a write, as `read`."""
         self._count(f"written/{kind}", slots, numbers, dtype)

@@ -213,6 +213,54 @@ def running_mean(
     return implementation(new.device).running_mean(mean, new, counts, seen)
 
 
+# -------------------------------------------------------------------- vectors that stand for keys
+def vector_scores(query: torch.Tensor, vectors: torch.Tensor, kv: KVView) -> torch.Tensor:
+    """Approximate logits `[B, K, G, T]` float32: `query [B, K, G, r]` times `vectors [B, K, T, r]`.
+
+    Scaled and soft-capped as the model does; dead slots get -inf. Counts nothing: whoever took the vectors
+    from a column has paid for them.
+    """
+    run, scoring = implementation(query.device), kv._scoring
+    scores = run.channel_scores(
+        query, vectors, kv.lengths, _every_channel(query), scale=scoring.scale, softcap=scoring.softcap
+    )
+    return cast(torch.Tensor, scores[..., : kv.slots_in_use])
+
+
+def top_by_vectors(
+    query: torch.Tensor,
+    vectors: torch.Tensor,
+    kv: KVView,
+    k: int,
+    group_score: Literal["max", "mean", "softmax"],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `top_slots` of `vector_scores`, which the query heads of a group rank together.
+
+    By the largest or the mean of their logits, or by the sum of their softmax weights. Returns slots
+    `[B, K, k]` and how many of them are live `[B, K]`.
+    """
+    if group_score == "max":
+        return top_slots(vector_scores(query, vectors, kv).amax(2), kv, k)
+    added = "softmax" if group_score == "softmax" else "logits"
+    slots, counts, _ = implementation(query.device).top_by_channels(
+        query,
+        vectors,
+        kv.lengths,
+        _every_channel(query),
+        k,
+        size=kv.slots_in_use,
+        group_score=added,
+        **kv._scoring._asdict(),
+    )
+    return slots, counts
+
+
+def _every_channel(query: torch.Tensor) -> torch.Tensor:
+    """All channels `[B, K, r]` of `query [B, K, G, r]`: nothing is missing, so that nothing is tempered."""
+    rows, heads, _, size = query.shape
+    return torch.arange(size, device=query.device).expand(rows, heads, size)
+
+
 # -------------------------------------------------------------------- pages of slots
 def widen_bounds(kv: KVView, low: str, high: str, new: NewTokens) -> None:
     """Widen the channel-wise bounds of pages so that they hold the new keys.

@@ -70,6 +70,9 @@ class Spy(Wrapper):
     def on_queries(self, kv: KVView, queries: torch.Tensor, new: NewTokens) -> None:
         self._watched(kv, "on_queries", lambda: self.inner.on_queries(kv, queries, new))
 
+    def on_select(self, kv: KVView, selection: Selection | None) -> None:
+        self._watched(kv, "on_select", lambda: self.inner.on_select(kv, selection))
+
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         self._watched(kv, "on_attend", lambda: self.inner.on_attend(kv, mass))
 
@@ -134,7 +137,7 @@ class _FindsUnmetered(TorchDispatchMode):
         places = {
             tensor.untyped_storage().data_ptr(): "keys" if name in KEY_STORES else name
             for name, tensor in self.kv._slots.stored().items()
-            if name not in ("lengths", "seen", "positions")
+            if name not in ("lengths", "seen", "positions") and tensor.numel()
         }
         for tensor in tensors:
             name = places.get(tensor.untyped_storage().data_ptr())

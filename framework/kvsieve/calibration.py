@@ -1,0 +1,232 @@
+"""Calibration files: numbers per layer and KV head, measured once on some text, that a policy reads by.
+
+A file is safetensors: `layers.N.channels [K, >= r]` (Double Sparsity: the channels of a key, the most
+telling first) or `layers.N.basis [K, >= r, D]` (Loki: directions of falling variance), and metadata: `model`,
+its name; `digest`, of its configuration and some of its weights; `text`, the digest of the text. A file
+without a digest serves any model of its shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from .errors import UserError
+from .hf import interface
+from .prompts import check_lengths, token_lists
+
+_SAMPLE = 64  # weights that tell two models of one shape apart
+
+
+class Calibration(NamedTuple):
+    """A file, read."""
+
+    path: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+    def take(
+        self, what: str, layer: int, heads: range, head_size: int, r: int, device: torch.device
+    ) -> torch.Tensor:
+        """The first r of `what` ("channels" or "basis") of a layer, for these KV heads: `[K, r, ...]`.
+
+        Raises:
+            UserError: the file is for another head size, for fewer layers or heads, or holds fewer than r.
+        """
+        name = f"layers.{layer}.{what}"
+        if name not in self.tensors:
+            raise UserError(f"calibration {self.path} has no {name}: it holds {', '.join(self.tensors)}")
+        found = self.tensors[name]
+        if what == "basis" and found.shape[-1] != head_size:
+            raise UserError(
+                f"calibration {self.path} is for heads of {found.shape[-1]} channels, not {head_size}"
+            )
+        if what == "channels" and not 0 <= int(found.min()) <= int(found.max()) < head_size:
+            raise UserError(
+                f"calibration {self.path} has channels from {int(found.min())} to {int(found.max())}; this "
+                f"model's heads have the channels 0 to {head_size - 1}"
+            )
+        if found.shape[0] < heads.stop:
+            raise UserError(
+                f"calibration {self.path} is for {found.shape[0]} KV heads, and this model has {heads.stop}"
+            )
+        if found.shape[1] < r:
+            raise UserError(f"calibration {self.path} holds {found.shape[1]} {what} a head, and r is {r}")
+        return found[heads.start : heads.stop, :r].to(device)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise UserError if the file was made for another model."""
+        wanted = self.metadata.get("digest")
+        if wanted is not None and not _same(wanted, digest(model)):
+            name = self.metadata.get("model", "another model")
+            raise UserError(
+                f"calibration {self.path} was made for {name}, whose configuration or weights are not this "
+                "model's: make one for it with kvsieve calibrate"
+            )
+
+
+def read(path: str) -> Calibration:
+    """Read a calibration file.
+
+    Raises:
+        UserError: there is no such file, or it is none.
+    """
+    if not path:
+        raise UserError(
+            "a calibration is needed: make one with kvsieve calibrate, and give its path as `calibration`"
+        )
+    if not Path(path).is_file():
+        raise UserError(f"there is no calibration file {path}: make one with kvsieve calibrate")
+    return _read(path, Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: str, changed: int) -> Calibration:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Calibration(path, tensors, file.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(f"{path} is no calibration file (safetensors): {error}") from error
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], model: PreTrainedModel, text: str) -> None:
+    """Write a calibration file, whole or not at all."""
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    unfinished = path.with_name(path.name + ".part")
+    save_file(tensors, unfinished, {"model": name, "digest": digest(model), "text": text})
+    unfinished.replace(path)
+
+
+def digest(model: PreTrainedModel) -> str:
+    """Tell a model from others: a hash of its shape, and a few of its weights in three digits."""
+    config = model.config.get_text_config(decoder=True)
+    fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "head_dim", "vocab_size")  # fmt: skip
+    shape = json.dumps([str(getattr(config, field, None)) for field in fields])
+    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
+    weights = embeddings.detach().flatten()[-_SAMPLE:].tolist()
+    return hashlib.sha256(shape.encode()).hexdigest()[:12] + " " + " ".join(f"{w:.3g}" for w in weights)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two digests are of one model; its weights may have been rounded to another type."""
+    (shape, *weights), (other_shape, *other_weights) = one.split(), other.split()
+    if shape != other_shape or len(weights) != len(other_weights):
+        return False
+    pairs = [(float(a), float(b)) for a, b in zip(weights, other_weights, strict=True)]
+    largest = max((abs(a) for a, _ in pairs), default=0.0)
+    return all(abs(a - b) <= 0.01 * abs(a) + 1e-3 * largest for a, b in pairs)
+
+
+# -------------------------------------------------------------------- measuring
+Note = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+@contextlib.contextmanager
+def _noting(note: Note) -> Iterator[None]:
+    """Call `note(layer, query [B, H, Q, D], key [B, K, Q, D])`, both rotated, for every attention inside.
+
+    For all models in this process.
+    """
+
+    def attention(module, query, key, *args, **kwargs):  # type: ignore[no-untyped-def]
+        note(module.layer_idx, query, key)
+        return interface.attention_forward(module, query, key, *args, **kwargs)
+
+    interface.register(attention)
+    try:
+        yield
+    finally:
+        interface.register()
+
+
+def pieces(model: PreTrainedModel, text: str, samples: int, length: int) -> list[list[int]]:
+    """Cut so many pieces of `length` tokens out of a text, at equal distances.
+
+    Raises:
+        UserError: the text is too short, or the model cannot read so many tokens at once.
+    """
+    step = max(1, len(text) // samples)
+    parts = [text[i * step : i * step + min(step, 32 * length)] for i in range(samples)]
+    cut = [tokens[:length] for tokens in token_lists(model, [part for part in parts if part])]
+    if len(cut) < samples or any(len(tokens) < length for tokens in cut):
+        raise UserError(
+            f"the text has {len(text)} characters, too few for {samples} pieces of {length} tokens: "
+            "give a longer text, or fewer samples, or a smaller length"
+        )
+    check_lengths(model, cut, 0)
+    return cut
+
+
+def measure_channels(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    by: Literal["q", "k", "qk"],
+    progress: Callable[[int], None] = lambda read: None,
+) -> dict[str, torch.Tensor]:
+    """Rank the channels of every KV head: `layers.N.channels [K, D]` int16, the largest first.
+
+    By the mean of |q| over the tokens and the group, of |k|, or of the product of both, after RoPE.
+    `progress` is told how many texts were read.
+    """
+    sums: dict[int, torch.Tensor] = {}
+
+    def note(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
+        q = query.float().abs().unflatten(1, (key.shape[1], -1)).mean(2)
+        k = key.float().abs()
+        total = {"q": q, "k": k, "qk": q * k}[by].sum((0, 2))
+        sums[layer] = sums.get(layer, 0) + total
+
+    _read_texts(model, texts, note, progress)
+    return {
+        f"layers.{layer}.channels": total.argsort(1, descending=True).short().cpu()
+        for layer, total in sorted(sums.items())
+    }
+
+
+def measure_basis(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    progress: Callable[[int], None] = lambda read: None,
+) -> dict[str, torch.Tensor]:
+    """The principal directions of every KV head's keys after RoPE: `layers.N.basis [K, D, D]` float32.
+
+    Rows by falling variance. `progress` is told how many texts were read.
+    """
+    many: dict[int, int] = {}
+    sums: dict[int, torch.Tensor] = {}
+    products: dict[int, torch.Tensor] = {}
+
+    def note(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
+        k = key.double().transpose(0, 1).flatten(1, 2)  # [K, tokens, D]
+        many[layer] = many.get(layer, 0) + k.shape[1]
+        sums[layer] = sums.get(layer, 0) + k.sum(1)
+        products[layer] = products.get(layer, 0) + k.transpose(1, 2) @ k
+
+    def basis(layer: int) -> torch.Tensor:
+        mean = sums[layer] / many[layer]
+        covariance = products[layer] / many[layer] - mean[:, :, None] * mean[:, None]
+        return torch.linalg.eigh(covariance).eigenvectors.flip(2).transpose(1, 2).float().contiguous().cpu()
+
+    _read_texts(model, texts, note, progress)
+    return {f"layers.{layer}.basis": basis(layer) for layer in sorted(sums)}
+
+
+def _read_texts(
+    model: PreTrainedModel, texts: Sequence[Sequence[int]], note: Note, progress: Callable[[int], None]
+) -> None:
+    for read, tokens in enumerate(texts, 1):
+        with torch.inference_mode(), _noting(note):
+            model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False)
+        progress(read)
