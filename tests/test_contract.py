@@ -77,7 +77,7 @@ def step(made, **given):
         ({"last_queries": True, "cut": lambda self, kv: None}, "last_queries must be .* not True"),
         ({"last_query": property(lambda self: 8)}, "did you mean 'last_queries'"),
         ({"positions": "own"}, "positions must be a kvsieve.Positions, not 'own'"),
-        ({"on_query": lambda self, kv: None}, "Made.on_query is no hook.*on_append, on_queries, on_attend"),
+        ({"on_query": lambda self, kv: None}, "Made.on_query is no hook.*on_append, on_queries, on_select"),
         ({"overwrites": "yes"}, "overwrites must be True or False, not 'yes'"),
         ({"key_layout": "double"}, "key_layout must be a kvsieve.KeyLayout, not 'double'"),
         ({"columns": {"values": torch.float32}}, "'values' in columns is the cache's own"),

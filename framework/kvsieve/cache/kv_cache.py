@@ -164,7 +164,7 @@ class KVCache(Cache):
     def count_fed(self) -> None:
         """One more token was fed to every row while shapes were fixed."""
         for layer in self.policy_layers:
-            layer.fed += 1
+            layer.count_fed()
 
     def checkpoint(self) -> list[tuple[LayerCache, int, Checkpoint]]:
         """Note where the rows end in every layer on which the policy acts, for `restore`."""

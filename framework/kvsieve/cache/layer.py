@@ -94,7 +94,6 @@ class LayerCache(CacheLayerMixin):
         slots, active = self.slots, self.active
         counts = slots.ones if active is None else active.long()
         slots.seen += counts
-        self.kv._steps += 1
         tokens = (slots.seen - 1)[:, None, None].expand(*slots.lengths.shape, 1)
         most = self._most
         if most is not None and slots.used >= most:
@@ -196,8 +195,14 @@ class LayerCache(CacheLayerMixin):
         """Make room for `tokens` a row, or for the kept ones: decode steps then have constant shapes."""
         to_come = tokens - self.fed
         self.slots.fix(self.slots.used + to_come if self._most is None else min(tokens, self._most))
-        # The prompt is in, and from now on `fed` stands still: it cannot tell.
+        # The prompt is in, and from now on `fed` stands still: it cannot tell. `count_fed` counts.
         self.prompt_end = None
+        self.kv._steps += 1
+
+    def count_fed(self) -> None:
+        """One more token was fed while shapes were fixed; counted outside of the step, which may be a graph."""
+        self.fed += 1
+        self.kv._steps += 1
 
     def check_room(self, tokens: int) -> None:
         """Raise UserError if a row can never hold this many tokens."""
@@ -271,6 +276,8 @@ class LayerCache(CacheLayerMixin):
             self.fed += new
         held = self.slots.used > 0
         self.forward = kind_of_forward(new, held=held, fed=self.fed, prompt_end=self.prompt_end)
+        if self.forward is Forward.STEP and not self.slots.fixed:
+            self.kv._steps += 1
         self.incoming = (key_states, value_states)
         key_states.kvsieve_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
