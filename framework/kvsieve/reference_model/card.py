@@ -34,8 +34,8 @@ dense read an eighth of dense attention's bytes. Brackets: 95 % interval.
 
 {table}
 
-Exams (`python -m kvsieve.reference_model.exams`), dense: the mean share of references that an answer contains,
-in RULER's shapes. Words are real ones, unlike those of the training; every second sample has a new wording.
+Exams (`python -m kvsieve.reference_model.exams`), dense: the mean share of references that an answer
+contains, in RULER's shapes. Words are real, unlike the training's; every second sample has a new wording.
 
 {exams}
 """

@@ -1,7 +1,7 @@
-"""Ask a reference model for what it was trained to find: `python -m kvsieve.reference_model.exams FOLDER`.
+"""Examine a reference model in retrieval: `python -m kvsieve.reference_model.exams FOLDER`.
 
-The structure is RULER's (Hsieh et al., 2024). Words are real ones and nouns of facts are others than in training; every
-second sample has a wording of which the training saw neither the statement nor the question. Fixed seeds.
+The structure is RULER's (Hsieh et al., 2024). Words are real and nouns are new to the model; every second sample
+has a new wording too: training saw neither its statement nor its question. Samples depend on their index alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ _WORDINGS = (
         "What are all the {n}s for {k}?", "The {n}s for {k} are",
     ),
     Wording(
-        "It was agreed that {k} gets the {n} {v}.", "Please give me the {n} that {k} got.", "As agreed, {k} gets",
+        "It was agreed that {k} gets the {n} {v}.",
+        "Please give me the {n} that {k} got.", "As agreed, {k} gets",
         "Please give me every {n} that {k} got.", "As agreed, the {n}s of {k} are these:",
     ),
     Wording(
@@ -71,7 +72,7 @@ _ASSIGNMENTS = (
     ("{b} starts with {v}.", "{b} inherits what {a} has."),
 )
 _TRACKING = (
-    "Find all variables that are assigned the value {v} in the text above.\nThe variables with the value {v} are",
+    "Which variables are assigned the value {v} in the text above?\nThe variables with the value {v} are",
     "Tell me who has {v} now.\nAnswer: those with {v} are",
 )
 
@@ -86,7 +87,7 @@ class Exam(NamedTuple):
 
 
 def exam(kind: str, context: int, index: int) -> Exam:
-    """Sample `index` of a kind: a prompt of `context` tokens, the one for the beginning of the text included."""
+    """Make sample `index` of a kind: its prompt has `context` tokens, `<bos>` included."""
     rng = np.random.default_rng([index, context, *kind.encode()])
     new_wording = index % 2 == 1
     statements, question, references, new_tokens = KINDS[kind](Words(rng), context, index)
@@ -170,14 +171,14 @@ KINDS: dict[str, Callable[[Words, int, int], Draft]] = {
 
 
 class Result(NamedTuple):
-    """Shares of the references that the answers contain, as RULER scores."""
+    """Mean share of references that an answer contains, which is RULER's score."""
 
     kind: str
     context: int
     samples: int
     score: float
-    known: float  # in wordings of the training
-    new: float  # in others
+    known: float  # with wordings of the training
+    new: float  # with new ones
 
 
 def run(

@@ -1,7 +1,7 @@
-"""Sequences that state things and ask for them: facts about keys, several values or keys at a time, chains, counts.
+"""Training scenes of retrieval: facts about keys, several values or keys at a time, chains, counts, records.
 
-The structure is that of RULER (Hsieh et al., 2024); wordings, words and numbers are this file's and `words.py`'s own.
-A sequence has many questions, because a question at its end alone would teach little for its length.
+The structure is that of RULER (Hsieh et al., 2024); the wordings are this file's own, words and numbers come from
+`words.py`. A scene has many questions: a single one at its end would teach little for its length.
 """
 
 from __future__ import annotations
@@ -23,34 +23,38 @@ STATEMENTS = (
 )  # fmt: skip
 # A question, and how its answer begins.
 QUESTIONS = (
-    "What is the {n} for {k}?", "What is the {n} of {k}?", "Which {n} does {k} have?", "Find the {n} of {k}.",
-    "Tell me the {n} for {k}.", "What {n} was mentioned for {k}?", "What is {k}'s {n}?", "{k}?",
-    "Question: what is the {n} of {k} in the text above?", "Look up the {n} for {k} in the text.",
+    "What is the {n} for {k}?", "What is the {n} of {k}?", "Which {n} does {k} have?",
+    "Find the {n} of {k}.", "Tell me the {n} for {k}.", "What {n} was mentioned for {k}?",
+    "What is {k}'s {n}?", "{k}?", "Question: what is the {n} of {k} in the text above?",
+    "Look up the {n} for {k} in the text.",
 )  # fmt: skip
 LEADS = (
-    "The {n} for {k} is", "The {n} of {k} is", "Answer:", "A:", "{k}'s {n} is", "The {n} for {k} in the text is",
-    "It is", "Answer: the {n} of {k} is", "The answer is", "",
+    "The {n} for {k} is", "The {n} of {k} is", "Answer:", "A:", "{k}'s {n} is",
+    "The {n} for {k} in the text is", "It is", "Answer: the {n} of {k} is", "The answer is", "",
 )  # fmt: skip
 PLURAL_QUESTIONS = (
     "What are all the {n}s for {k}?", "What are the {n}s of {k}?", "Which {n}s does {k} have?",
-    "List every {n} of {k}.", "Find all {n}s for {k}.", "Which {n}s were mentioned for {k}?", "All {n}s of {k}?",
+    "List every {n} of {k}.", "Find all {n}s for {k}.", "Which {n}s were mentioned for {k}?",
+    "All {n}s of {k}?",
 )  # fmt: skip
 PLURAL_LEADS = (
-    "The {n}s for {k} are", "The {n}s of {k} are", "Answer:", "A:", "All {n}s for {k} in the text are", "They are",
-    "{k}'s {n}s are", "The answers are",
+    "The {n}s for {k} are", "The {n}s of {k} are", "Answer:", "A:", "All {n}s for {k} in the text are",
+    "They are", "{k}'s {n}s are", "The answers are",
 )  # fmt: skip
 # {a}: what is assigned to {b}; a chain begins with a number in the place of {a}
 ASSIGNMENTS = (
-    "VAR {b} = VAR {a}", "{b} = {a}", "let {b} = {a};", "{b} := {a}", "Set {b} to {a}.", "{b} is equal to {a}.",
-    "{b} takes the value of {a}.", "Now {b} is assigned {a}.", "Copy {a} into {b}.", "{b} <- {a}",
+    "VAR {b} = VAR {a}", "{b} = {a}", "let {b} = {a};", "{b} := {a}", "Set {b} to {a}.",
+    "{b} is equal to {a}.", "{b} takes the value of {a}.", "Now {b} is assigned {a}.", "Copy {a} into {b}.",
+    "{b} <- {a}",
 )  # fmt: skip
 CHAIN_QUESTIONS = (
     "Which variables have the value {v}?", "Find all variables that are equal to {v}.", "Who holds {v}?",
-    "List all names that were given {v}, directly or not.", "What variables are assigned {v} in the text above?",
+    "List all names that were given {v}, directly or not.",
+    "What variables are assigned {v} in the text above?",
 )  # fmt: skip
 CHAIN_LEADS = (
-    "The variables with the value {v} are", "Answer:", "These are equal to {v}:", "Names that hold {v}:", "They are",
-    "Answer: the variables that are assigned {v} are",
+    "The variables with the value {v} are", "Answer:", "These are equal to {v}:", "Names that hold {v}:",
+    "They are", "Answer: the variables that are assigned {v} are",
 )  # fmt: skip
 
 
@@ -60,7 +64,7 @@ class Question(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Statements in the order in which they stand, and questions about them."""
+    """Statements in the order of the text, and questions about them."""
 
     statements: list[str]
     questions: list[Question]
@@ -72,7 +76,7 @@ class Scene(NamedTuple):
 
 
 def ask(words: Words, questions: tuple[str, ...], leads: tuple[str, ...], **names: str) -> str:
-    """A question and the beginning of its answer, or one of the two alone."""
+    """Draw a question and the beginning of its answer, or one of the two alone."""
     lead = words.pick(leads)
     if len(lead) > 10 and words.rng.random() < 0.25:
         return lead.format(**names)
@@ -81,7 +85,7 @@ def ask(words: Words, questions: tuple[str, ...], leads: tuple[str, ...], **name
 
 
 def facts(words: Words, room: int, parts: int) -> Scene:
-    """One value a key, asked one at a time."""
+    """State one value per key and ask for one at a time."""
     noun, statement = words.noun(), words.pick(STATEMENTS)
     keys, values = _pairs(words, room // 40)
     asked = words.rng.choice([1.0, 1.0, 0.5, 0.2])
@@ -102,7 +106,7 @@ def facts(words: Words, room: int, parts: int) -> Scene:
 
 
 def several_values(words: Words, room: int, parts: int) -> Scene:
-    """Up to `parts` values a key; a question wants all of them, in the order in which they stand."""
+    """State up to `parts` values per key and ask for all of a key, in the order of the text."""
     noun, statement = words.noun(), words.pick(STATEMENTS)
     keys, values = words.keys(max(2, room // 100)), words.values(max(2, room // 30) + parts)
     said: list[tuple[str, str]] = []
@@ -131,7 +135,7 @@ def several_values(words: Words, room: int, parts: int) -> Scene:
 
 
 def several_keys(words: Words, room: int, parts: int) -> Scene:
-    """Up to `parts` keys a question; an answer repeats each key in front of its value."""
+    """Ask for up to `parts` keys at a time; an answer repeats each key in front of its value."""
     noun, statement = words.noun(), words.pick(STATEMENTS)
     keys, values = _pairs(words, room // 110)
     between = words.pick([": ", ": ", " is ", " ", " = "])
@@ -154,7 +158,7 @@ def several_keys(words: Words, room: int, parts: int) -> Scene:
 
 
 def chains(words: Words, room: int, parts: int) -> Scene:
-    """Chains of up to `parts` assignments; a question wants all names that hold a number, in their order."""
+    """Write chains of up to `parts` assignments and ask for all names that hold a number, in order."""
     assignment = words.pick(ASSIGNMENTS)
     made = words.pick(["letters", "letters", "word", "name"])
     names: dict[str, None] = {}
@@ -181,7 +185,7 @@ def chains(words: Words, room: int, parts: int) -> Scene:
 
 
 def counts(words: Words, room: int, parts: int) -> Scene:
-    """A list of words in which some stand more often; a question wants those."""
+    """List words, some of them repeatedly, and ask for those."""
     common = int(words.rng.integers(1, parts + 2))
     repeats = int(words.rng.integers(3, 7))
     size = int(max(4, (room - 120) // 11 - common * repeats))
@@ -204,7 +208,7 @@ def counts(words: Words, room: int, parts: int) -> Scene:
 
 
 def records(words: Words, room: int, parts: int) -> Scene:
-    """One JSON object or list of pairs without anything between them, and a few of its keys."""
+    """Write an object or a list of pairs without filler and ask for a few of its keys."""
     count = max(2, int(words.rng.integers(1, 7)))
     size = int(words.rng.choice([4, 8, 12]))
     make = words.pick((words.hexadecimal, words.digits, words.uuid))
@@ -252,7 +256,7 @@ def _shuffled(words: Words, statements: list[str], questions: list[Question]) ->
 
 
 def _interleaved(words: Words, chains: list[list[str]]) -> list[str]:
-    """All lines, each chain's in its order."""
+    """Mix the lines of all chains; each chain keeps its order."""
     turns = np.repeat(np.arange(len(chains)), [len(chain) for chain in chains])
     lines = [iter(chain) for chain in chains]
     return [next(lines[turn]) for turn in words.rng.permutation(turns)]

@@ -1,10 +1,9 @@
 """Train the reference model: `python -m kvsieve.reference_model.train --out DIR`.
 
 Deterministic for a seed and a number of threads; continues from the last checkpoint in `--out`; made for two
-CPU cores. The learning rate is constant after a warm-up and falls to zero at the end of the course, so a run can
-be extended with a larger `--tokens` before the fall begins. The second course continues from a finished model:
-
-    python -m kvsieve.reference_model.train --out DIR --course second --start MODEL --seed 1 --learning-rate 1.2e-3
+CPU cores. The learning rate is constant after a warm-up and falls to zero at the end of the course, so a run
+can be extended with a larger `--tokens` before the fall begins. The second course continues from a model:
+`--course second --start MODEL --seed 1 --learning-rate 1.2e-3`.
 """
 
 import argparse
@@ -50,7 +49,8 @@ class Course(NamedTuple):
 _FIRST = {"needles": 0.36, "repetitions": 0.42, "pairs": 0.12, "plain": 0.10}
 _SECOND = {
     "needles": 0.10, "repetitions": 0.20, "pairs": 0.06, "plain": 0.06,
-    "facts": 0.14, "several_values": 0.15, "several_keys": 0.08, "chains": 0.14, "counts": 0.03, "records": 0.04,
+    "facts": 0.14, "several_values": 0.15, "several_keys": 0.08, "chains": 0.14,
+    "counts": 0.03, "records": 0.04,
 }  # fmt: skip
 # Repeated text weighs more once the model can repeat: then only exactness is left to learn.
 # Answers get more parts once the model can give one.
@@ -213,7 +213,7 @@ def _restore(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
 
 
 def _log(path: Path, steps: int) -> TextIO:
-    """Open the log after its first `steps` lines: steps since the last checkpoint are run and logged again."""
+    """Open the log after its first `steps` lines: later steps are run, and logged, again."""
     lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
     path.write_text("".join(lines))
     return path.open("a", buffering=1)

@@ -1,6 +1,6 @@
-"""Made-up words, keys, values and filler for the training of the reference model.
+"""Invented words, keys, values and filler for the training of the reference model.
 
-Nothing here comes from a list of words: what the tasks ask for later is drawn from real ones.
+No key comes from a list of words, as those of the tasks do.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ _SMALL = [
 ]  # fmt: skip
 _LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 _HEXADECIMAL = np.array(list("0123456789abcdef"))
-# What a value is said to be. Half of the time a made-up word stands before or instead of it.
+# Nouns of facts; more often than not an invented word replaces a part of one, or all of it.
 _NOUNS = [
     "badge number", "invoice number", "serial number", "ticket", "phone extension", "reference", "score",
     "weight", "price", "room number", "postal code", "seat", "port", "shelf", "record", "token", "balance",
-    "mileage", "id", "pin", "tag", "secret code", "magic number", "count", "label", "signal", "grade", "key number",
-    "order number", "address", "height", "tax number", "registration", "value", "result", "batch",
-    "lot number", "sample number",
+    "mileage", "id", "pin", "tag", "secret code", "magic number", "count", "label", "signal", "grade",
+    "key number", "order number", "address", "height", "tax number", "registration", "value", "result",
+    "batch", "lot number", "sample number",
 ]  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class Words:
         return "".join(self.rng.choice(SYLLABLES, size=int(self.rng.integers(2, 5)))).capitalize()
 
     def word(self) -> str:
-        """One to three syllables that could be English."""
+        """Draw one to three syllables that could be English."""
         syllables = int(self.rng.choice([1, 2, 3], p=[0.55, 0.4, 0.05]))
         parts = [self.pick(_ONSETS) + self.pick(_VOWELS) + self.pick(_CODAS) for _ in range(syllables)]
         return "".join(parts) + self.pick(_ENDINGS)
@@ -60,7 +60,7 @@ class Words:
         return "".join(self.rng.choice(_LETTERS, size=int(self.rng.integers(low, high + 1))))
 
     def digits(self, size: int) -> str:
-        """A number without a leading zero."""
+        """Draw a number without a leading zero."""
         return str(self.rng.integers(10 ** (size - 1), 10**size))
 
     def hexadecimal(self, size: int) -> str:
@@ -70,14 +70,14 @@ class Words:
         return "-".join(self.hexadecimal(size) for size in (8, 4, 4, 4, 12))
 
     def noun(self) -> str:
-        """What a fact states about its key, as in `The NOUN of KEY is VALUE.`"""
+        """Draw the NOUN of `The NOUN of KEY is VALUE.`"""
         kind = self.rng.random()
         if kind < 0.4:
             return self.pick(_NOUNS)
         return f"{self.word()} {self.pick(_NOUNS).split()[-1]}" if kind < 0.8 else self.word()
 
     def keys(self, count: int) -> list[str]:
-        """Different keys of one kind; some of a kind with two words share one of them."""
+        """Draw different keys of one kind; some keys of two words share the first."""
         kind = self.rng.choice(8, p=[0.15, 0.15, 0.3, 0.1, 0.1, 0.1, 0.05, 0.05])
         shared = self.word() if self.rng.random() < 0.2 else None
         found: dict[str, None] = {}
@@ -99,7 +99,7 @@ class Words:
         return list(found)
 
     def values(self, count: int) -> list[str]:
-        """Different values of one kind."""
+        """Draw different values of one kind."""
         kind = self.rng.choice(5, p=[0.75, 0.08, 0.07, 0.03, 0.07])
         size = int(self.rng.integers(4, 10))
         made = (
@@ -121,11 +121,11 @@ class Words:
         return text[0].upper() + text[1:] + "."
 
     def line(self) -> str:
-        """A few sentences, to be repeated over and over."""
+        """Draw a line of a few sentences, which the caller repeats."""
         return " ".join(self.sentence() for _ in range(int(self.rng.integers(1, 5)))) + "\n"
 
     def prose(self, size: int) -> str:
-        """Sentences, no two alike: at most `size` characters."""
+        """Draw sentences of at most `size` characters together."""
         text = ""
         while len(more := text + self.sentence() + " ") <= size:
             text = more
