@@ -1,7 +1,7 @@
 """Training scenes of retrieval: facts about keys, several values or keys at a time, chains, counts, records.
 
-The structure is that of RULER (Hsieh et al., 2024); the wordings are this file's own, words and numbers come from
-`words.py`. A scene has many questions: a single one at its end would teach little for its length.
+The structure is that of RULER (Hsieh et al., 2024); the wordings are this file's own, words and numbers come
+from `words.py`. A scene has many questions: a single one at its end would teach little for its length.
 """
 
 from __future__ import annotations
