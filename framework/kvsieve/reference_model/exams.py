@@ -1,8 +1,8 @@
 """Examine a reference model in retrieval: `python -m kvsieve.reference_model.exams FOLDER`.
 
 The structure is RULER's (Hsieh et al., 2024). Words are real and nouns are new to the model; every second
-sample has a new wording too: training saw neither its statement nor its question. A sample depends on its kind,
-context and index alone.
+sample has a new wording too: training saw neither its statement nor its question. A sample depends on its
+kind, context and index alone.
 """
 
 from __future__ import annotations
