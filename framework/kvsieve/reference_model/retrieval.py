@@ -139,7 +139,9 @@ def several_keys(words: Words, room: int, parts: int) -> Scene:
     noun, statement = words.noun(), words.pick(STATEMENTS)
     keys, values = _pairs(words, room // 110)
     between = words.pick([": ", ": ", " is ", " ", " = "])
-    statements, questions, size = [], [], 0
+    statements: list[str] = []
+    questions: list[Question] = []
+    size = 0
     left = list(zip(keys, values, strict=True))
     while left:
         group = [left.pop() for _ in range(min(len(left), int(words.rng.integers(1, parts + 1))))]
@@ -167,7 +169,9 @@ def chains(words: Words, room: int, parts: int) -> Scene:
             words.letters(3, 6) if made == "letters" else words.word() if made == "word" else words.name()
         ] = None
     unused = list(names)
-    size, said, questions = 0, [], []
+    size = 0
+    said: list[list[str]] = []
+    questions: list[Question] = []
     digits = int(words.rng.integers(4, 8))
     first = assignment.replace("VAR {a}", "{a}")
     while len(unused) > parts:
@@ -211,11 +215,13 @@ def records(words: Words, room: int, parts: int) -> Scene:
     """Write an object or a list of pairs without filler and ask for a few of its keys."""
     count = max(2, int(words.rng.integers(1, 7)))
     size = int(words.rng.choice([4, 8, 12]))
-    make = words.pick((words.hexadecimal, words.digits, words.uuid))
-    width = 36 if make == words.uuid else size
+    kind = words.pick(("hexadecimal", "digits", "uuid"))
+    width = 36 if kind == "uuid" else size
 
     def one() -> str:
-        return words.uuid() if make == words.uuid else make(size)
+        if kind == "uuid":
+            return words.uuid()
+        return words.hexadecimal(size) if kind == "hexadecimal" else words.digits(size)
 
     statement, between, question = words.pick(
         (

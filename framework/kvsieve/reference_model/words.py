@@ -3,9 +3,12 @@
 No key comes from a list of words, as those of the tasks do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "il", "on")]
 _ONSETS = [
@@ -44,7 +47,7 @@ class Words:
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
 
-    def pick(self, choices: Sequence[str]) -> str:
+    def pick(self, choices: Sequence[T]) -> T:
         return choices[int(self.rng.integers(len(choices)))]
 
     def name(self) -> str:
@@ -78,41 +81,37 @@ class Words:
 
     def keys(self, count: int) -> list[str]:
         """Draw different keys of one kind; some keys of two words share the first."""
-        kind = self.rng.choice(8, p=[0.15, 0.15, 0.3, 0.1, 0.1, 0.1, 0.05, 0.05])
+        kind = int(self.rng.choice(8, p=[0.15, 0.15, 0.3, 0.1, 0.1, 0.1, 0.05, 0.05]))
         shared = self.word() if self.rng.random() < 0.2 else None
-        found: dict[str, None] = {}
-        while len(found) < count:
+
+        def two(between: str) -> str:
             first = shared if shared and self.rng.random() < 0.3 else self.word()
-            second = self.word() if kind in (2, 3) else ""
-            found[
-                (
-                    self.name,
-                    self.word,
-                    lambda first=first, second=second: f"{first}-{second}",
-                    lambda first=first, second=second: f"{first} {second}",
-                    lambda: self.word().capitalize(),
-                    lambda: self.letters(3, 6),
-                    lambda: self.digits(5),
-                    lambda: self.hexadecimal(8),
-                )[kind]()
-            ] = None
-        return list(found)
+            return first + between + self.word()
+
+        made: tuple[Callable[[], str], ...] = (
+            self.name,
+            self.word,
+            lambda: two("-"),
+            lambda: two(" "),
+            lambda: self.word().capitalize(),
+            lambda: self.letters(3, 6),
+            lambda: self.digits(5),
+            lambda: self.hexadecimal(8),
+        )
+        return _different(made[kind], count)
 
     def values(self, count: int) -> list[str]:
         """Draw different values of one kind."""
-        kind = self.rng.choice(5, p=[0.75, 0.08, 0.07, 0.03, 0.07])
+        kind = int(self.rng.choice(5, p=[0.75, 0.08, 0.07, 0.03, 0.07]))
         size = int(self.rng.integers(4, 10))
-        made = (
+        made: tuple[Callable[[], str], ...] = (
             lambda: self.digits(size),
             lambda: self.hexadecimal(8),
             self.word,
             self.uuid,
             lambda: self.letters(4, 7),
-        )[kind]
-        found: dict[str, None] = {}
-        while len(found) < count:
-            found[made()] = None
-        return list(found)
+        )
+        return _different(made[kind], count)
 
     def sentence(self) -> str:
         size = int(self.rng.integers(4, 13))
@@ -130,3 +129,10 @@ class Words:
         while len(more := text + self.sentence() + " ") <= size:
             text = more
         return text
+
+
+def _different(make: Callable[[], str], count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[make()] = None
+    return list(found)
