@@ -48,9 +48,9 @@ class Course(NamedTuple):
 
 _FIRST = {"needles": 0.36, "repetitions": 0.42, "pairs": 0.12, "plain": 0.10}
 _SECOND = {
-    "needles": 0.10, "repetitions": 0.20, "pairs": 0.06, "plain": 0.06,
-    "facts": 0.14, "several_values": 0.15, "several_keys": 0.08, "chains": 0.14,
-    "counts": 0.03, "records": 0.04,
+    "needles": 0.10, "repetitions": 0.20, "pairs": 0.06, "plain": 0.08,
+    "facts": 0.13, "several_values": 0.15, "several_keys": 0.08, "chains": 0.14,
+    "counts": 0.02, "records": 0.04,
 }  # fmt: skip
 # Repeated text weighs more once the model can repeat: then only exactness is left to learn.
 # Answers get more parts once the model can give one.
@@ -66,9 +66,9 @@ COURSES = {
     ),
     "second": Course(
         (
-            Stage(0.20, 512, Recipe(_SECOND, copy=1.0, parts=2)),
-            Stage(0.40, 512, Recipe(_SECOND, copy=1.0, parts=3)),
-            Stage(0.75, 1024, Recipe(_SECOND, copy=1.0, parts=4)),
+            Stage(0.12, 512, Recipe(_SECOND, copy=1.0, parts=2)),
+            Stage(0.30, 512, Recipe(_SECOND, copy=1.0, parts=3)),
+            Stage(0.70, 1024, Recipe(_SECOND, copy=1.0, parts=4)),
             Stage(1.0, 2048, Recipe(_SECOND, copy=1.0, parts=4)),
         ),
         fall=0.35,
