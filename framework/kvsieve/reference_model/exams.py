@@ -52,12 +52,19 @@ class Wording(NamedTuple):
     leads: str
 
 
-# The first was in the training, with other nouns and words; the second and third were not.
-_WORDINGS = (
+# Statements and questions of the training, with other nouns and words. The second does not begin the answer:
+# a model that can only continue a repeated statement fails there.
+_KNOWN = (
     Wording(
         "The {n} for {k} is {v}.", "What is the {n} for {k}?", "The {n} for {k} is",
         "What are all the {n}s for {k}?", "The {n}s for {k} are",
     ),
+    Wording(
+        "The {n} of {k} is {v}.", "What is the {n} of {k}?", "Answer:",
+        "What are the {n}s of {k}?", "Answer:",
+    ),
+)  # fmt: skip
+_NEW = (
     Wording(
         "It was agreed that {k} gets the {n} {v}.",
         "Please give me the {n} that {k} got.", "As agreed, {k} gets",
@@ -66,6 +73,10 @@ _WORDINGS = (
     Wording(
         "Whoever opens {k} must enter the {n} {v}.", "Which {n} opens {k}?", "To open {k}, enter",
         "Which {n}s open {k}?", "To open {k}, enter the {n}s",
+    ),
+    Wording(
+        "In the ledger {k} stands beside the {n} {v}.", "What does the ledger say about {k}?", "It says:",
+        "What does the ledger say about {k}?", "It says:",
     ),
 )  # fmt: skip
 _ASSIGNMENTS = (
@@ -101,7 +112,8 @@ def exam(kind: str, context: int, index: int) -> Exam:
         places = np.array([round((0.5 + index * 0.618034) % 1.0 * room)])
     text = corpus.held_out_text()
     start = int(rng.integers(0, len(text) - room))
-    hay = text[start : start + room] if index // 2 % 2 else (_NOISE * (room // len(_NOISE) + 1))[:room]
+    noise = (_NOISE * (room // len(_NOISE) + 1))[:room]
+    hay = noise if rng.random() < 0.5 else text[start : start + room]
     prompt, done = "", 0
     for place, statement in zip(places, statements, strict=True):
         prompt += hay[done:place] + "\n" + statement + "\n"
@@ -113,7 +125,8 @@ Draft = tuple[list[str], str, list[str], int]
 
 
 def _facts(words: Words, index: int, keys: int, values: int, asked: int) -> Draft:
-    wording = _WORDINGS[0] if index % 2 == 0 else _WORDINGS[1 + index // 4 % 2]
+    wordings = _NEW if index % 2 else _KNOWN
+    wording = wordings[index // 2 % len(wordings)]
     noun = words.pick(_FACTS)
     names: dict[str, list[str]] = {}
     while len(names) < keys:
