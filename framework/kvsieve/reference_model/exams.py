@@ -10,15 +10,17 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .. import corpus
 from .words import Words
+
+if TYPE_CHECKING:
+    from ..policy import Policy
 
 _ADJECTIVES = [
     "amber", "ancient", "bitter", "brave", "bright", "calm", "clever", "cold", "curious", "dark", "deep",
@@ -196,8 +198,9 @@ class Result(NamedTuple):
 
 
 def run(
-    model: Any, policy: Callable[[int], Any] = lambda context: None, kinds: Sequence[str] = tuple(KINDS),
-    contexts: Sequence[int] = (1024, 2048), samples: int = 32, batch: int = 8, show: int = 0,
+    model: Any, policy: Callable[[int], Policy | None] = lambda context: None,
+    kinds: Sequence[str] = tuple(KINDS), contexts: Sequence[int] = (1024, 2048),
+    samples: int = 32, batch: int = 8, show: int = 0,
 ) -> Iterator[Result]:  # fmt: skip
     """Ask `model` under the policy for each context (None: dense), and print the first `show` answers."""
     from .. import decode
@@ -225,8 +228,7 @@ def run(
 
 
 def main() -> None:
-    from .. import load
-    from ..plugins import policy_class
+    from .. import load, make_policy
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a folder that `train` has exported")
@@ -234,17 +236,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--contexts", nargs="*", type=int, default=[1024, 2048])
     parser.add_argument("--policy", default="dense")
-    parser.add_argument("--compression", type=Fraction, help="share of dense attention's bytes: 1/8")
+    parser.add_argument("--compression", help="share of dense attention's bytes: 1/8")
     parser.add_argument("--show", type=int, default=0, help="print the first answers of each context")
     options = parser.parse_args()
     model = load(str(options.folder))
     print(f"{'kind':18}{'context':>8}{'n':>5}{'score':>8}{'known':>8}{'new wording':>13}")
 
-    def policy(context: int) -> Any:
-        cls = policy_class(options.policy)
-        if options.compression is None:
-            return cls()
-        return cls.for_compression(float(options.compression), model.config.head_dim, context)
+    def policy(context: int) -> Policy:
+        sizes = {"head_size": model.config.head_dim, "context": context} if options.compression else {}
+        return make_policy(options.policy, compression=options.compression, **sizes)
 
     for row in run(model, policy, options.kinds, options.contexts, options.samples, show=options.show):
         print(
