@@ -95,7 +95,8 @@ ORDER = [
     "specs",
     "testing",
     "compare",
-    "reference_model.card reference_model.data reference_model.tokenizer reference_model.train",
+    "reference_model.card reference_model.data reference_model.exams reference_model.retrieval"
+    " reference_model.tokenizer reference_model.train reference_model.words",
     "lm_eval",
     "bench",
     "cli",

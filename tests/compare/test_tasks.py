@@ -11,8 +11,8 @@ from kvsieve import UserError, corpus
 from kvsieve.compare.tasks import Answer, KeyValue, Needle, Perplexity, Repetition, Sample
 from kvsieve.compare.tasks import text as texts
 from kvsieve.compare.tasks.needle import _NAMES
-from kvsieve.reference_model.data import _SYLLABLES
 from kvsieve.reference_model.tokenizer import BOS, byte_tokenizer
+from kvsieve.reference_model.words import SYLLABLES
 
 TASKS = [Needle(300), Needle(400, distractors=3), Repetition(300), Perplexity(300, tokens=40), KeyValue(300)]
 
@@ -74,7 +74,7 @@ def test_needle_depths_are_spread():
 
 
 def test_needle_names_were_never_trained_on():
-    made_up = re.compile(f"(?i:{'|'.join(_SYLLABLES)})+")
+    made_up = re.compile(f"(?i:{'|'.join(SYLLABLES)})+")
     assert [name for name in _NAMES if made_up.fullmatch(name)] == []
     assert len(set(_NAMES)) == len(_NAMES)
 

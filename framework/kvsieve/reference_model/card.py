@@ -9,6 +9,10 @@ from pathlib import Path
 
 from ..compare import config, run
 from ..compare.results import Row
+from ..hf.models import load
+from . import exams
+
+SAMPLES = 64  # of every exam
 
 _CARD = """---
 license: apache-2.0
@@ -20,14 +24,20 @@ A small Llama (4 layers, width 256, 4 query and 2 KV heads of 64 channels, byte-
 bfloat16) that retrieves and repeats parts of its context. It serves to compare attention policies offline and
 is of no use as a language model.
 
-Trained by `python -m kvsieve.reference_model.train` on {tokens:,} tokens of the Python standard library's
-sources, with retrieval and repetition inserted (seed {seed}). One file in eight is held out, and so are the
-names that `needle` asks for. Longest training sequence: 2048 tokens; the configuration allows 4096.
+Trained by `python -m kvsieve.reference_model.train` on the Python standard library's sources, with retrieval
+and repetition inserted: {courses}. One file in eight is held
+out, and so are the names that `needle` asks for and the words of the exams. Longest training sequence: 2048
+tokens; the configuration allows 4096.
 
 Measured by `python -m kvsieve.reference_model.card` with the settings in `card.yaml`. Policies other than
 dense read an eighth of dense attention's bytes. Brackets: 95 % interval.
 
 {table}
+
+Exams (`python -m kvsieve.reference_model.exams`), dense: the mean share of references that an answer
+contains, in RULER's shapes. Words are real, unlike the training's; every second sample has a new wording.
+
+{exams}
 """
 
 
@@ -41,10 +51,14 @@ def write(folder: Path, results: Path) -> Path:
     outcome = run.compare(settings, results)
     if outcome.failures:
         raise RuntimeError(f"not every cell could be measured: {outcome.failures}")
-    trained = json.loads((folder / "training.json").read_text())
+    courses = ", then ".join(
+        f"{taken['tokens']:,} tokens of the {taken['course']} course (seed {taken['seed']})"
+        for taken in json.loads((folder / "training.json").read_text())
+    )
     size = (folder / "model.safetensors").stat().st_size / 1e6
     card = folder / "README.md"
-    card.write_text(_CARD.format(size=size, table=_table(outcome.rows), **trained))
+    graded = _exams(list(exams.run(load(str(folder)), samples=SAMPLES)))
+    card.write_text(_CARD.format(size=size, courses=courses, table=_table(outcome.rows), exams=graded))
     return card
 
 
@@ -57,6 +71,14 @@ def _table(rows: list[Row]) -> str:
         cells.setdefault((f"{row.task} ({row.metric})", row.context), {})[row.policy] = shown
     for (task, context), found in cells.items():
         lines.append(f"| {task} | {context} | " + " | ".join(found[policy] for policy in policies) + " |")
+    return "\n".join(lines)
+
+
+def _exams(results: list[exams.Result]) -> str:
+    lines = ["| exam | context | n | score | trained wording | new wording |", "|---|---|---|---|---|---|"]
+    for row in results:
+        scores = f"{row.score:.2f} | {row.known:.2f} | {row.new:.2f}"
+        lines.append(f"| {row.kind} | {row.context} | {row.samples} | {scores} |")
     return "\n".join(lines)
 
 

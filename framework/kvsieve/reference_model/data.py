@@ -5,31 +5,46 @@ Training shares the form of the evaluation tasks but no content: keys are invent
 use real names, and the surrounding text is never held-out text.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
+from . import retrieval
 from .tokenizer import BOS, PAD
+from .words import Words
 
 # Loss weights of plain text and of retrieved values; `copy`, that of repeated text, follows a schedule.
 FILLER, ANSWER = 0.1, 4.0
-_SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "il", "on")]
+
+
+class Recipe(NamedTuple):
+    """The content of one stage's sequences."""
+
+    mix: dict[str, float]  # the share of each kind: a method of _Builder, or a function of retrieval.py
+    copy: float  # loss weight of repeated text
+    parts: int = 1  # at most so many values or keys in an answer, or links in a chain
 
 
 def batch(
-    text: np.ndarray, seed: int, step: int, rows: int, length: int, copy: float
+    text: np.ndarray, seed: int, step: int, rows: int, length: int, recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids `[rows, length]` and the loss weight of each as a target, `[rows, length]`."""
     sequences = [
-        _sequence(text, np.random.default_rng([seed, step, row]), length, copy) for row in range(rows)
+        _sequence(text, np.random.default_rng([seed, step, row]), length, recipe) for row in range(rows)
     ]
     return np.stack([ids for ids, _ in sequences]), np.stack([weights for _, weights in sequences])
 
 
 def _sequence(
-    text: np.ndarray, rng: np.random.Generator, length: int, copy: float
+    text: np.ndarray, rng: np.random.Generator, length: int, recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray]:
-    kind = rng.choice(4, p=[0.36, 0.42, 0.12, 0.10])
-    builder = _Builder(text, rng, length, copy)
-    (builder.needles, builder.repetitions, builder.pairs, builder.plain)[kind]()
+    kind = str(rng.choice(list(recipe.mix), p=list(recipe.mix.values())))
+    builder = _Builder(text, rng, length, recipe.copy)
+    if hasattr(builder, kind):
+        getattr(builder, kind)()
+    else:
+        builder.scene(getattr(retrieval, kind), recipe.parts)
     return builder.finished()
 
 
@@ -38,6 +53,7 @@ class _Builder:
 
     def __init__(self, text: np.ndarray, rng: np.random.Generator, length: int, copy: float) -> None:
         self.text, self.rng, self.length, self.copy = text, rng, length, copy
+        self.words = Words(rng)
         self.ids: list[np.ndarray] = [np.array([BOS])]
         self.weights: list[np.ndarray] = [np.array([0.0])]
         self.size = 1
@@ -58,11 +74,36 @@ class _Builder:
         missing = self.length - len(ids)
         return np.pad(ids, (0, missing), constant_values=PAD), np.pad(weights, (0, missing))
 
-    def key(self) -> str:
-        return "".join(self.rng.choice(_SYLLABLES, size=int(self.rng.integers(2, 5)))).capitalize()
+    def scene(self, make: Callable[[Words, int, int], retrieval.Scene], parts: int) -> None:
+        """Hide statements in a haystack of one kind, then ask about them."""
+        room = self.length - 1
+        scene = make(self.words, int(room * self.rng.choice([0.95, 0.95, 0.6, 0.3])), parts)
+        room -= scene.size()
+        if room < 0:
+            return self.plain()
+        around = str(self.rng.choice(["source", "prose", "noise"], p=[0.5, 0.3, 0.2]))
+        gaps = self._split(room if around != "noise" else room - room // 8, len(scene.statements) + 1)
+        if around == "source":
+            haystack = [self._source(gap) for gap in gaps]
+        elif around == "prose":
+            haystack = [self.words.prose(gap) for gap in gaps]
+        else:
+            line = self.words.line()
+            haystack = [line * (gap // len(line)) for gap in gaps]
+        # Whole sentences leave some room: it comes first, so that the questions end the sequence.
+        self.filler(room - sum(map(len, haystack)))
+        between = "\n" if around != "prose" else " "
+        for hay, statement in zip(haystack, scene.statements, strict=False):
+            self.add(hay + ("\n" if around == "source" else "") + statement + between, FILLER)
+        self.add(haystack[-1], FILLER)
+        for question in scene.questions:
+            self.add("\n" + question.text, FILLER)
+            self.add(question.answer, ANSWER)
+            self.add(".", ANSWER)
 
-    def digits(self) -> str:
-        return "".join(str(d) for d in self.rng.integers(0, 10, size=6))
+    def _source(self, size: int) -> str:
+        start = int(self.rng.integers(0, len(self.text) - size))
+        return self.text[start : start + size].tobytes().decode()
 
     # ------------------------------------------------------------------ the four kinds of sequence
     def plain(self) -> None:
@@ -71,7 +112,9 @@ class _Builder:
     def needles(self) -> None:
         """Hide statements in the text and ask about each of them later, the last time at the very end."""
         count = int(self.rng.integers(1, 3 + self.length // 256))
-        answers = {self.key(): self.digits() for _ in range(count)}
+        answers = {
+            self.words.name(): "".join(map(str, self.rng.integers(0, 10, size=6))) for _ in range(count)
+        }
         asked = [*self.rng.permutation(list(answers))]
         sizes = [len(f"\nThe secret number of {key} is {value}.\n") for key, value in answers.items()]
         room = self.length - 1 - 2 * sum(sizes)

@@ -1,8 +1,9 @@
 """Train the reference model: `python -m kvsieve.reference_model.train --out DIR`.
 
 Deterministic for a seed and a number of threads; continues from the last checkpoint in `--out`; made for two
-CPU cores. The learning rate is constant after a warm-up and falls to zero over the last quarter, so a run can
-be extended with a larger `--tokens` before that quarter begins.
+CPU cores. The learning rate is constant after a warm-up and falls to zero at the end of the course, so a run
+can be extended with a larger `--tokens` before the fall begins. The second course continues from a model:
+`--course second --start MODEL --seed 1 --learning-rate 1.2e-3`.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -22,14 +24,56 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..corpus import digest, training_text
 from . import card
-from .data import batch
+from .data import Recipe, batch
 from .tokenizer import BOS, EOS, PAD, VOCABULARY, byte_tokenizer
 
 TOKENS_PER_STEP = 8192
-SAVE_EVERY = 100  # steps
-# (before this step, sequence length, weight of repeated text). Repeated text weighs more once the model can
-# repeat: then only exactness is left to learn.
-CURRICULUM = ((769, 256, 0.6), (1641, 512, 0.6), (2820, 1024, 0.6), (math.inf, 2048, 2.0))
+SAVE_EVERY = 300.0  # seconds
+
+
+class Stage(NamedTuple):
+    """One stage of a course."""
+
+    until: float  # share of all steps
+    length: int  # tokens a sequence
+    recipe: Recipe
+
+
+class Course(NamedTuple):
+    """One training run, from its first step to its last."""
+
+    stages: tuple[Stage, ...]
+    fall: float  # share of all steps, the last ones, over which the learning rate falls to zero
+
+
+_FIRST = {"needles": 0.36, "repetitions": 0.42, "pairs": 0.12, "plain": 0.10}
+_SECOND = {
+    "needles": 0.10, "repetitions": 0.20, "pairs": 0.06, "plain": 0.08,
+    "facts": 0.13, "several_values": 0.15, "several_keys": 0.08, "chains": 0.14,
+    "counts": 0.02, "records": 0.04,
+}  # fmt: skip
+# Repeated text weighs more once the model can repeat: then only exactness is left to learn.
+# Answers get more parts once the model can give one.
+COURSES = {
+    "first": Course(
+        (
+            Stage(0.185, 256, Recipe(_FIRST, copy=0.6)),
+            Stage(0.395, 512, Recipe(_FIRST, copy=0.6)),
+            Stage(0.68, 1024, Recipe(_FIRST, copy=0.6)),
+            Stage(1.0, 2048, Recipe(_FIRST, copy=2.0)),
+        ),
+        fall=0.25,
+    ),
+    "second": Course(
+        (
+            Stage(0.12, 512, Recipe(_SECOND, copy=1.0, parts=2)),
+            Stage(0.30, 512, Recipe(_SECOND, copy=1.0, parts=3)),
+            Stage(0.70, 1024, Recipe(_SECOND, copy=1.0, parts=4)),
+            Stage(1.0, 2048, Recipe(_SECOND, copy=1.0, parts=4)),
+        ),
+        fall=0.35,
+    ),
+}
 
 
 def configuration() -> LlamaConfig:
@@ -50,25 +94,32 @@ def configuration() -> LlamaConfig:
     )
 
 
-def stage(step: int, rng: np.random.Generator) -> tuple[int, float]:
-    """Sequence length and weight of repeated text at this step; one step in four draws any length so far."""
-    reached = 1 + next(i for i, (end, _, _) in enumerate(CURRICULUM) if step < end)
-    lengths = [length for _, length, _ in CURRICULUM[:reached]]
+def stage(course: Course, step: int, steps: int, rng: np.random.Generator) -> tuple[int, Recipe]:
+    """Sequence length and recipe of this step; one step in four draws any length so far."""
+    reached = next(i for i, stage in enumerate(course.stages) if step < stage.until * steps)
+    lengths = [stage.length for stage in course.stages[: reached + 1]]
     length = int(rng.choice(lengths)) if rng.random() < 0.25 else lengths[-1]
-    return length, CURRICULUM[reached - 1][2]
+    return length, course.stages[reached].recipe
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    return peak * min(1.0, (step + 1) / 100, (steps - step) / (0.25 * steps))
+def learning_rate(step: int, steps: int, peak: float, fall: float) -> float:
+    return peak * min(1.0, (step + 1) / 100, (steps - step) / (fall * steps))
 
 
-def train(out: Path, tokens: int, seed: int, peak: float) -> LlamaForCausalLM:
-    """Train on `tokens` tokens and return the model; continue from the checkpoint in `out`, if any."""
+def train(
+    out: Path, tokens: int, seed: int, peak: float, course: Course, start: Path | None = None
+) -> LlamaForCausalLM:
+    """Train on `tokens` tokens and return the model; continue from the checkpoint in `out`, if any.
+
+    Without a checkpoint, begin with the weights of the model in the folder `start`, or with random ones.
+    """
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     # Filling would take a tenth of the time and changes nothing here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = LlamaForCausalLM(configuration())
+    if start is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -77,17 +128,18 @@ def train(out: Path, tokens: int, seed: int, peak: float) -> LlamaForCausalLM:
     corpus = training_text()
     text = np.frombuffer(corpus.encode(), np.uint8)
     steps = tokens // TOKENS_PER_STEP
-    log = (out / "log.jsonl").open("a")
+    log = _log(out / "log.jsonl", first)
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns) as progress:
         bar = progress.add_task("training", total=steps, completed=first)
+        saved = time.monotonic()
         for step in range(first, steps):
             started = time.perf_counter()
             rng = np.random.default_rng([seed, step])
-            length, copy = stage(step, rng)
-            ids, weights = batch(text, seed, step, TOKENS_PER_STEP // length, length, copy)
+            length, recipe = stage(course, step, steps, rng)
+            ids, weights = batch(text, seed, step, TOKENS_PER_STEP // length, length, recipe)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
+                group["lr"] = learning_rate(step, steps, peak, course.fall)
             losses = _update(model, optimizer, torch.from_numpy(ids), torch.from_numpy(weights).float())
             seconds = time.perf_counter() - started
             record = {"step": step, "length": length, **losses, "seconds": round(seconds, 3)}
@@ -95,9 +147,9 @@ def train(out: Path, tokens: int, seed: int, peak: float) -> LlamaForCausalLM:
             progress.update(
                 bar, advance=1, description=f"step {step} length {length} retrieved {losses['retrieved']:.3f}"
             )
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-                log.flush()
+            if time.monotonic() - saved >= SAVE_EVERY or step + 1 == steps:
                 _save(out, model, optimizer, step + 1)
+                saved = time.monotonic()
     log.close()
     print(f"trained on {tokens:,} tokens of corpus {digest(corpus)} (seed {seed})")
     return model
@@ -108,7 +160,7 @@ def _update(
 ) -> dict[str, float]:
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(ids[:, :-1], use_cache=False).logits
+        logits = model(ids, use_cache=False).logits[:, :-1]  # whole rows: an odd length is half as slow again
     nll = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weight = weights[:, 1:].flatten()
     loss = (nll * weight).sum() / weight.sum()
@@ -160,12 +212,24 @@ def _restore(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
         return int(file.metadata()["step"])
 
 
-def export(model: LlamaForCausalLM, folder: Path, tokens: int, seed: int) -> None:
-    """Save the model in bfloat16 and its tokenizer for `from_pretrained`, and the training settings."""
+def _log(path: Path, steps: int) -> TextIO:
+    """Open the log after its first `steps` lines: later steps are run, and logged, again."""
+    lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
+    path.write_text("".join(lines))
+    return path.open("a", buffering=1)
+
+
+def export(model: LlamaForCausalLM, folder: Path, courses: list[dict[str, Any]]) -> None:
+    """Save the model in bfloat16 and its tokenizer for `from_pretrained`, and the courses it has taken."""
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps({"tokens": tokens, "seed": seed}) + "\n")
+    (folder / "training.json").write_text(json.dumps(courses) + "\n")
+
+
+def taken(folder: Path | None) -> list[dict[str, Any]]:
+    """List the courses that a model has taken, the first one first."""
+    return json.loads((folder / "training.json").read_text()) if folder else []
 
 
 def main() -> None:
@@ -178,14 +242,20 @@ def main() -> None:
         required=True,
         help="folder for checkpoints, log, and the finished model with its card",
     )
+    parser.add_argument("--course", choices=COURSES, default="first")
+    parser.add_argument("--start", type=Path, help="folder of a model whose weights are the first ones")
     parser.add_argument("--tokens", type=float, default=34e6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = train(options.out, int(options.tokens), options.seed, options.learning_rate)
-    export(model, options.out / "model", int(options.tokens), options.seed)
+    course = COURSES[options.course]
+    model = train(
+        options.out, int(options.tokens), options.seed, options.learning_rate, course, options.start
+    )
+    this = {"course": options.course, "tokens": int(options.tokens), "seed": options.seed}
+    export(model, options.out / "model", [*taken(options.start), this])
     print(card.write(options.out / "model", options.out / "scores"))
 
 
