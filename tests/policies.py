@@ -108,6 +108,16 @@ CASES = {
         {"calibration": CALIBRATION, "r": 3, "k": 0.25, "group_score": "softmax"},
         {"calibration": CALIBRATION, "r": 3, "k": 1},
     ),
+    "twilight": Case(
+        "twilight",
+        {"inner": {"quest": {"pages": 6, "page": 4}}, "p": 0.7},
+        {"inner": "dense", "p": 1.0},
+    ),
+    "twilight_mean": Case(
+        "twilight",
+        {"inner": {"sparq": {"r": 4, "k": 12, "local": 2}}, "p": 0.5, "group_score": "mean"},
+        {"inner": {"sparq": {"r": 4, "k": 64}}, "p": 1.0, "group_score": "mean"},
+    ),
     "refresh_quest": Case(
         "refresh",
         {"inner": {"quest": {"pages": 3, "page": 4}}, "every": 3},

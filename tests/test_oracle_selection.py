@@ -242,3 +242,74 @@ def test_at_a_compression_that_share_is_read_side_state_included(name, ratio):
 def test_parameters_that_cannot_be_are_refused(name, wrong, message):
     with pytest.raises(UserError, match=message):
         make_policy(name, calibration="some", **wrong)
+
+
+# ---------------------------------------------------------------- Twilight
+def twilight_cases():
+    """All but `mha_ds`, whose labels have 2 bits. The authors' kernel only where its set is the smallest."""
+    for case, suffix in variants("twilight"):
+        params = cases("twilight")[case]["params"]
+        if params["base"] != "ds" and (suffix or params["kernel_set_is_smallest_set"]):
+            yield case, suffix
+
+
+@pytest.mark.parametrize(("case", "suffix"), [*twilight_cases()])
+def test_twilight(case, suffix):
+    given = cases("twilight")[case]
+    params, inner = given["params"], "dense"
+    if params["base"] == "quest":
+        budget, page = params["base_args"]["token_budget"], params["base_args"]["chunk_size"]
+        inner = {
+            "quest": {"pages": -(-budget // page), "page": page, "newest_page": False, "group_score": "mean"}
+        }
+    group_score = "mean" if "mean" in suffix else "union"
+    check(make_policy("twilight", inner=inner, p=params["p"], group_score=group_score), given, suffix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group_score", ["union", "mean"])
+@pytest.mark.parametrize("pages", [None, 3])
+def test_twilight_moves_what_its_formula_says(dtype, group_score, pages):
+    """The base's side, B0 (D / 2 + ranges), and 2 |union| D e per KV head."""
+    inner = "dense" if pages is None else {"quest": {"pages": pages, "page": 4}}
+    inputs = Inputs.random((51,), steps=1)
+    inputs = Inputs(*(x.to(dtype) if x.is_floating_point() else x for x in inputs))
+    spy = Spy(make_policy("twilight", inner=inner, p=0.5, group_score=group_score))
+    with transfer.measure() as meter:
+        rollout(spy, *inputs)
+    read = int(spy.notes.selections[0].counts.sum())
+    candidates, side = (52, 0) if pages is None else (12, 2 * 13 * 16 * dtype.itemsize)
+    assert 0 < read < 2 * candidates
+    assert meter.by_kind["columns"] == 2 * (side + candidates * (16 / 2 + 8))
+    assert meter.by_kind["keys"] == meter.by_kind["values"] == read * 16 * dtype.itemsize
+
+
+def test_twilight_on_sparq_reads_some_of_sparqs_tokens():
+    inputs = Inputs.random()
+    sparq = make_policy("sparq", r=4, k=12, local=2)
+    notes = []
+    for policy in (sparq, make_policy("twilight", inner=sparq.spec(), p=0.6)):
+        spy = Spy(policy)
+        rollout(spy, *inputs)
+        notes.append(spy.notes.selections)
+    for all_of_them, some in zip(*notes, strict=True):
+        assert bool((some.counts <= all_of_them.counts).all())
+        assert int(some.counts.sum()) < int(all_of_them.counts.sum())
+        assert torch.equal(some.tail.weight, all_of_them.tail.weight)
+        mine, theirs = (set(s.slots[0, 0, : int(s.counts[0, 0])].tolist()) for s in (some, all_of_them))
+        assert mine <= theirs
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"p": 0.0}, "p must be above 0 and at most 1"),
+        ({"p": 1.2}, "p must be above 0 and at most 1"),
+        ({"bits": 3}, "bits"),
+        ({"group_score": "max"}, "group_score"),
+        ({"inner": "h2o"}, "twilight.inner is h2o, which drops tokens"),
+    ],
+)
+def test_twilight_refuses_what_it_cannot_do(wrong, message):
+    with pytest.raises(UserError, match=message):
+        make_policy("twilight", **({"inner": "dense"} | wrong))

@@ -173,3 +173,17 @@ def test_rows_of_a_model_that_end_at_different_steps(inner):
 def test_refresh_refuses_what_it_cannot_do(wrong, message):
     with pytest.raises(UserError, match=message):
         make_policy("refresh", **wrong)
+
+
+def test_where_steps_cannot_be_counted_every_step_searches():
+    inputs, policy = Inputs.random((44,), steps=4), refresh(QUEST)
+    layer = LayerCache(Spy(policy))
+    layer.update(inputs.keys[:, :, :44], inputs.values[:, :, :44])
+    prefill(layer, inputs.prefill_queries.unflatten(1, (2, 2)))
+    layer.fix_shapes(48)
+    for step in range(4):
+        at = slice(44 + step, 45 + step)
+        layer.update(inputs.keys[:, :, at], inputs.values[:, :, at])
+        decode_step(layer, inputs.step_queries[:, :, step].unflatten(1, (2, 2)))
+        assert layer.kv.steps == 1
+    assert [int(selection.counts.max()) for selection in layer.policy.notes.selections] == [9, 10, 11, 12]

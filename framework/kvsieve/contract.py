@@ -172,7 +172,7 @@ def _check_shape(policy: Policy, what: str, name: str, shape: Any) -> None:
     if not _is_shape(shape.shape if paged else shape):
         raise UserError(
             f"{where} must be a torch.dtype or KEYS, or (torch.dtype or KEYS, size) with a size of 1 or "
-            f'more, or "D", not {shape!r}'
+            f'more, or "D" or "D/2", not {shape!r}'
         )
     if not paged:
         return
@@ -200,7 +200,7 @@ def _is_shape(shape: Any) -> bool:
     if not isinstance(shape[0], torch.dtype | Like):
         return False
     size = shape[1]
-    return size == "D" or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
+    return size in ("D", "D/2") or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
 
 
 # -------------------------------------------------------------------- answers

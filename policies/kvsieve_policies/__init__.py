@@ -23,9 +23,10 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .sparq import SparQ
     from .streaming_llm import StreamingLLM
     from .tova import TOVA
+    from .twilight import Twilight
 
     # The base class itself is dense attention: reads everything, keeps everything.
     reading = (SparQ, Quest, DoubleSparsity, Loki)
     keeping = (H2O, LocalWindow, StreamingLLM, TOVA, SnapKV, PyramidKV, AdaKV, ExpectedAttention)
-    for policy in (Policy, *reading, *keeping, DenseLayers, Refresh):
+    for policy in (Policy, *reading, *keeping, DenseLayers, Refresh, Twilight):
         register(policy)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from kvsieve import KEYS, Column, KVView, NewTokens, Policy, Selection, UserError, calibration, ops
 
-_CODES = 15  # the largest of 4 bits
+from .four_bits import exact, packed, quantised, unpacked
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class DoubleSparsity(Policy):
         if self.bits == 16:
             kv.write("label", new, label)
             return
-        codes, span = _quantised(label)
-        kv.write("label", new, codes[..., ::2] | codes[..., 1::2] << 4)
+        codes, span = quantised(label)
+        kv.write("label", new, packed(codes))
         kv.write("range", new, span)
 
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
@@ -91,10 +91,9 @@ class DoubleSparsity(Policy):
             return None  # nothing to leave out
         part, labels = self._channels(query, kv), kv["label"]
         if self.bits == 4:
-            codes = torch.stack([labels & _CODES, labels >> 4], -1).flatten(3)
-            labels = _exact(codes, kv["range"]).to(query.dtype)
+            labels = exact(unpacked(labels), kv["range"]).to(query.dtype)
             if self.quantise_query:
-                part = _exact(*_quantised(part)).to(query.dtype)
+                part = exact(*quantised(part)).to(query.dtype)
         return Selection(*ops.top_by_vectors(part, labels, kv, self.k, self.group_score))
 
     def _channels(self, vectors: torch.Tensor, kv: KVView) -> torch.Tensor:
@@ -109,14 +108,3 @@ class DoubleSparsity(Policy):
         The calibration stands beside the compression. With 4 bits beside it, less is read than asked for.
         """
         return cls(r=max(1, round(head_size * ratio)), k=max(1, round(context * ratio / 2)))
-
-
-def _quantised(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes `[..., r]` uint8 from 0 to 15, and the lowest number and the step of each label `[..., 2]`."""
-    low, high = numbers.float().aminmax(dim=-1, keepdim=True)
-    step = torch.where(high > low, (high - low) / _CODES, 1)
-    return ((numbers.float() - low) / step).round().to(torch.uint8), torch.cat([low, step], -1)
-
-
-def _exact(codes: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
-    return codes * span[..., 1:] + span[..., :1]

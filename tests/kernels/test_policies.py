@@ -7,6 +7,7 @@ import kvsieve
 from kvsieve import ops
 from kvsieve.testing import rollout
 
+from ..policies import CALIBRATION
 from .tensors import normal
 
 POLICIES = [
@@ -16,6 +17,11 @@ POLICIES = [
     ("sparq", {"r": 8, "k": 12, "local": 3, "layout": "blocked"}),
     ("quest", {"pages": 3, "page": 4}),
     ("quest", {"pages": 1, "page": 5, "group_score": "mean", "newest_page": False}),
+    ("twilight", {"inner": {"quest": {"pages": 6, "page": 4}}, "p": 0.7}),
+    ("double_sparsity", {"calibration": CALIBRATION, "r": 4, "k": 12, "group_score": "softmax"}),
+    ("double_sparsity", {"calibration": CALIBRATION, "r": 6, "k": 12, "bits": 4}),
+    ("loki", {"calibration": CALIBRATION, "r": 5, "k": 0.25}),
+    ("refresh", {"inner": {"sparq": {"r": 8, "k": 12, "local": 3}}, "every": 2}),
     ("h2o", {"budget": 17, "recent": 4}),
     ("local_window", {"budget": 17, "sinks": 2}),
     ("streaming_llm", {"budget": 17, "sinks": 2}),

@@ -200,7 +200,7 @@ class LayerCache(CacheLayerMixin):
         self.kv._steps += 1
 
     def count_fed(self) -> None:
-        """Count one more token fed while shapes are fixed; outside of the step, which may be a graph."""
+        """Count one more token fed while shapes are fixed: outside of the step, which may be a graph."""
         self.fed += 1
         self.kv._steps += 1
 

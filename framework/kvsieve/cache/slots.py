@@ -27,8 +27,9 @@ class Like(enum.Enum):
 
 KEYS = Like.KEYS  # the type of the keys
 Number = torch.dtype | Like
-# A column or summary holds one number (its type), or a vector (type, size); size "D" is the head size. A
-# summary's size "S" is that of the tensor `[B, K, S]` written last: 0 at first, and after every prompt.
+# A column or summary holds one number (its type), or a vector (type, size); size "D" is the head size,
+# "D/2" half of it. A summary's size "S" is that of the tensor `[B, K, S]` written last: 0 at first, and after
+# every prompt.
 Shape = Number | tuple[Number, "int | str"]
 
 
@@ -368,5 +369,5 @@ def _dtype_and_size(shape: Shape, keys: torch.Tensor) -> tuple[torch.dtype, tupl
     number, *sizes = shape if isinstance(shape, tuple) else (shape,)
     dtype = keys.dtype if isinstance(number, Like) else number
     assert isinstance(dtype, torch.dtype)
-    letters = {"D": keys.shape[-1], "S": 0}
+    letters = {"D": keys.shape[-1], "D/2": keys.shape[-1] // 2, "S": 0}
     return dtype, tuple(letters[size] if isinstance(size, str) else size for size in sizes)

@@ -214,17 +214,25 @@ def running_mean(
 
 
 # -------------------------------------------------------------------- vectors that stand for keys
-def vector_scores(query: torch.Tensor, vectors: torch.Tensor, kv: KVView) -> torch.Tensor:
+def vector_scores(
+    query: torch.Tensor, vectors: torch.Tensor, kv: KVView, counts: torch.Tensor | None = None
+) -> torch.Tensor:
     """Approximate logits `[B, K, G, T]` float32: `query [B, K, G, r]` times `vectors [B, K, T, r]`.
 
-    Scaled and soft-capped as the model does; dead slots get -inf. Counts nothing: whoever took the vectors
+    Scaled and soft-capped as the model does; dead slots get -inf. The vectors may be of chosen slots, S of
+    them: then all but the first `counts [B, K]` get -inf. Counts nothing: whoever took the vectors
     from a column has paid for them.
     """
     run, scoring = implementation(query.device), kv._scoring
     scores = run.channel_scores(
-        query, vectors, kv.lengths, _every_channel(query), scale=scoring.scale, softcap=scoring.softcap
+        query,
+        vectors,
+        kv.lengths if counts is None else counts,
+        _every_channel(query),
+        scale=scoring.scale,
+        softcap=scoring.softcap,
     )
-    return cast(torch.Tensor, scores[..., : kv.slots_in_use])
+    return cast(torch.Tensor, scores[..., : vectors.shape[2]])
 
 
 def top_by_vectors(

@@ -1,0 +1,94 @@
+"""Twilight: of the tokens another policy selects, read the fewest that hold p of the attention.
+
+arXiv:2502.02770.
+
+The one idea: a fixed number of tokens is too many for a peaked attention and too few for a flat one. So
+estimate the weights of the selected tokens with keys in 4 bits, and read the smallest set whose weights sum
+to p.
+
+Paper and code differ. The authors' kernel searches its threshold between 0 and the weight of token 0, which
+it takes for the sink: where another token dominates it keeps more than the smallest set, and where token 0
+was not selected it prunes nothing. This is the paper's rule.
+
+Deviations: a query group reads one set: the union of its heads' smallest sets, or the smallest set of their
+mean weights. A tail of `inner` (SparQ's mean value) stays as `inner` weighs it: the tokens pruned here are
+left out. On a CPU the tokens pruned are fetched all the same, because shapes do not depend on data; a GPU's
+kernels stop at the count.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from kvsieve import Column, KVView, NewTokens, Policy, Selection, UserError, Wrapper, ops
+
+from .four_bits import exact, packed, quantised, unpacked
+
+
+@dataclass(frozen=True)
+class Twilight(Wrapper):
+    """Reads the fewest of `inner`'s tokens that hold `p` of the estimated attention."""
+
+    inner: Policy
+    p: float = 0.85  # share of the attention weight
+    bits: Literal[4] = 4  # of the estimate's keys
+    group_score: Literal["union", "mean"] = "union"  # how a query group agrees
+
+    name: ClassVar[str] = "twilight"
+    paper: ClassVar[str] = "arXiv:2502.02770"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise UserError(f"twilight.p must be above 0 and at most 1, not {self.p}")
+        if self.bits != 4:
+            raise UserError(f"twilight.bits must be 4, not {self.bits}")
+        if self.group_score not in ("union", "mean"):
+            raise UserError(f"twilight.group_score must be 'union' or 'mean', not {self.group_score!r}")
+        if self.inner.keeps is not None:
+            raise UserError(
+                f"twilight.inner is {self.inner.name}, which drops tokens: give a policy that keeps all, "
+                "such as dense, quest or sparq"
+            )
+
+    @property
+    def own_columns(self) -> Mapping[str, Column]:
+        return {"codes": (torch.uint8, "D/2"), "range": (torch.float32, 2)}
+
+    def check(self, head_size: int) -> None:
+        super().check(head_size)
+        if head_size % 2:
+            raise UserError(f"twilight packs two numbers in a byte: heads of {head_size} channels are odd")
+
+    def on_append(self, kv: KVView, new: NewTokens) -> None:
+        super().on_append(kv, new)
+        codes, span = quantised(new.keys)
+        kv.write(self.own("codes"), new, packed(codes))
+        kv.write(self.own("range"), new, span)
+
+    def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
+        selection = super().select(query, kv)
+        codes, span = self.own("codes"), self.own("range")
+        if selection is None:
+            slots = torch.arange(kv.slots_in_use, device=query.device).expand(*kv.lengths.shape, -1)
+            selection = Selection(slots, kv.lengths)
+            keys = exact(unpacked(kv[codes]), kv[span])
+        else:
+            slots, counts = selection.slots, selection.counts
+            keys = exact(unpacked(kv.at(codes, slots, counts)), kv.at(span, slots, counts))
+        needed = self._needed(query, keys, kv, selection.counts)
+        order = (~needed).to(torch.uint8).argsort(dim=2, stable=True)
+        return selection._replace(slots=selection.slots.gather(2, order), counts=needed.sum(2))
+
+    def _needed(
+        self, query: torch.Tensor, keys: torch.Tensor, kv: KVView, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """`[B, K, S]` bool: which of the first `counts [B, K]` of `keys [B, K, S, D]` must be read."""
+        weights = ops.slot_weights(ops.vector_scores(query.float(), keys, kv, counts), kv)
+        if self.group_score == "mean":
+            weights = weights.mean(2, keepdim=True)
+        ordered, order = weights.sort(-1, descending=True)
+        missing = ordered.cumsum(-1) - ordered < self.p  # those before do not reach p
+        needed = torch.zeros_like(missing).scatter(-1, order, missing).any(2)
+        return needed & (torch.arange(keys.shape[2], device=keys.device) < counts[..., None])
