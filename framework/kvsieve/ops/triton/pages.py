@@ -20,7 +20,7 @@ def widen_bounds(
     """`reference.widen_bounds`, one program for each page that the new keys can touch."""
     rows, heads, new, size = keys.shape
     columns = triton.next_power_of_2(size)
-    tokens = min(triton.next_power_of_2(min(page, new)), max(1, _TILE // columns))
+    tokens = min(triton.next_power_of_2(min(page, new)), max(1, _TILE // 2 // columns))
     _widen_bounds[(rows * heads, triton.cdiv(new - 1, page) + 1)](
         low=low,
         **strides("low", low, "row head page channel"),
@@ -39,6 +39,7 @@ def widen_bounds(
         COLUMNS=columns,
         TOKENS=tokens,
         num_warps=1 if tokens * columns <= 256 else 4,
+        num_stages=1,
     )
 
 
