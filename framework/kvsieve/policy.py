@@ -234,6 +234,10 @@ class Policy:
     def check_model(self, model: PreTrainedModel) -> None:
         """Raise UserError if these parameters are for another model: asked when a cache is made for one."""
 
+    def files(self) -> Mapping[str, str]:
+        """Return the files that it reads, by parameter; their contents are part of a result's id."""
+        return {}
+
     def spec(self) -> dict[str, Any]:
         """Return `{name: parameters}`, plain data from which specs.make_policy makes an equal policy."""
 

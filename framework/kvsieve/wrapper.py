@@ -122,6 +122,9 @@ class Wrapper(Policy):
         inner = self.inner.in_layout(layout)
         return None if inner is None else dataclasses.replace(self, inner=inner)  # type: ignore[call-arg]
 
+    def files(self) -> Mapping[str, str]:
+        return {f"inner.{name}": path for name, path in self.inner.files().items()}
+
     def check(self, head_size: int) -> None:
         self.inner.check(head_size)
 

@@ -68,6 +68,9 @@ class DoubleSparsity(Policy):
             )
         calibration.read(self.calibration)
 
+    def files(self) -> Mapping[str, str]:
+        return {"calibration": self.calibration} if self.calibration else {}
+
     def check_model(self, model: PreTrainedModel) -> None:
         calibration.read(self.calibration).check(model)
 

@@ -53,6 +53,9 @@ class Loki(Policy):
             raise UserError(f"loki.r is {self.r}, but this model's heads have {head_size} channels")
         calibration.read(self.calibration)
 
+    def files(self) -> Mapping[str, str]:
+        return {"calibration": self.calibration} if self.calibration else {}
+
     def check_model(self, model: PreTrainedModel) -> None:
         calibration.read(self.calibration).check(model)
 

@@ -174,3 +174,18 @@ def test_another_tokenizer_is_another_protocol(load, model, monkeypatch):
     monkeypatch.setattr(type(model.tokenizer), "special_tokens_map", {"bos_token": "x"})
     changed = identity.differences(before, identity.shared_fields(load(CONFIG), model))
     assert [line.partition(" (")[0] for line in changed] == ["model configuration", "tokenizer"]
+
+
+def test_another_calibration_under_the_same_name_is_another_policy(tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    policy = kvsieve.make_policy("loki", calibration=str(path), r=4, k=8)
+    wrapped = kvsieve.make_policy("twilight", inner=policy)
+    found = []
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        found.append(
+            [identity.fields(Needle(), some, {})["files of the policy"] for some in (policy, wrapped)]
+        )
+    assert [list(files) for files in found[0]] == [["calibration"], ["inner.calibration"]]
+    assert all(one != two for one, two in zip(*found, strict=True))
+    assert identity.fields(Needle(), kvsieve.make_policy("sparq"), {})["files of the policy"] == {}

@@ -60,6 +60,7 @@ def fields(task: Task, policy: Policy, shared: Fields) -> Fields:
         "code of the task": code.class_files(type(task)),
         "policy": policy.spec(),
         "code of the policy": code.class_files(*_policy_classes(policy)),
+        "files of the policy": {name: _file_hash(path) for name, path in policy.files().items()},
     }
 
 
@@ -138,6 +139,15 @@ def _version(package: str) -> str | None:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def _file_hash(path: str) -> str | None:
+    """Sixteen hexadecimal digits of a file's bytes; None where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError:
+        return None
 
 
 def _short(value: Any) -> str:
