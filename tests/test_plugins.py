@@ -148,6 +148,7 @@ def test_a_plugin_that_fails_after_registering_is_taken_out_whole(install):
 
 
 def test_ctrl_c_is_the_users_and_is_not_swallowed(install):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     install(
         "slow_to_import",
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(10**6): pass",

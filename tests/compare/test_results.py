@@ -19,6 +19,7 @@ from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "benchmarks" / "results" / "quickstart"
+OLD_RUN = ROOT / "tests" / "data" / "run_0_1_0"
 
 
 def entry(cell, policy="dense", samples=16, task="needle", context=512, **values):
@@ -184,7 +185,7 @@ def test_a_csv_that_is_none_is_a_message(tmp_path, line, message):
 def old_run(tmp_path):
     """A run folder of version 0.1.0, as it stood in the repository: without cells.json."""
     for name in ("samples.jsonl", "config.yaml", "environment.json"):
-        shutil.copy(QUICKSTART / name, tmp_path / name)
+        shutil.copy(OLD_RUN / name, tmp_path / name)
     return tmp_path
 
 
@@ -233,10 +234,12 @@ def test_a_cells_json_of_version_0_1_0_keeps_its_order_and_its_failures(old_run)
     assert "no luck" in (old_run / "summary.md").read_text()
 
 
-def test_the_committed_summaries_are_those_of_their_samples(old_run):
-    summary.write(old_run)
+def test_the_committed_summaries_are_those_of_their_samples(tmp_path):
+    for name in ("samples.jsonl", "cells.json"):
+        shutil.copy(QUICKSTART / name, tmp_path / name)
+    summary.write(tmp_path)
     for name in ("summary.csv", "summary.md"):
-        assert (old_run / name).read_text() == (QUICKSTART / name).read_text()
+        assert (tmp_path / name).read_text() == (QUICKSTART / name).read_text()
 
 
 @pytest.mark.parametrize(
@@ -288,9 +291,10 @@ def shown(rows, width):
     return console.export_text()
 
 
-@pytest.fixture(scope="module")
-def quickstart():
-    return results.read_csv(QUICKSTART / "summary.csv")
+@pytest.fixture
+def quickstart(old_run):
+    summary.write(old_run)
+    return results.read_csv(old_run / "summary.csv")
 
 
 def test_the_terminal_shows_policies_by_tasks_first(quickstart):
