@@ -155,9 +155,7 @@ class LayerCache(CacheLayerMixin):
             self.drop_beyond_budget()
 
     def drop_beyond_budget(self) -> None:
-        """Keep the slots of the last `cut`; without one those with the highest priority of each row and KV
-        head, as many as the policy keeps.
-        """
+        """Drop what does not stay: all but the last `cut`, or all but the best `keeps` by priority."""
         keeps, slots = self.policy.keeps, self.slots
         self.must_drop = False
         if self.pending_cut is not None:

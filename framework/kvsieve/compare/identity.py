@@ -142,7 +142,9 @@ def _hash(text: str) -> str:
 
 
 def _file_hash(path: str) -> str | None:
-    """Sixteen hexadecimal digits of a file's bytes; None where it cannot be read."""
+    """Sixteen hexadecimal digits of a regular file's bytes; None where there is none to be read."""
+    if not Path(path).is_file():  # a pipe would wait for its writer, a device never ends
+        return None
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
