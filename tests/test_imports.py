@@ -80,7 +80,7 @@ ORDER = [
     "policy",
     "wrapper",
     "contract",
-    "cache.layer cache.windows cache.kv_cache",
+    "cache.layer cache.watch cache.windows cache.kv_cache",
     "attention",
     "hf",
     "graph",

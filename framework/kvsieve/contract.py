@@ -140,6 +140,11 @@ def check_declarations(policy: Policy) -> None:
                 )
             _check_shape(policy, what, name, shape)
     _check_overwriting(policy)
+    if policy.positions is Positions.CACHE and policy.keeps is not None and policy.overwrites:
+        raise UserError(
+            f"policy {policy.name}: positions = Positions.CACHE needs `overwrites = False`: overwriting a "
+            "token would move the places of all that came after it, at every step"
+        )
     if both := policy.columns.keys() & policy.summaries.keys():
         raise UserError(
             f"policy {policy.name}: {sorted(both)} is both a column and a summary; choose another name"
@@ -290,14 +295,20 @@ def checked_cut(answer: Any, policy: Policy, layer: int, slots: Slots) -> Cut | 
     )
     counts, live = stays.sum(2), slots.live()
     dead, empty = (stays & ~live).any(2), (counts == 0) & (lengths > 0)
-    found = torch.stack([counts.max(), (live & ~stays).any(), dead.any(), empty.any()])
-    most, drops, chose_dead, chose_none = found.tolist()
+    uneven = counts != counts[:, :1]
+    found = torch.stack([counts.max(), (live & ~stays).any(), dead.any(), empty.any(), uneven.any()])
+    most, drops, chose_dead, chose_none, differ = found.tolist()
     if chose_dead:
         b, k, t = (stays & ~live).nonzero()[0].tolist()
         raise UserError(f"{who} keeps slot {t} in row {b}, KV head {k}, which holds no token")
     if chose_none:
         b, k = empty.nonzero()[0].tolist()
         raise UserError(f"{who} keeps nothing in row {b}, KV head {k}; every head keeps a slot at least")
+    if differ and policy.positions is Positions.CACHE:
+        raise UserError(
+            f"{who} keeps {counts[uneven.any(1)][0].tolist()} slots in the KV heads of a row; places in the "
+            "cache (Positions.CACHE) are those of all heads: keep as many in each"
+        )
     if policy.keeps is not None and most > policy.keeps:
         b, k = (counts > policy.keeps).nonzero()[0].tolist()
         raise UserError(

@@ -57,6 +57,10 @@ class Positions(enum.Enum):
 
     # Those that tokens have in their row's text.
     TEXT = "text"
+    # Places among the tokens that are held: where some are dropped, the cache turns the keys of those behind
+    # them once, and the model goes on at the next place. Needs a model with rotary embeddings, and every row
+    # to hold as many tokens in all layers and heads; nothing is overwritten.
+    CACHE = "cache"
     # Its own: it turns keys or queries by `kv.turned`, and so needs a model with rotary embeddings.
     OWN = "own"
 

@@ -16,6 +16,7 @@ from ..policy import Policy, Positions
 from .layer import LayerCache
 from .rotary import rotary_of
 from .slots import Checkpoint
+from .watch import watch
 from .windows import WindowLayer
 
 ATTENTION = "kvsieve"  # our name among transformers' attention implementations
@@ -68,7 +69,10 @@ class KVCache(Cache):
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             layer.model_heads = heads if isinstance(heads, int) else None
             if layer.policy.positions is not Positions.TEXT:
-                layer.kv._rotary = rotary_of(model, layer.index, layer.policy.name)
+                layer.turn_by(rotary_of(model, layer.index, layer.policy.name))
+        if any(layer.policy.positions is Positions.CACHE for layer in self.policy_layers):
+            self._check_places(model)
+            watch(self, model)
 
     @functools.cached_property
     def policy_layers(self) -> list[LayerCache]:
@@ -151,6 +155,40 @@ class KVCache(Cache):
         """
         for layer in self._told:
             layer.prompt_end = columns
+
+    def places_of(self, real: torch.Tensor) -> torch.Tensor:
+        """The places `[B, Q]` in the cache that the `real [B, Q]` new tokens of a forward will have.
+
+        Raises:
+            UserError: the layers hold different numbers of tokens.
+        """
+        ahead = real.cumsum(1) - 1
+        layer, *others = self.policy_layers
+        if not layer.is_initialized:
+            return ahead.clamp(min=0)
+        if different := [other for other in others if other.slots.used != layer.slots.used]:
+            raise UserError(
+                f"policy {self.policy.name} holds {layer.slots.used} tokens in layer {layer.index} and "
+                f"{different[0].slots.used} in layer {different[0].index}; places in the cache "
+                "(Positions.CACHE) are those of all layers: keep as many in each"
+            )
+        return (layer.kv.lengths[:, :1].to(real.device) + ahead).clamp(min=0)
+
+    def _check_places(self, model: PreTrainedModel) -> None:
+        """Raise UserError if some layers do not count positions within the cache."""
+        name = self.policy.name
+        if any(isinstance(layer, WindowLayer) for layer in self.layers):
+            raise UserError(
+                f"policy {name} counts positions within the cache, and {type(model).__name__} has layers "
+                "with a sliding window, which keep those of the text: use a policy that does so too"
+            )
+        texts = [layer for layer in self.policy_layers if layer.policy.positions is not Positions.CACHE]
+        if texts:
+            raise UserError(
+                f"policy {name} counts positions within the cache in some layers, and in layer "
+                f"{texts[0].index} (policy {texts[0].policy.name}) those of the text: a model has one "
+                "position for a token; give all layers policies that count alike"
+            )
 
     def fix_shapes(self, tokens: int) -> None:
         """Make room for `tokens` a row in every layer, once: decode steps then have constant shapes."""

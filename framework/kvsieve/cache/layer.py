@@ -10,9 +10,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .. import contract, processes, transfer
 from ..errors import UserError
-from ..policy import Policy
+from ..policy import Policy, Positions
 from .forward import Forward, kind_of_forward
 from .kv import KVView, NewTokens, Scoring, Static
+from .rotary import Rotary
 from .slots import Slots
 from .traffic import Traffic
 
@@ -70,6 +71,13 @@ class LayerCache(CacheLayerMixin):
     @scoring.setter
     def scoring(self, scoring: Scoring) -> None:
         self.kv._scoring = scoring
+
+    def turn_by(self, rotary: Rotary) -> None:
+        """Take the rotary embedding of the model's layer, for a policy whose positions are not the text's."""
+        if self.policy.positions is Positions.CACHE:
+            self.slots.rotary = rotary
+        else:
+            self.kv._rotary = rotary
 
     def begin_step(self, valid: torch.Tensor | None) -> None:
         """A decode step begins; counted if a meter measures. `valid [B, 1]` False: that row has ended."""

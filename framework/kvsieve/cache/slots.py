@@ -17,6 +17,7 @@ import torch
 from .. import ops
 from . import layouts
 from .layouts import KeyLayout
+from .rotary import Rotary
 
 
 class Like(enum.Enum):
@@ -92,6 +93,7 @@ class Slots:
         self.summaries: dict[str, torch.Tensor] = {}  # [B, K, ...]
         self.used = 0  # no live slot at or above it; known without asking the device
         self.fixed = False  # shapes are constant from now on: `used` stands at the capacity
+        self.rotary: Rotary | None = None  # if keys are rotated by their slot: they turn as they move
 
     # ---------------------------------------------------------------- allocate
     def allocate(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
@@ -309,6 +311,14 @@ class Slots:
             self._stores = home
         self.lengths.clamp_(max=count)
         self.used = count
+        if self.rotary is not None:
+            self._turn_moved(self.rotary, slots)
+
+    def _turn_moved(self, rotary: Rotary, before: torch.Tensor) -> None:
+        """Turn the keys that stood in slots `before [B, K, n]` to the slots where they are now."""
+        now = torch.arange(before.shape[2], device=before.device).expand_as(before)
+        by = (now - before).masked_fill(before < 0, 0)
+        self.write_keys(rotary.turned(self.at("keys", now), by), now.masked_fill(by == 0, -1))
 
     def _resized(self, capacity: int) -> dict[str, torch.Tensor]:
         return {

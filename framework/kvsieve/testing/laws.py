@@ -17,13 +17,14 @@ from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
 from ..cache.rotary import Rotary
 from ..errors import UserError
-from ..policy import Policy
-from .rollout import Inputs
+from ..policy import Policy, Positions
+from .rollout import Inputs, one_step
 from .rollout import rollout as plain_rollout
 from .spy import Spy
 from .waits import FindsWaits
 
 _THETA = 10_000.0  # random keys may as well be rotated ones
+_ROTARY = Rotary.of_theta(_THETA, 16)
 rollout = functools.partial(plain_rollout, rope_theta=_THETA)
 
 
@@ -31,7 +32,7 @@ def _layer(policy: Policy) -> LayerCache:
     """An empty layer for `Inputs.random()`, without rollout."""
     layer = LayerCache(policy)
     layer.scoring = Scoring(0.25)
-    layer.kv._rotary = Rotary.of_theta(_THETA, 16)
+    layer.turn_by(_ROTARY)
     return layer
 
 
@@ -96,8 +97,13 @@ def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
                 assert len(held) == min(int(inputs.lengths[b]), most), f"{policy} holds {len(held)} tokens"
             else:
                 assert held == chosen[b][k], f"{policy} holds {held}, but its cut chose {chosen[b][k]}"
-            keys = kv.keys[b, k, : len(held)]
-            assert torch.equal(keys, inputs.keys[b, k, held]), f"{policy}: tokens have other tokens' keys"
+            keys, own = kv.keys[b, k, : len(held)], inputs.keys[b, k, held]
+            if policy.positions is Positions.CACHE:
+                # Turned forth to their places; turned back, they are what they were.
+                back = _ROTARY.turned(keys, torch.tensor(held) - torch.arange(len(held)))
+                _same(back, own, f"{policy}: keys are not those of their tokens at their places")
+            else:
+                assert torch.equal(keys, own), f"{policy}: tokens have other tokens' keys"
         largest = int(kv.lengths.max())
         assert layer.slots.capacity == largest, f"{policy} has storage for {layer.slots.capacity} tokens"
 
@@ -141,8 +147,9 @@ def padding_side_does_not_matter(tight: Policy, loose: Policy) -> None:
     valid = torch.arange(prompt) >= torch.tensor(shifts)[:, None]
     layer.update(left(inputs.keys), left(inputs.values))
     prefill(layer, left(inputs.prefill_queries).unflatten(1, (2, 2)), valid)
-    layer.update(inputs.keys[:, :, prompt : prompt + 1], inputs.values[:, :, prompt : prompt + 1])
-    output = decode_step(layer, inputs.step_queries[:, :, 0].unflatten(1, (2, 2))).flatten(1, 2)
+    new = slice(prompt, prompt + 1)
+    token = inputs.step_queries[:, :, 0], inputs.keys[:, :, new], inputs.values[:, :, new]
+    output = one_step(layer, *token, _ROTARY).flatten(1, 2)
     _same(output, rollout(tight, *inputs)[:, :, 0], f"{tight} depends on the side of the padding")
 
 

@@ -57,10 +57,11 @@ def rollout(
         prefill_queries = step_queries.new_zeros(rows, heads, prompt, size)
     layer = layer or LayerCache(policy)
     layer.scoring = Scoring(size**-0.5 if scale is None else scale)
+    rotary = None if rope_theta is None else Rotary.of_theta(rope_theta, size)
     if policy.positions is not Positions.TEXT:
-        if rope_theta is None:
+        if rotary is None:
             raise UserError(f"{policy.name} turns queries or keys: give the rope_theta they are rotated with")
-        layer.kv._rotary = Rotary.of_theta(rope_theta, size)
+        layer.turn_by(rotary)
     valid = None
     if lengths is not None:
         valid = torch.arange(prompt, device=keys.device) < lengths.to(keys.device)[:, None]
@@ -77,9 +78,23 @@ def rollout(
     outputs = []
     for step in range(steps):
         at = slice(prompt + step, prompt + step + 1)
-        layer.update(keys[:, :, at], values[:, :, at])
-        outputs.append(decode_step(layer, grouped(step_queries[:, :, step])))
+        outputs.append(one_step(layer, step_queries[:, :, step], keys[:, :, at], values[:, :, at], rotary))
     return torch.stack(outputs, 3).flatten(1, 2)
+
+
+def one_step(
+    layer: LayerCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotary: Rotary | None
+) -> torch.Tensor:
+    """One decode step `[B, K, G, D]`: `query [B, H, D]`, `key`, `value [B, K, 1, D]` of a row's next token.
+
+    They come rotated at its position in the text. A model has it at its place, where the policy counts so.
+    """
+    if layer.policy.positions is Positions.CACHE:
+        assert rotary is not None
+        by = (layer.kv.lengths[:, 0] - layer.kv.seen)[:, None]
+        key, query = rotary.turned(key, by[..., None]).to(key), rotary.turned(query, by).to(query)
+    layer.update(key, value)
+    return decode_step(layer, query.unflatten(1, (key.shape[1], -1)))
 
 
 class Inputs(NamedTuple):
