@@ -14,6 +14,7 @@ import torch
 
 import kvsieve
 from kvsieve import (
+    Far,
     KeyLayout,
     KVCache,
     Observe,
@@ -137,14 +138,15 @@ def test_helpers_of_a_policy_may_have_names_of_their_own():
 
 
 # -------------------------------------------------------------------- answers
-def chosen(slots=None, counts=None, tail=None):
-    """A policy that answers with the first slot, or with what is given in place of it."""
+def chosen(slots=None, counts=None, tail=None, far=None):
+    """A policy that answers with the first slots, or with what is given in place of them."""
 
     def select(self, query, kv):
         some = torch.zeros(*kv.lengths.shape, 2, dtype=torch.int64) + torch.arange(2)
         answer = some if slots is None else slots(some, kv)
         count = torch.full_like(kv.lengths, 2) if counts is None else counts(kv)
-        return Selection(answer, count, None if tail is None else tail(query))
+        beyond = None if far is None else far(some[..., :1] + 2, kv, query)
+        return Selection(answer, count, None if tail is None else tail(query), beyond)
 
     return policy(select=select)
 
@@ -173,6 +175,18 @@ SHAPES = [
     (chosen(counts=lambda kv: kv.lengths.float()), "counts is float32, expected int64 or int32"),
     (chosen(tail=lambda q: Tail(q[..., 0].double(), q[:, :, 0])), "tail.weight is float64, expected float32"),
     (chosen(tail=lambda q: Tail(q[:, :, :, 0], q)), r"tail.value has the shape .* expected \[B, K, D\]"),
+    (
+        chosen(far=lambda slots, kv, q: Far(slots[0], kv.lengths, q)),
+        r"far.slots has the shape \[2, 1\], expected \[B, K, F\] = \[3, 2, F\]",
+    ),
+    (
+        chosen(far=lambda slots, kv, q: Far(slots, kv.lengths.float(), q)),
+        "far.counts is float32, expected int64 or int32",
+    ),
+    (
+        chosen(far=lambda slots, kv, q: Far(slots, kv.lengths, q.double())),
+        "far.query is float64, expected float32",
+    ),
     (
         ranked(lambda kv: kv.positions[:, 0].float()),
         r"priority has the shape \[3, 40\], expected \[B, K, T\]",
@@ -206,6 +220,22 @@ VALUES = [
         "tail.weight goes from 2 to 2, expected 0 to 1",
     ),
     (chosen(tail=lambda q: Tail(q[..., 0] * 0, q[:, :, 0] / 0)), "tail.value is not finite"),
+    (
+        chosen(far=lambda slots, kv, q: Far(slots - 1, kv.lengths * 0 + 1, q)),
+        "chose slot 1 twice in row 0, KV head 0",
+    ),
+    (
+        chosen(far=lambda slots, kv, q: Far(slots + 8, kv.lengths * 0 + 1, q)),
+        "chose slot 10 in row 2, KV head 0, whose live slots are 0 to 3",
+    ),
+    (
+        chosen(far=lambda slots, kv, q: Far(slots, kv.lengths * 0 + 2, q)),
+        "counts 2 slots in row 0, KV head 0, expected 0 to F = 1",
+    ),
+    (
+        chosen(far=lambda slots, kv, q: Far(slots, kv.lengths * 0 + 1, q / 0)),
+        "far.query is not finite",
+    ),
     (ranked(lambda kv: kv.positions * torch.nan), "priority is NaN in row 0, KV head 0, slot 0"),
 ]
 

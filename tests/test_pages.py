@@ -149,6 +149,57 @@ def test_at_gives_what_stands_there(layout):
         layer.kv.at("mean", slots, counts)
 
 
+@dataclass(frozen=True)
+class OfHeads(Policy):
+    """A number per token and query head, and a vector for each head and page."""
+
+    name: ClassVar[str] = "of_heads"
+    columns = {"weight": (torch.float32, "G"), "vectors": Paged((KEYS, "GD"), 8)}
+    summaries = {"last": (torch.float32, "GD")}
+
+
+def test_columns_may_be_as_large_as_the_group():
+    inputs, layer = Inputs.random((30,)), LayerCache(OfHeads())
+    rollout(OfHeads(), *inputs, layer=layer)
+    assert layer.kv["weight"].shape == (1, 2, 36, 2)
+    assert layer.kv["vectors"].shape == (1, 2, 5, 32)
+    assert layer.kv["last"].shape == (1, 2, 32)
+    cache = KVCache(model := tiny_llama(), OfHeads())
+    list(kvsieve.decode(model, random_prompts(9), OfHeads(), max_new_tokens=2, cache=cache))
+    assert cache.policy_layers[0].kv["weight"].shape[-1] == 2
+    with pytest.raises(UserError, match="does not say how many query heads share a KV head"):
+        LayerCache(OfHeads()).update(inputs.keys, inputs.values)
+
+
+@pytest.mark.parametrize("name", ["weight", "vectors"])
+def test_entries_are_replaced_and_added_to_where_a_policy_says(name):
+    inputs, layer = Inputs.random((30, 11)), LayerCache(OfHeads())
+    rollout(OfHeads(), *inputs, layer=layer)
+    kv, entries = layer.kv, torch.tensor([[[2, -1, 0], [1, 2, -5]]]).repeat(2, 1, 1)
+    kv[name] = torch.ones_like(kv[name])
+    size = kv[name].shape[3]
+    new = torch.arange(2 * 2 * 3 * size).float().view(2, 2, 3, size) + 7
+    wanted, written = kv[name].clone(), {"write_at": 0, "add_at": 1}
+    for how, before in written.items():
+        for b, k, i in torch.cartesian_prod(*map(torch.arange, (2, 2, 3))).tolist():
+            if entries[b, k, i] >= 0:
+                wanted[b, k, entries[b, k, i]] = new[b, k, i] + before * wanted[b, k, entries[b, k, i]]
+        with transfer.measure() as meter:
+            kv._traffic.begin(meter, None)
+            getattr(kv, how)(name, entries, new)
+            kv._traffic.begin(None, None)
+        assert torch.equal(kv[name], wanted)
+        numbers = 2 * 4 * size * 4  # rows, entries that are one, float32
+        assert (meter.read, meter.written) == (before * numbers, numbers)
+    kv._traffic.begin(None, torch.tensor([False, True]))  # the first row has ended
+    kv.write_at(name, entries, new)
+    kv.add_at(name, entries, new)
+    assert torch.equal(kv[name][0], wanted[0])
+    assert torch.equal(kv[name][1, 0, 2], 2 * new[1, 0, 0])
+    with pytest.raises(UserError, match="unknown column 'last'"):
+        kv.write_at("last", entries, new)
+
+
 def test_one_number_per_token_is_read_in_part_too():
     @dataclass(frozen=True)
     class Norms(Policy):

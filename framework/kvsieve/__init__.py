@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cache.layouts import KeyLayout
     from .hf.models import load, prepare
     from .loop import decode
-    from .policy import KEYS, Column, Observe, Paged, Policy, Positions, Selection, Shape, Tail
+    from .policy import KEYS, Column, Far, Observe, Paged, Policy, Positions, Selection, Shape, Tail
     from .scoring import score
     from .specs import make_policy
     from .wrapper import Wrapper
@@ -34,7 +34,18 @@ _FROM = {
     "cache.layouts": ["KeyLayout"],
     "hf.models": ["load", "prepare"],
     "loop": ["decode"],
-    "policy": ["KEYS", "Column", "Observe", "Paged", "Policy", "Positions", "Selection", "Shape", "Tail"],
+    "policy": [
+        "KEYS",
+        "Column",
+        "Far",
+        "Observe",
+        "Paged",
+        "Policy",
+        "Positions",
+        "Selection",
+        "Shape",
+        "Tail",
+    ],
     "scoring": ["score"],
     "specs": ["make_policy"],
     "wrapper": ["Wrapper"],
@@ -45,6 +56,7 @@ _MODULES = ["calibration", "corpus", "ops", "plugins", "testing", "transfer"]
 __all__ = [
     "KEYS",
     "Column",
+    "Far",
     "KVCache",
     "KVView",
     "KeyLayout",

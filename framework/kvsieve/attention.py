@@ -36,7 +36,13 @@ def decode_step(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | No
     answer = policy.select(query, kv)
     selection = contract.checked_selection(answer, policy, layer.index, layer.slots, query)
     policy.on_select(kv, selection)
-    output, mass = ops.attend(query, kv, selection, want_mass=policy.observes is not Observe.NONE)
+    output, mass = ops.attend(
+        query,
+        kv,
+        selection,
+        want_mass=policy.observes is not Observe.NONE,
+        by_head=policy.observes is Observe.HEADS,
+    )
     if mass is not None:
         policy.on_attend(kv, mass)
     layer.end_step()
@@ -68,7 +74,8 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
         starts,
         counts,
         fresh=slots.used == query.shape[3],
-        want_mass=policy.observes is Observe.MASS,
+        want_mass=policy.observes in (Observe.MASS, Observe.HEADS),
+        by_head=policy.observes is Observe.HEADS,
         **layer.scoring._asdict(),
     )
     if mass is not None:

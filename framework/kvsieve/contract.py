@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .cache.layouts import KeyLayout
-from .cache.slots import RESERVED, Like, Paged, Slots
+from .cache.slots import RESERVED, SIZES, Like, Paged, Slots
 from .errors import UserError
 from .policy import Observe, Policy, Positions, Selection
 from .wrapper import Wrapper
@@ -177,7 +177,7 @@ def _check_shape(policy: Policy, what: str, name: str, shape: Any) -> None:
     if not _is_shape(shape.shape if paged else shape):
         raise UserError(
             f"{where} must be a torch.dtype or KEYS, or (torch.dtype or KEYS, size) with a size of 1 or "
-            f'more, or "D" or "D/2", not {shape!r}'
+            f"more, or {', '.join(map(repr, SIZES))}, not {shape!r}"
         )
     if not paged:
         return
@@ -205,7 +205,7 @@ def _is_shape(shape: Any) -> bool:
     if not isinstance(shape[0], torch.dtype | Like):
         return False
     size = shape[1]
-    return size in ("D", "D/2") or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
+    return size in SIZES or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
 
 
 # -------------------------------------------------------------------- answers
@@ -250,6 +250,12 @@ def checked_selection(
         weight, value = answer.tail
         _check_tensor(f"{who}, tail.weight", weight, (b, k, g), "[B, K, G]", (torch.float32,), device)
         _check_tensor(f"{who}, tail.value", value, (b, k, d), "[B, K, D]", _FLOATING, device)
+    if answer.far is not None:
+        far = answer.far
+        _check_tensor(f"{who}, far.slots", far.slots, (b, k, None), "[B, K, F]", (torch.int64,), device)
+        _check_tensor(f"{who}, far.counts", far.counts, (b, k), "[B, K]", (torch.int64, torch.int32), device)
+        shape = tuple(query.shape)
+        _check_tensor(f"{who}, far.query", far.query, shape, "[B, K, G, D]", (query.dtype,), device)
     if _switch.strict:
         _check_chosen(who, answer, slots)
     return answer
@@ -335,7 +341,7 @@ def _check_tensor(
         n is None or n == m for n, m in zip(shape, found.shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("S" if n is None else str(n) for n in shape)
+        wanted = ", ".join(letters[-2] if n is None else str(n) for n in shape)
         raise UserError(f"{who} has the shape {list(found.shape)}, expected {letters} = [{wanted}]")
     if found.dtype not in dtypes:
         legal = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -347,21 +353,27 @@ def _check_tensor(
 
 def _check_chosen(who: str, answer: Selection, slots: Slots) -> None:
     """Raise UserError for slots that hold no token or are chosen twice, and for counts beyond them."""
-    chosen, counts, lengths = answer.slots, answer.counts, slots.lengths
-    for b in range(counts.shape[0]):
-        for k in range(counts.shape[1]):
-            where = f"in row {b}, KV head {k}"
-            count, length = int(counts[b, k]), int(lengths[b, k])
-            if not 0 <= count <= chosen.shape[2]:
-                raise UserError(f"{who} counts {count} slots {where}, expected 0 to S = {chosen.shape[2]}")
-            taken = chosen[b, k, :count].tolist()
+    lengths, parts = slots.lengths, [("S", answer.slots, answer.counts)]
+    if answer.far is not None:
+        parts.append(("F", answer.far.slots, answer.far.counts))
+    for b in range(lengths.shape[0]):
+        for k in range(lengths.shape[1]):
+            where, taken = f"in row {b}, KV head {k}", []
+            for letter, chosen, counts in parts:
+                count, most = int(counts[b, k]), chosen.shape[2]
+                if not 0 <= count <= most:
+                    raise UserError(f"{who} counts {count} slots {where}, expected 0 to {letter} = {most}")
+                taken += chosen[b, k, :count].tolist()
+            length = int(lengths[b, k])
             if wrong := [slot for slot in taken if not 0 <= slot < length]:
                 raise UserError(
                     f"{who} chose slot {wrong[0]} {where}, whose live slots are 0 to {length - 1}"
                 )
-            if len(set(taken)) < count:
+            if len(set(taken)) < len(taken):
                 twice = next(slot for slot in taken if taken.count(slot) > 1)
                 raise UserError(f"{who} chose slot {twice} twice {where}; each is read at most once")
+    if answer.far is not None and not bool(answer.far.query.isfinite().all()):
+        raise UserError(f"{who}, far.query is not finite")
     if answer.tail is not None:
         weight, value = answer.tail
         if not bool(((weight >= 0) & (weight <= 1)).all()):

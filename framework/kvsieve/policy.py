@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from .cache.kv import KVView, NewTokens
 
-__all__ = ["KEYS", "Column", "Observe", "Paged", "Policy", "Positions", "Selection", "Shape", "Tail"]
+__all__ = ["KEYS", "Column", "Far", "Observe", "Paged", "Policy", "Positions", "Selection", "Shape", "Tail"]
 
 
 class Observe(enum.Enum):
@@ -50,6 +50,8 @@ class Observe(enum.Enum):
     MASS = "mass"
     # The same, of decode steps alone: a prompt is read without computing it.
     STEP_MASS = "step mass"
+    # Per slot and query head, `[B, K, G, T]`: summed over queries, not averaged over the group.
+    HEADS = "heads"
 
 
 class Positions(enum.Enum):
@@ -72,12 +74,24 @@ class Tail(NamedTuple):
     value: torch.Tensor  # [B, K, D]
 
 
+class Far(NamedTuple):
+    """More slots to read at this step, by another query: the step's own at another position, say.
+
+    One softmax weighs them together with those of the selection.
+    """
+
+    slots: torch.Tensor  # [B, K, F], int64; the first `counts` of them are read, none is of the selection's
+    counts: torch.Tensor  # [B, K], integer, at most F
+    query: torch.Tensor  # [B, K, G, D], of the type of the step's query
+
+
 class Selection(NamedTuple):
     """The slots to read at this step. A group of query heads reads one set."""
 
     slots: torch.Tensor  # [B, K, S], int64; the first `counts` of them are read, each at most once
     counts: torch.Tensor  # [B, K], integer, at most S
     tail: Tail | None = None
+    far: Far | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +218,9 @@ class Policy:
         """`select` has answered at this step. May write columns and summaries, for the next steps to find."""
 
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
-        """Attention has read; `mass [B, K, T]` float32 is what each slot received. May write columns."""
+        """Attention has read; `mass [B, K, T]` float32 is what each slot received; of `Observe.HEADS`,
+        `[B, K, G, T]`. May write columns.
+        """
 
     def on_prefill(self, kv: KVView) -> None:
         """The prompt is complete in this layer, nothing is dropped yet. May write columns and summaries.

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from kvsieve import KVView, Policy, Selection, Shape, Tail, UserError, Wrapper
+from kvsieve import KVView, Policy, Positions, Selection, Shape, Tail, UserError, Wrapper
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Refresh(Wrapper):
             raise UserError(
                 f"refresh.inner is {self.inner.name}, which drops tokens and does not search at every step: "
                 "give a policy that keeps all and reads a part, such as sparq or quest"
+            )
+        if self.inner.positions is not Positions.TEXT:
+            raise UserError(
+                f"refresh.inner is {self.inner.name}, which turns queries or keys at every step: give one "
+                "that leaves them as they are, such as sparq or quest"
             )
 
     @property
@@ -70,7 +75,7 @@ class Refresh(Wrapper):
             return
         self.inner.on_select(kv, selection)
         nothing = kv.lengths.new_zeros(*kv.lengths.shape, 0)
-        slots, counts, tail = selection or (nothing, nothing.sum(2), None)
+        slots, counts, tail, _ = selection or Selection(nothing, nothing.sum(2))
         kv[self.own("slots")], kv[self.own("counts")], kv[self.own("searched")] = slots, counts, kv.lengths
         kv[self.own("tail_weight")], kv[self.own("tail_value")] = tail or (nothing, nothing)
 

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kvsieve import Column, KVView, NewTokens, Policy, Selection, UserError, Wrapper, ops
+from kvsieve import Column, KVView, NewTokens, Policy, Positions, Selection, UserError, Wrapper, ops
 
 from .four_bits import exact, packed, quantised, unpacked
 
@@ -50,6 +50,11 @@ class Twilight(Wrapper):
             raise UserError(
                 f"twilight.inner is {self.inner.name}, which drops tokens: give a policy that keeps all, "
                 "such as dense, quest or sparq"
+            )
+        if self.inner.positions is not Positions.TEXT:
+            raise UserError(
+                f"twilight.inner is {self.inner.name}, which turns queries or keys, so that weights cannot "
+                "be estimated: give one that leaves them as they are, such as dense, quest or sparq"
             )
 
     @property

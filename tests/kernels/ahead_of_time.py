@@ -59,11 +59,23 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
         "attend chosen, blocked": lambda: ops.attend(
             query, blocked, values, lengths, **gemma, **chosen, **tail
         ),
+        "attend far": lambda: ops.attend(
+            query,
+            *kv,
+            scale=0.1,
+            **chosen,
+            far=(chosen["slots"], lengths, query),
+            want_mass=True,
+            by_head=True,
+        ),
         **selecting_calls(query, keys, blocked, lengths),
         **storing_calls(keys, blocked, lengths, counts),
         "window weights": lambda: ops.window_weights(prompt, keys, lengths, counts, **gemma),
         **paging_calls(query, keys, lengths, counts),
         "prefill": lambda: ops.prefill(prompt, *kv, counts, fresh=False, want_mass=True, **gemma),
+        "prefill, mass by head": lambda: ops.prefill(
+            prompt, *kv, counts, fresh=False, want_mass=True, by_head=True, **gemma
+        ),
     }
 
 

@@ -77,7 +77,7 @@ class PolicyStep:
         keys, values = tokens.keys, tokens.values
         context, size = keys.shape[2:]
         self.layer = LayerCache(policy, capacity=context + ROOM)
-        self.layer.scoring = Scoring(size**-0.5)
+        self.layer.scoring, self.layer.group = Scoring(size**-0.5), tokens.query.shape[2]
         fill(self.layer, keys[:, :, : context - 1], values[:, :, : context - 1])
         self.new = keys[:, :, context - 1 :].contiguous(), values[:, :, context - 1 :].contiguous()
         self.query = tokens.query

@@ -32,7 +32,7 @@ def cache_bytes(policy: Policy, batch: int, context: int, heads: Heads, dtype: t
     slots = min(context, policy.keeps or context)
     one = torch.empty(1, 1, 1, heads.size, dtype=dtype, device="meta")
     storage = Slots(policy.key_layout, policy.columns, {})
-    storage.allocate(one, one, slots)
+    storage.allocate(one, one, slots, heads.group)
     return (storage.memory() + slots * torch.int64.itemsize) * batch * heads.kv
 
 

@@ -267,6 +267,33 @@ class KVView:
         if name in self._versions:
             self._versions[name] = found._version
 
+    def write_at(self, name: str, slots: torch.Tensor, entries: torch.Tensor) -> None:
+        """Replace the entries of a column in `slots [B, K, S]` by `entries [B, K, S, ...]`; below 0: none.
+
+        Of a paged column, `slots` are pages. Counted as a write of those that are replaced.
+        """
+        self._count_written_at(name, slots)
+        self._slots.write_column(name, entries, slots, self._traffic.active)
+
+    def add_at(self, name: str, slots: torch.Tensor, amounts: torch.Tensor) -> None:
+        """Add `amounts [B, K, S, ...]` to the entries of a column in `slots [B, K, S]`; below 0: nothing.
+
+        Of a paged column, `slots` are pages. Counted as a read and a write of those that are changed.
+        """
+        column, entries = self._count_written_at(name, slots)
+        self._traffic.read_part(name, entries, column[0, 0, 0].numel(), column.dtype)
+        self._slots.add_to_column(name, amounts, slots, self._traffic.active)
+
+    def _count_written_at(self, name: str, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The column, and how many of its entries `[B, K]` are written."""
+        slots_ = self._slots
+        if name not in slots_.columns:
+            raise UserError(unknown("column", name, slots_.columns))
+        column, entries = slots_.column(name), (slots >= 0).sum(2)
+        self._traffic.written("columns", entries, column[0, 0, 0].numel(), column.dtype)
+        self._count_change(name)
+        return column, entries
+
     def _count_changes(self) -> None:
         """Count columns and summaries that were changed in place since they were handed out.
 

@@ -68,6 +68,7 @@ class KVCache(Cache):
             layer.policy.check_model(model)
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             layer.model_heads = heads if isinstance(heads, int) else None
+            layer.group = layer.model_heads and config.num_attention_heads // layer.model_heads
             if layer.policy.positions is not Positions.TEXT:
                 layer.turn_by(rotary_of(model, layer.index, layer.policy.name))
         if any(layer.policy.positions is Positions.CACHE for layer in self.policy_layers):

@@ -60,6 +60,7 @@ class LayerCache(CacheLayerMixin):
         self.pending_cut: contract.Cut | None = None  # who stays, where the policy said it by slots
         self.lends = False  # other layers attend to these slots too (gemma3n): drop tokens when all have
         self.model_heads: int | None = None  # KV heads of the layer in all processes, where that is known
+        self.group: int | None = None  # query heads per KV head, where that is known
         self.counts_steps = True  # in a model one layer counts them for all
 
     # ---------------------------------------------------------------- a forward
@@ -236,7 +237,10 @@ class LayerCache(CacheLayerMixin):
         new = key_states.shape[2]
         keeps_all = self.policy.keeps is None
         self.slots.allocate(
-            key_states, value_states, max(new, self.asked_capacity or 0) if keeps_all else new
+            key_states,
+            value_states,
+            max(new, self.asked_capacity or 0) if keeps_all else new,
+            self.group,
         )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv._static = Static(self._bound(key_states), self.traffic)

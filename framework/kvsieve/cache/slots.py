@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .. import ops
+from ..errors import UserError
 from . import layouts
 from .layouts import KeyLayout
 from .rotary import Rotary
@@ -28,10 +29,11 @@ class Like(enum.Enum):
 
 KEYS = Like.KEYS  # the type of the keys
 Number = torch.dtype | Like
-# A column or summary holds one number (its type), or a vector (type, size); size "D" is the head size,
-# "D/2" half of it. A summary's size "S" is that of the tensor `[B, K, S]` written last: 0 at first, and after
-# every prompt.
+# A column or summary holds one number (its type), or a vector (type, size); size "D" is the head size, "D/2"
+# half of it, "G" the number of query heads per KV head, "GD" D for each of them. A summary's size "S" is that
+# of the tensor `[B, K, S]` written last: 0 at first, and after every prompt.
 Shape = Number | tuple[Number, "int | str"]
+SIZES = ("D", "D/2", "G", "GD")
 
 
 class Paged(NamedTuple):
@@ -96,10 +98,15 @@ class Slots:
         self.rotary: Rotary | None = None  # if keys are rotated by their slot: they turn as they move
 
     # ---------------------------------------------------------------- allocate
-    def allocate(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
+    def allocate(
+        self, keys: torch.Tensor, values: torch.Tensor, capacity: int, group: int | None = None
+    ) -> None:
         """Make empty storage with room for `capacity` tokens a row.
 
-        Keys and values will be like these, `[B, K, Q, D]`.
+        Keys and values will be like these, `[B, K, Q, D]`; `group` query heads share a KV head.
+
+        Raises:
+            UserError: a column or summary is as large as the group, which is not known.
         """
         rows, heads, _, size = keys.shape
         self.dtype, self.device, self.head_size = keys.dtype, keys.device, size
@@ -118,10 +125,10 @@ class Slots:
             stores[VALUES] = zeros(rows, heads, capacity, values.shape[3], dtype=values.dtype)
             stores[POSITIONS] = zeros(rows, heads, capacity, dtype=torch.int64)
             for name, shape in self._column_shapes.items():
-                dtype, extra = _dtype_and_size(shape, keys)
+                dtype, extra = _dtype_and_size(shape, keys, group)
                 stores[name] = zeros(rows, heads, self.entries(name, capacity), *extra, dtype=dtype)
             for name, shape in self._summary_shapes.items():
-                dtype, extra = _dtype_and_size(shape, keys)
+                dtype, extra = _dtype_and_size(shape, keys, group)
                 self.summaries[name] = zeros(rows, heads, *extra, dtype=dtype)
         self._stores, self._home = stores, {}
 
@@ -233,9 +240,21 @@ class Slots:
     def write_column(
         self, name: str, column: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
     ) -> None:
-        """Put `column [B, K, Q, ...]` into `slots [B, K, Q]`."""
+        """Put `column [B, K, Q, ...]` into `slots [B, K, Q]`, its pages if paged."""
         store = self._stores[name]
         ops.implementation(store.device).append(store, column.to(store.dtype), slots, active)
+
+    def add_to_column(
+        self, name: str, amounts: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
+    ) -> None:
+        """Add `amounts [B, K, S, ...]` to what stands in `slots [B, K, S]`; slots below 0: nowhere."""
+        store, added = self._stores[name], slots >= 0
+        if active is not None:
+            added = added & active[:, None, None]
+        extra = [1] * (store.dim() - 3)
+        amounts = amounts.to(store.dtype).masked_fill(~added.view(*added.shape, *extra), 0)
+        index = slots.clamp(min=0).view(*slots.shape, *extra).expand(amounts.shape)
+        store.scatter_add_(2, index, amounts)
 
     def replace_summary(self, name: str, new: torch.Tensor) -> None:
         """Hold `new [B, K, S]` as a summary of free size."""
@@ -374,10 +393,15 @@ class Slots:
         self.seen.copy_(checkpoint.seen)
 
 
-def _dtype_and_size(shape: Shape, keys: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+def _dtype_and_size(
+    shape: Shape, keys: torch.Tensor, group: int | None
+) -> tuple[torch.dtype, tuple[int, ...]]:
     """The type and the size of a vector, or no size of a number, where keys are like these `[..., D]`."""
     number, *sizes = shape if isinstance(shape, tuple) else (shape,)
     dtype = keys.dtype if isinstance(number, Like) else number
     assert isinstance(dtype, torch.dtype)
-    letters = {"D": keys.shape[-1], "D/2": keys.shape[-1] // 2, "S": 0}
+    if group is None and {"G", "GD"} & {*sizes}:
+        raise UserError("a column of size G: this model does not say how many query heads share a KV head")
+    size, group = keys.shape[-1], group or 0
+    letters = {"D": size, "D/2": size // 2, "G": group, "GD": group * size, "S": 0}
     return dtype, tuple(letters[size] if isinstance(size, str) else size for size in sizes)

@@ -80,20 +80,28 @@ def implementation(device: torch.device) -> ModuleType:
 
 
 def attend(
-    query: torch.Tensor, kv: KVView, selection: Selection | None = None, want_mass: bool = False
+    query: torch.Tensor,
+    kv: KVView,
+    selection: Selection | None = None,
+    want_mass: bool = False,
+    by_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of `query [B, K, G, D]` over the selection, or over every live slot.
 
     Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]` float32 that each slot received,
-    averaged over the group. Reads `2 * D` numbers per slot read and KV head.
+    averaged over the group, or `[B, K, G, T]` `by_head`. Reads `2 * D` numbers per slot read and KV head.
     """
     run, slots, scoring = implementation(query.device), kv._slots, kv._scoring._asdict()
     read = slots.lengths if selection is None else selection.counts
     kv._traffic.read("keys", read, slots.head_size, slots.dtype)
     kv._traffic.read("values", read, slots.head_size, slots.dtype)
+    mass = {"want_mass": want_mass, "by_head": by_head}
     if selection is None:
-        return run.attend(query, slots.keys, slots.values, slots.lengths, want_mass=want_mass, **scoring)
+        return run.attend(query, slots.keys, slots.values, slots.lengths, **mass, **scoring)
     weight, value = selection.tail or (None, None)
+    if selection.far is not None:
+        kv._traffic.read("keys", selection.far.counts, slots.head_size, slots.dtype)
+        kv._traffic.read("values", selection.far.counts, slots.head_size, slots.dtype)
     return run.attend(
         query,
         slots.keys,
@@ -103,7 +111,8 @@ def attend(
         counts=selection.counts,
         tail_weight=weight,
         tail_value=value,
-        want_mass=want_mass,
+        far=selection.far,
+        **mass,
         **scoring,
     )
 

@@ -96,7 +96,9 @@ def attend(
     counts: torch.Tensor | None = None,
     tail_weight: torch.Tensor | None = None,
     tail_value: torch.Tensor | None = None,
+    far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
+    by_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`reference.attend`, but over all slots dead ones must be finite.
 
@@ -114,16 +116,16 @@ def attend(
             output, weights = blend(query, keys, values, live, scale, softcap, sinks)
     else:
         assert counts is not None
-        slots, live = readable(slots, counts, lengths)
+        slots, live = readable(slots, counts, lengths, far)
         # In float32, because most CPUs multiply 16-bit numbers one by one.
         keys, values = _at(keys, slots).float(), _at(values, slots).float()
         _zero_where_not(live.int().neg_()[..., None], values)
-        output, weights = blend(query.float(), keys, values, live, scale, softcap, sinks)
+        output, weights = blend(query.float(), keys, values, live, scale, softcap, sinks, far)
     if tail_weight is not None:
         assert tail_value is not None
         output = with_tail(output, tail_weight, tail_value)
     output = output.to(query.dtype)
-    return output, mass_by_slot(weights, slots, size) if want_mass else None
+    return output, mass_by_slot(weights, slots, size, by_head) if want_mass else None
 
 
 def append(

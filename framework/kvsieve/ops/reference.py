@@ -54,13 +54,17 @@ def attend(
     counts: torch.Tensor | None = None,
     tail_weight: torch.Tensor | None = None,
     tail_value: torch.Tensor | None = None,
+    far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
+    by_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query token over all live slots, or over the first `counts` of `slots [B, K, S]`.
 
     `query [B, K, G, D]`; `keys`, `values [B, K, T, D]`; `sinks [K, G]`: a logit per head that takes weight
-    and gives no value. Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]`: mean weight
-    over the group. Without a slot to read, the output before the tail is zero.
+    and gives no value. `far`: more slots `[B, K, F]`, how many of them are read `[B, K]`, and the query `[B,
+    K, G, D]` that reads them, weighed in the same softmax. Returns the output `[B, K, G, D]` and, if wanted,
+    the mass `[B, K, T]`: mean weight over the group, or `[B, K, G, T]` `by_head`. Without a slot to read, the
+    output before the tail is zero.
     """
     size = values.shape[2]
     if slots is None:
@@ -68,14 +72,14 @@ def attend(
         live = below(lengths, size)
     else:
         assert counts is not None
-        slots, live = readable(slots, counts, lengths)
+        slots, live = readable(slots, counts, lengths, far)
         keys, values = keys[places(keys, slots)], values[places(values, slots)]
     values = values.masked_fill(~live[..., None], 0)  # 0 * NaN is NaN
-    output, weights = blend(query, keys, values, live, scale, softcap, sinks)
+    output, weights = blend(query, keys, values, live, scale, softcap, sinks, far)
     if tail_weight is not None:
         assert tail_value is not None
         output = with_tail(output, tail_weight, tail_value)
-    return output, mass_by_slot(weights, slots, size) if want_mass else None
+    return output, mass_by_slot(weights, slots, size, by_head) if want_mass else None
 
 
 def prefill(
@@ -90,14 +94,15 @@ def prefill(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     want_mass: bool = False,
+    by_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense causal attention of Q new tokens: token i of a row sees slots up to its own, `starts + i`.
 
     `query [B, K, G, Q, D]`; `keys`, `values [B, K, T, D]`, the new tokens in them; `starts [B, K]`: slots in
     use before; `counts [B]`: how many of the Q are real, the rest follow them. `fresh`: all starts are zero,
     T = Q, and what follows the real tokens is finite. Returns the output `[B, K, G, Q, D]`, zero where not
-    real, and, if wanted, the mass `[B, K, T]` summed over the real queries. Works in blocks of queries:
-    no T x T matrix.
+    real, and, if wanted, the mass `[B, K, T]` summed over the real queries, `[B, K, G, T]` `by_head`. Works
+    in blocks of queries: no T x T matrix.
     """
     (rows, heads, group, new, size), total = query.shape, keys.shape[2]
     real = torch.arange(new, device=query.device) < counts[:, None]
@@ -109,7 +114,10 @@ def prefill(
         output = output.view(query.shape)
         return output.masked_fill(~real[:, None, None, :, None], 0), None
     output = torch.empty_like(query)
-    mass = query.new_zeros(rows, heads, total, dtype=torch.float32) if want_mass else None
+    mass = None
+    if want_mass:
+        each = (rows, heads, group, total) if by_head else (rows, heads, total)
+        mass = query.new_zeros(each, dtype=torch.float32)
     values = values.masked_fill(~below(starts + counts[:, None], total)[..., None], 0)  # 0 * NaN is NaN
     step = max(1, _PREFILL_BLOCK // (rows * heads * group * total))
     for first in range(0, new, step):
@@ -124,7 +132,7 @@ def prefill(
         blended = torch.matmul(weights.to(values.dtype).flatten(2, 3), values[:, :, :reach])
         output[:, :, :, block] = blended.unflatten(2, (group, -1))
         if mass is not None:
-            mass[:, :, :reach] += weights.mean(2).sum(2)
+            mass[..., :reach] += weights.sum(3) if by_head else weights.mean(2).sum(2)
     return output, mass
 
 
@@ -375,10 +383,16 @@ def slots_of_pages(
 
 
 def readable(
-    slots: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor
+    slots: torch.Tensor,
+    counts: torch.Tensor,
+    lengths: torch.Tensor,
+    far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slots `[B, K, S]`, 0 where not read, and a mask of those read: live, and before the count."""
-    live = below(counts, slots.shape[2]) & (slots >= 0) & (slots < lengths[..., None])
+    """The slots `[B, K, S + F]`, 0 where not read, and a mask of those read: live, and before their count."""
+    real = below(counts, slots.shape[2])
+    if far is not None:
+        slots, real = torch.cat([slots, far[0]], 2), torch.cat([real, below(far[1], far[0].shape[2])], 2)
+    live = real & (slots >= 0) & (slots < lengths[..., None])
     return slots * live, live
 
 
@@ -417,12 +431,20 @@ def blend(
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of `query [B, K, G, D]` over `keys, values [B, K, S, D]` where `live [B, K, S]`.
 
-    Returns the output and the weights `[B, K, G, S]`. Values must be finite where not live.
+    The last of them are those of `far`, as `readable` has put them. Returns the output and the weights
+    `[B, K, G, S]`. Values must be finite where not live.
     """
-    weights = _softmax(_logits(query, keys, scale, softcap), live[:, :, None], sinks)
+    if far is None:
+        logits = _logits(query, keys, scale, softcap)
+    else:
+        near = keys.shape[2] - far[0].shape[2]
+        parts = (query, keys[:, :, :near]), (far[2].to(query.dtype), keys[:, :, near:])
+        logits = torch.cat([_logits(q, k, scale, softcap) for q, k in parts], 3)
+    weights = _softmax(logits, live[:, :, None], sinks)
     return torch.matmul(weights.to(values.dtype), values), weights
 
 
@@ -432,12 +454,16 @@ def with_tail(output: torch.Tensor, weight: torch.Tensor, value: torch.Tensor) -
     return ((1 - weight) * output.float() + weight * value[:, :, None].float()).to(output.dtype)
 
 
-def mass_by_slot(weights: torch.Tensor, slots: torch.Tensor | None, size: int) -> torch.Tensor:
-    """The mass `[B, K, T]` from weights `[B, K, G, S]` of chosen slots `[B, K, S]`, or of all."""
-    mass = weights.mean(2)
+def mass_by_slot(weights: torch.Tensor, slots: torch.Tensor | None, size: int, by_head: bool) -> torch.Tensor:
+    """The mass `[B, K, T]`, or `[B, K, G, T]` `by_head`, from weights `[B, K, G, S]` of chosen slots `[B, K,
+    S]`, or of all.
+    """
+    mass = weights if by_head else weights.mean(2)
     if slots is None:
         return mass
-    return mass.new_zeros(*mass.shape[:2], size).scatter_add_(2, slots, mass)
+    if by_head:
+        slots = slots[:, :, None].expand(mass.shape)
+    return mass.new_zeros(*mass.shape[:-1], size).scatter_add_(-1, slots, mass)
 
 
 def _logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

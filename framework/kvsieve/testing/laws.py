@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..policy import Policy, Positions
 from .rollout import Inputs, one_step
 from .rollout import rollout as plain_rollout
-from .spy import Spy
+from .spy import Spy, parts
 from .waits import FindsWaits
 
 _THETA = 10_000.0  # random keys may as well be rotated ones
@@ -31,7 +31,7 @@ rollout = functools.partial(plain_rollout, rope_theta=_THETA)
 def _layer(policy: Policy) -> LayerCache:
     """An empty layer for `Inputs.random()`, without rollout."""
     layer = LayerCache(policy)
-    layer.scoring = Scoring(0.25)
+    layer.scoring, layer.group = Scoring(0.25), 2
     layer.turn_by(_ROTARY)
     return layer
 
@@ -66,12 +66,12 @@ def the_budget_is_respected(tight: Policy, loose: Policy) -> None:
         if selection is None:
             continue
         for b, k in _heads(lengths):
-            count = int(selection.counts[b, k])
-            chosen = selection.slots[b, k, :count].tolist()
-            assert count <= selection.slots.shape[2], (
-                f"{tight} counts {count} of {selection.slots.shape[2]} slots"
-            )
-            assert len(set(chosen)) == count, f"{tight} chose a slot twice: {chosen}"
+            chosen = []
+            for part in parts(selection):
+                count = int(part.counts[b, k])
+                assert count <= part.slots.shape[2], f"{tight} counts {count} of {part.slots.shape[2]} slots"
+                chosen += part.slots[b, k, :count].tolist()
+            assert len(set(chosen)) == len(chosen), f"{tight} chose a slot twice: {chosen}"
             assert all(0 <= slot < lengths[b, k] for slot in chosen), (
                 f"{tight} chose a slot that holds no token"
             )
@@ -171,7 +171,7 @@ def traffic_is_what_was_read(tight: Policy, loose: Policy) -> None:
         rollout(spy, *inputs)
     size = inputs.values.shape[3] * inputs.values.element_size()
     read = sum(
-        int((lengths if selection is None else selection.counts).sum())
+        int(lengths.sum()) if selection is None else sum(int(part.counts.sum()) for part in parts(selection))
         for selection, lengths in zip(spy.notes.selections, spy.notes.lengths, strict=True)
     )
     assert meter.by_kind.get("values", 0) >= read * size, f"{tight} read {read} values, the meter has fewer"

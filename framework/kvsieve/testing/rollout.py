@@ -52,11 +52,11 @@ def rollout(
             f"and the H = {heads} query heads of step_queries {list(step_queries.shape)} a multiple of K"
         )
     if prefill_queries is None:
-        if policy.observes is Observe.MASS or policy.last_queries:
+        if policy.observes in (Observe.MASS, Observe.HEADS) or policy.last_queries:
             raise UserError(f"{policy.name} observes the attention of the prompt: give prefill_queries")
         prefill_queries = step_queries.new_zeros(rows, heads, prompt, size)
     layer = layer or LayerCache(policy)
-    layer.scoring = Scoring(size**-0.5 if scale is None else scale)
+    layer.scoring, layer.group = Scoring(size**-0.5 if scale is None else scale), heads // kv_heads
     rotary = None if rope_theta is None else Rotary.of_theta(rope_theta, size)
     if policy.positions is not Positions.TEXT:
         if rotary is None:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from .. import ops
 from ..cache.kv import KVView, NewTokens
 from ..cache.layouts import KEY_STORES, by_token
-from ..policy import Policy, Selection
+from ..policy import Far, Policy, Selection
 from ..wrapper import Wrapper
 
 Answer = TypeVar("Answer")
@@ -98,7 +98,8 @@ class Spy(Wrapper):
         chosen = torch.zeros(*slots.lengths.shape, slots.used, dtype=torch.bool)
         for b in range(chosen.shape[0]):
             for k in range(chosen.shape[1]):
-                chosen[b, k, selection.slots[b, k, : int(selection.counts[b, k])]] = True
+                for part in parts(selection):
+                    chosen[b, k, part.slots[b, k, : int(part.counts[b, k])]] = True
         meter, kv._traffic.meter = kv._traffic.meter, None
         clean, _ = ops.attend(query, kv, selection)
         saved = slots.keys.clone(), slots.values.clone()
@@ -111,6 +112,11 @@ class Spy(Wrapper):
         kv._traffic.meter = meter
         if not torch.equal(clean, spoilt):
             self.notes.leaks.append("attention depends on slots outside the selection")
+
+
+def parts(selection: Selection) -> list[Selection | Far]:
+    """The slots that are read by the step's query, and those by another."""
+    return [selection] if selection.far is None else [selection, selection.far]
 
 
 def _direct(kv: KVView) -> int:

@@ -9,6 +9,7 @@ kept in base 2.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -33,7 +34,9 @@ def attend(
     counts: torch.Tensor | None = None,
     tail_weight: torch.Tensor | None = None,
     tail_value: torch.Tensor | None = None,
+    far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
+    by_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`reference.attend`. Slots that are not live, or not chosen, are never read.
 
@@ -45,8 +48,15 @@ def attend(
     """
     rows, heads, group, size = query.shape
     total, pairs = values.shape[2], rows * heads
-    many = total if slots is None else slots.shape[2]
     plan = launch.decode(size, keys.dtype, in_block(keys) > 1)
+    near, far_query = 0, None
+    if far is not None:
+        assert slots is not None
+        assert counts is not None
+        near, far_query = triton.cdiv(slots.shape[2], plan.slots) * plan.slots, far[2].contiguous()
+        slots = torch.cat([_or_none(slots, counts, near), _or_none(*far[:2], far[0].shape[2])], 2)
+        counts = counts.new_full(counts.shape, slots.shape[2])
+    many = total if slots is None else slots.shape[2]
     splits = launch.splits(pairs, many, query.device)
     aligned = triton.cdiv(many, 16) * 16  # one compiled kernel serves a growing cache
     query, lengths = query.contiguous(), lengths.contiguous()
@@ -76,6 +86,8 @@ def attend(
     }
     _attend_piece[(pairs, splits)](
         query=query,
+        far_query=far_query,
+        near=near,
         keys=keys,
         **slot_strides("key", keys),
         values=values,
@@ -103,7 +115,8 @@ def attend(
         )
     if not want_mass:
         return output, None
-    mass = (torch.empty if slots is None else torch.zeros)(rows, heads, total, **new)
+    shape = (rows, heads, group, total) if by_head else (rows, heads, total)
+    mass = (torch.empty if slots is None else torch.zeros)(shape, **new)
     _mass_from_logits[(pairs, triton.cdiv(many, _MASS_BLOCK))](
         logits=logits,
         aligned=aligned,
@@ -115,8 +128,15 @@ def attend(
         G=group,
         GROUP=triton.next_power_of_2(group),
         BLOCK=_MASS_BLOCK,
+        BY_HEAD=by_head,
     )
     return output, mass
+
+
+def _or_none(slots: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
+    """`slots [B, K, S]` as `[B, K, size]`, -1 beyond the counts: one query reads whole blocks of places."""
+    real = torch.arange(slots.shape[2], device=slots.device) < counts[..., None]
+    return F.pad(slots.where(real, -1), (0, size - slots.shape[2]), value=-1)
 
 
 @triton.jit
@@ -187,6 +207,8 @@ def _finish(
 @triton.jit(do_not_specialize=["splits"])
 def _attend_piece(
     query,  # [B, K, G, D]
+    far_query,  # the same for the places from `near` on, or None; `near` is a multiple of BLOCK
+    near,
     keys,  # [B, K, T, D] or [B, K, T/n, n, D]
     key_row,
     key_head,
@@ -232,9 +254,10 @@ def _attend_piece(
             return
     g, d, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
     real = g < G
-    q = tl.load(
-        query + (pair * G + g)[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
-    )
+    number, inside = (pair * G + g)[:, None] * D + d[None, :], real[:, None] & (d < D)[None, :]
+    q = tl.load(query + number, mask=inside, other=0.0)
+    if far_query is not None:
+        far_q = tl.load(far_query + number, mask=inside, other=0.0)
     keys += head_start(pair, KV_HEADS, key_row, key_head)
     values += head_start(pair, KV_HEADS, value_row, value_head)
     if slots is not None:
@@ -256,7 +279,10 @@ def _attend_piece(
         value = slot_start(slot, value_slot, 0, 1)
         k = tl.load(keys + key[:, None] + d[None, :] * key_channel, mask=mask, other=0.0)
         v = tl.load(values + value[:, None] + d[None, :] * value_channel, mask=mask, other=0.0)
-        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        asking = q
+        if far_query is not None:
+            asking = tl.where(first < near, q, far_q)
+        logit = tl.dot(asking, tl.trans(k), input_precision="ieee") * scale
         if softcap is not None:
             logit = capped(logit, softcap)
         logit = tl.where(live[None, :], logit * LOG2_E, float("-inf"))
@@ -333,11 +359,12 @@ def _mass_from_logits(
     lengths,
     counts,
     many,
-    mass,  # [B, K, total]; zero already if there are slots
+    mass,  # [B, K, total], or [B, K, G, total] BY_HEAD; zero already if there are slots
     total,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):
     pair, g = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -351,8 +378,12 @@ def _mass_from_logits(
     logit = tl.load(logits + head[:, None] * aligned + index[None, :], mask=mask, other=0.0)
     peak = tl.load(lse + head, mask=g < G, other=0.0)
     weight = tl.where(mask, tl.exp2(logit - peak[:, None]), 0.0)
-    mean = tl.sum(weight, 0) / G
     written = live
     if slots is None:
         written = index < many
-    tl.store(mass + pair * total + slot, mean, mask=written)
+    if BY_HEAD:
+        tl.store(
+            mass + head[:, None] * total + slot[None, :], weight, mask=(g < G)[:, None] & written[None, :]
+        )
+    else:
+        tl.store(mass + pair * total + slot, tl.sum(weight, 0) / G, mask=written)

@@ -28,6 +28,7 @@ def prefill(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     want_mass: bool = False,
+    by_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`reference.prefill`."""
     rows, heads, group, new, size = query.shape
@@ -75,10 +76,13 @@ def prefill(
     )
     if lse is None:
         return output, None
-    mass = query.new_empty(rows, heads, total, dtype=torch.float32)
-    _sum_columns[(triton.cdiv(total, plan.slots), pairs)](
+    each = (rows, heads, group, total) if by_head else (rows, heads, total)
+    mass = query.new_empty(each, dtype=torch.float32)
+    apart = group if by_head else 1
+    _sum_columns[(triton.cdiv(total, plan.slots), pairs, apart)](
         mass=mass,
         total=total,
+        APART=apart,
         **shared | {"ROWS": min(plan.rows, 64)},  # more would spill
     )
     return output, mass
@@ -199,7 +203,7 @@ def _sum_columns(
     counts,
     new,
     lse,
-    mass,  # [B, K, total]
+    mass,  # [B, K, total], or [B, K, G, total]
     total,
     scale,
     softcap,
@@ -209,8 +213,9 @@ def _sum_columns(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    APART: tl.constexpr,  # G: a program sums the rows of one head; 1: those of all
 ):
-    pair = tl.program_id(1).to(tl.int64)
+    pair, g = tl.program_id(1).to(tl.int64), tl.program_id(2)
     start, count = tl.load(starts + pair).to(tl.int32), tl.load(counts + pair // KV_HEADS).to(tl.int32)
     first_slot = tl.program_id(0) * BLOCK  # seen by the most queries first
     slot, d = first_slot + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -222,8 +227,8 @@ def _sum_columns(
 
     sums = tl.zeros([BLOCK], tl.float32)
     first_token = tl.maximum(first_slot - start, 0)  # earlier ones do not see this block
-    for first in range(first_token * G, count * G, ROWS):
-        row = first + tl.arange(0, ROWS)
+    for first in range(first_token * G // APART, count * G // APART, ROWS):
+        row = (first + tl.arange(0, ROWS)) * APART + g
         q = _rows_of_query(query, query_g, query_token, query_channel, row, count * G, d, G, D)
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if softcap is not None:
@@ -231,4 +236,4 @@ def _sum_columns(
         peak = tl.load(lse + pair * new * G + row, mask=row < count * G, other=0.0)
         visible = (slot[None, :] <= (start + row // G)[:, None]) & (row < count * G)[:, None]
         sums += tl.sum(tl.where(visible, tl.exp2(logit * LOG2_E - peak[:, None]), 0.0), 0)
-    tl.store(mass + pair * total + slot, sums / G, mask=slot < total)
+    tl.store(mass + (pair * APART + g) * total + slot, sums / (G // APART), mask=slot < total)
