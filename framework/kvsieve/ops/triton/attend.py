@@ -256,8 +256,6 @@ def _attend_piece(
     real = g < G
     number, inside = (pair * G + g)[:, None] * D + d[None, :], real[:, None] & (d < D)[None, :]
     q = tl.load(query + number, mask=inside, other=0.0)
-    if far_query is not None:
-        far_q = tl.load(far_query + number, mask=inside, other=0.0)
     keys += head_start(pair, KV_HEADS, key_row, key_head)
     values += head_start(pair, KV_HEADS, value_row, value_head)
     if slots is not None:
@@ -279,10 +277,9 @@ def _attend_piece(
         value = slot_start(slot, value_slot, 0, 1)
         k = tl.load(keys + key[:, None] + d[None, :] * key_channel, mask=mask, other=0.0)
         v = tl.load(values + value[:, None] + d[None, :] * value_channel, mask=mask, other=0.0)
-        asking = q
-        if far_query is not None:
-            asking = tl.where(first < near, q, far_q)
-        logit = tl.dot(asking, tl.trans(k), input_precision="ieee") * scale
+        if far_query is not None:  # loaded anew: two queries in registers would spill
+            q = tl.load((query if first < near else far_query) + number, mask=inside, other=0.0)
+        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if softcap is not None:
             logit = capped(logit, softcap)
         logit = tl.where(live[None, :], logit * LOG2_E, float("-inf"))
