@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .cache.layouts import KeyLayout
     from .hf.models import load, prepare
     from .loop import decode
-    from .policy import KEYS, Column, Far, Observe, Paged, Policy, Positions, Selection, Shape, Tail
+    from .policy import KEYS, Column, Far, Observe, Paged, Pass, Policy, Positions, Selection, Shape, Tail
+    from .reading import read
     from .scoring import score
     from .specs import make_policy
     from .wrapper import Wrapper
@@ -40,12 +41,14 @@ _FROM = {
         "Far",
         "Observe",
         "Paged",
+        "Pass",
         "Policy",
         "Positions",
         "Selection",
         "Shape",
         "Tail",
     ],
+    "reading": ["read"],
     "scoring": ["score"],
     "specs": ["make_policy"],
     "wrapper": ["Wrapper"],
@@ -63,6 +66,7 @@ __all__ = [
     "NewTokens",
     "Observe",
     "Paged",
+    "Pass",
     "Policy",
     "Positions",
     "Selection",
@@ -79,6 +83,7 @@ __all__ = [
     "ops",
     "plugins",
     "prepare",
+    "read",
     "score",
     "testing",
     "transfer",

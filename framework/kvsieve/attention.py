@@ -80,7 +80,7 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
     )
     if mass is not None:
         policy.on_attend(kv, mass)
-    if owner and layer.forward is not Forward.CHUNK:
+    if owner and layer.forward is Forward.PROMPT:
         layer.end_prompt()
     if order is not None:  # back to the places they came from
         index = order[:, None, None, :, None].expand(output.shape)

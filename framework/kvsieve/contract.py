@@ -14,7 +14,7 @@ import difflib
 import functools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -63,12 +63,17 @@ def check_class(cls: Any) -> None:
         if kind not in ours:
             _check_names(kind, known)
     ranks, keeps = cls.priority is not Policy.priority, cls.keeps is not Policy.keeps
-    cuts = cls.cut is not Policy.cut
-    if ranks and not keeps:
+    cuts = cls.cut is not Policy.cut or cls.cut_together is not Policy.cut_together
+    if ranks and not keeps and cls.plan is Policy.plan:
         raise UserError(
             f"{name} has `priority`, but does not declare how many tokens it `keeps`, so it would never be "
             "asked: add `keeps`, a property (or class attribute) that is the number of tokens, such as its "
-            "budget"
+            "budget; or a `plan` that makes room"
+        )
+    if (cls.cuts_together is Policy.cuts_together) != (cls.cut_together is Policy.cut_together):
+        raise UserError(
+            f"{name} has one of `cuts_together` and `cut_together`: the first declares that the second, "
+            "which answers for all layers, is to be asked"
         )
     if keeps and not (ranks or cuts):
         raise UserError(f"{name} declares how many tokens it `keeps`, but has no `priority(kv)` to rank them")
@@ -186,10 +191,12 @@ def _check_shape(policy: Policy, what: str, name: str, shape: Any) -> None:
     innermost = policy
     while isinstance(innermost, Wrapper):
         innermost = innermost.inner
-    if policy.keeps is not None or type(innermost).cut is not Policy.cut:
-        how = (
-            "chooses the slots that stay by `cut`" if policy.keeps is None else f"keeps {policy.keeps} tokens"
-        )
+    kind = type(innermost)
+    plans, cuts = kind.plan is not Policy.plan, kind.cut is not Policy.cut or policy.cuts_together
+    if policy.keeps is not None or cuts or plans:
+        how = f"keeps {policy.keeps} tokens"
+        if policy.keeps is None:
+            how = "chooses the slots that stay by `cut`" if cuts else "reads prompts by a `plan`"
         raise UserError(
             f"{where} has one entry per page of slots, and a policy that {how} cannot have that: what is "
             "dropped or overwritten would move tokens from page to page. Use a column per slot, or keep "
@@ -284,6 +291,16 @@ class Cut(NamedTuple):
     stays: torch.Tensor  # [B, K, T] bool
     most: int  # slots that stay in the head that keeps most
     drops: bool  # whether a live slot goes
+
+
+def check_answers(answers: Any, policy: Policy, layers: int) -> None:
+    """Raise UserError unless `cut_together` gave an answer for each of so many layers."""
+    if not isinstance(answers, Sequence) or len(answers) != layers:
+        count = len(answers) if isinstance(answers, Sequence) else type(answers).__name__
+        raise UserError(
+            f"policy {policy.name}: cut_together must return a list of one answer for each of the {layers} "
+            f"layers that it was given, not {count}"
+        )
 
 
 def checked_cut(answer: Any, policy: Policy, layer: int, slots: Slots) -> Cut | None:

@@ -19,6 +19,7 @@ from .cache.layer import LayerCache
 from .errors import UserError
 from .policy import Policy
 from .prompts import Prompts, check_lengths, end_tokens, pad_token, token_lists
+from .reading import Reading, Segments
 from .sampling import Given, Sampler
 
 
@@ -35,6 +36,7 @@ def decode(
     logits_processor: LogitsProcessorList | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     prefill_chunk: int | None = None,
+    segments: Segments | None = None,
     cache: KVCache | None = None,
     eager: bool = False,
 ) -> Iterator[torch.Tensor]:
@@ -54,9 +56,11 @@ def decode(
         logits_processor: transformers' processors, applied before sampling.
         eos_token_id: the tokens that end a row. None: as the model says; an empty sequence: none.
         prefill_chunk: read the prompt in pieces of this many tokens (less memory, same result).
+        segments: of each row, numbers of tokens that add up to its prompt: its context and its question,
+            say, or the turns of a conversation. Policies that read a prompt by a plan go by them.
         cache: an empty `KVCache` for this model, to look into afterwards; None makes one. It belongs to this
             decode until the last token or `cache.reset()`. One that was `reset()` keeps its storage and its
-            captured step.
+            captured step. Where `kvsieve.read` has put texts into it, the prompts continue them.
         eager: on a GPU, run every step from Python instead of capturing it as one CUDA graph. Afterwards
             `cache.eager_because` says why the steps were run from Python, or None: they were a graph.
 
@@ -72,7 +76,7 @@ def decode(
     ends = end_tokens(model, eos_token_id)
     pad = pad_token(model, ends)
     sampler = Sampler(temperature, top_k, top_p, seed, logits_processor, rows, model.device, ends, pad)
-    runner = Runner(model, rows, policy, max_new_tokens, prefill_chunk, cache)
+    runner = Runner(model, rows, policy, max_new_tokens, prefill_chunk, cache, segments)
     return Decoding(runner, sampler, eager).tokens(max_new_tokens)
 
 
@@ -166,47 +170,34 @@ class Runner:
         max_new_tokens: int,
         prefill_chunk: int | None = None,
         cache: KVCache | None = None,
+        segments: Segments | None = None,
     ) -> None:
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise UserError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}")
-        self.model, self.rows, self.chunk = model, rows, prefill_chunk
-        longest = max(map(len, rows))
-        self.room = longest + max_new_tokens
-        self.cache = cache if cache is not None else KVCache(model, policy, capacity=self.room)
-        self.cache.check_free()
+        before = None if cache is None else cache.tokens_read()
+        if before is not None:
+            _check_continuation(model, rows, before, max_new_tokens, segments)
         if cache is not None and policy is not None and cache.policy != policy:
             raise UserError(f"the cache was made for the policy {cache.policy}, not for {policy}")
-        self.cache.check_room(self.room)
-        # Left-padded: the last column is every row's last token. The cache drops the padding.
-        ids = [[0] * (longest - len(row)) + row for row in rows]
-        self.ids = torch.tensor(ids, device=model.device)
-        # [B], tokens of the prompts.
-        self.sizes = torch.tensor([len(row) for row in rows], device=model.device)
-        self.mask = torch.arange(longest, device=model.device) >= (longest - self.sizes)[:, None]
-        self.ragged = any(len(row) < longest for row in rows)
+        plans = policy or (Policy() if cache is None else cache.policy)
+        self.model, self.rows = model, rows
+        self.reading = Reading(model, rows, plans, segments, prefill_chunk, before=before)
+        needed = max(self.reading.peak, self.reading.held + max_new_tokens)
+        self.cache = cache if cache is not None else KVCache(model, policy, capacity=needed)
+        self.cache.check_free()
+        self.cache.check_room(needed + self.cache.slots_in_use())
+        self.reading.check_cache(self.cache)
+        # Token columns of the prompts, and with those that follow.
+        columns = self.cache.get_seq_length() + self.reading.columns
+        self.room = columns + max_new_tokens
+        # [B], tokens of the rows so far.
+        self.sizes = torch.tensor(self.reading.ends, device=model.device)
         # A layer that transformers manages needs the padding at every step; ours know it from the prompt on.
+        self.mask = torch.arange(columns, device=model.device) >= columns - self.sizes[:, None]
         all_ours = all(isinstance(layer, LayerCache) for layer in self.cache.layers)
-        self.tells_padding = self.ragged and not all_ours
+        self.tells_padding = not all_ours and any(end < columns for end in self.reading.ends)
 
-    @torch.no_grad()
     def prefill(self) -> torch.Tensor:
         """Feed the prompts; return the logits `[B, V]` of the first new token."""
-        total = self.ids.shape[1]
-        self.cache.expect_prompt(total)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        logits = torch.empty(0)
-        chunk = self.chunk or total
-        for first in range(0, total, chunk):
-            last = min(first + chunk, total)
-            logits = self.model(
-                input_ids=self.ids[:, first:last],
-                attention_mask=self.mask[:, :last].long() if self.ragged else None,
-                position_ids=positions[:, first:last],
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-        return logits[:, -1]
+        return self.reading.run(self.cache)
 
     @torch.no_grad()
     def run(
@@ -229,3 +220,21 @@ class Runner:
             use_cache=True,
         ).logits
         return logits[:, -1]
+
+
+def _check_continuation(
+    model: PreTrainedModel,
+    rows: list[list[int]],
+    before: list[int],
+    max_new_tokens: int,
+    segments: Segments | None,
+) -> None:
+    """Raise UserError for prompts that cannot follow what was read: tokens `before` of each row."""
+    if len(rows) != len(before):
+        raise UserError(
+            f"{len(before)} rows were read into the cache, and {len(rows)} prompts are to continue them: "
+            "call cache.batch_repeat_interleave(times) on a clone to ask several questions together"
+        )
+    if segments is not None:
+        raise UserError("what continues a text that was read has no segments: they are for kvsieve.read")
+    check_lengths(model, rows, max_new_tokens, max(before))

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -39,7 +39,19 @@ if TYPE_CHECKING:
 
     from .cache.kv import KVView, NewTokens
 
-__all__ = ["KEYS", "Column", "Far", "Observe", "Paged", "Policy", "Positions", "Selection", "Shape", "Tail"]
+__all__ = [
+    "KEYS",
+    "Column",
+    "Far",
+    "Observe",
+    "Paged",
+    "Pass",
+    "Policy",
+    "Positions",
+    "Selection",
+    "Shape",
+    "Tail",
+]
 
 
 class Observe(enum.Enum):
@@ -65,6 +77,23 @@ class Positions(enum.Enum):
     CACHE = "cache"
     # Its own: it turns keys or queries by `kv.turned`, and so needs a model with rotary embeddings.
     OWN = "own"
+
+
+class Pass(NamedTuple):
+    """One part of the reading of a prompt: see `Policy.plan`."""
+
+    first: int  # of the row's prompt, the tokens from `first` on
+    last: int  # and before `last`
+    # False: a probe. Its tokens see what is held and are observed (`kv.probing`), then taken back.
+    stays: bool = True
+    # Before it, every KV head keeps only so many slots: those with the highest priority. None: all.
+    room: int | None = None
+    # Before it, what was read counts as a complete prompt: `on_prefill`, `cut`.
+    cut: bool = False
+    # Its one token is fed as a decode step, so that `select` is asked.
+    step: bool = False
+    # Of a probe, fed before its tokens: text, token ids, or a range of the prompt's tokens.
+    before: tuple[str | range | tuple[int, ...], ...] = ()
 
 
 class Tail(NamedTuple):
@@ -146,6 +175,11 @@ class Policy:
         return Positions.TEXT
 
     @property
+    def cuts_together(self) -> bool:
+        """Whether all layers are cut by one decision, `cut_together`, instead of each at its own end."""
+        return False
+
+    @property
     def last_queries(self) -> int:
         """Number of a row's last prompt queries that are held until the prompt is complete.
 
@@ -172,6 +206,15 @@ class Policy:
         has: all, unless the model is split. Raises UserError where the data is for another model.
         """
         return {}
+
+    def plan(self, segments: Sequence[int]) -> Sequence[Pass] | None:
+        """Say how a prompt of such segments is read; None: as a whole.
+
+        `segments` are numbers of tokens: those of a row, such as its context and its question, or the turns
+        of a conversation; one, where the caller of `decode` gives none. The passes that stay are the prompt,
+        in order. The prompt is complete after the last one. Raises UserError where it needs other segments.
+        """
+        return None
 
     # ---------------------------------------------------------------- three questions
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
@@ -202,6 +245,16 @@ class Policy:
         Afterwards the cache grows, or `overwrites`.
         """
         return None
+
+    def cut_together(self, layers: Sequence[KVView]) -> Sequence[torch.Tensor | None]:
+        """As `cut`, once for all layers whose policy equals this one: an answer for each, in their order.
+
+        Asked when the last of them has read the prompt, if the policy declares `cuts_together`; until then
+        all layers hold all of it. The layers may be on several devices.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} declares `cuts_together`: cut_together(layers) must answer"
+        )
 
     # ---------------------------------------------------------------- notices
     def on_append(self, kv: KVView, new: NewTokens) -> None:

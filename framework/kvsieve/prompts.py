@@ -171,10 +171,12 @@ def _special_ids(model: PreTrainedModel, name: str) -> set[int]:
     return {int(token) for token in found if token is not None and is_id(token)}
 
 
-def check_lengths(model: PreTrainedModel, rows: list[list[int]], new_tokens: int) -> None:
-    """Raise UserError if a prompt and its new tokens need more positions than the model has."""
+def check_lengths(model: PreTrainedModel, rows: list[list[int]], new_tokens: int, before: int = 0) -> None:
+    """Raise UserError if a prompt, `before` tokens that it continues and its new tokens need more positions
+    than the model has.
+    """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(map(len, rows))
+    longest = before + max(map(len, rows))
     if limit is not None and longest + new_tokens > limit:
         raise UserError(
             f"a prompt of {longest} tokens and {new_tokens} new ones need {longest + new_tokens} positions; "

@@ -13,6 +13,7 @@ from .errors import UserError
 from .loop import Decoding, Runner
 from .policy import Policy
 from .prompts import Prompts, check_lengths, token_lists
+from .reading import Segments
 from .sampling import Given
 
 
@@ -23,6 +24,7 @@ def score(
     policy: Policy | None = None,
     *,
     prefill_chunk: int | None = None,
+    segments: Segments | None = None,
     cache: KVCache | None = None,
     eager: bool = False,
 ) -> list[torch.Tensor]:
@@ -31,13 +33,20 @@ def score(
     Returns one float32 tensor a row.
 
     The tokens are fed one at a time through the decode path, so that the policy acts on all but the first.
-    Both arguments take every form that `decode` takes.
+    Both arguments take every form that `decode` takes; `segments` are those of the prompts.
 
     Raises:
         UserError: as `decode`.
     """
     scoring = Scoring(
-        model, prompts, continuations, policy, prefill_chunk=prefill_chunk, cache=cache, eager=eager
+        model,
+        prompts,
+        continuations,
+        policy,
+        prefill_chunk=prefill_chunk,
+        segments=segments,
+        cache=cache,
+        eager=eager,
     )
     return [row.log_probabilities for row in scoring.result()]
 
@@ -67,6 +76,7 @@ class Scoring:
         policy: Policy | None = None,
         *,
         prefill_chunk: int | None = None,
+        segments: Segments | None = None,
         cache: KVCache | None = None,
         eager: bool = False,
     ) -> None:
@@ -78,7 +88,7 @@ class Scoring:
             raise UserError(f"{len(rows)} prompts, but {len(self.continuations)} continuations")
         self.steps = max(map(len, self.continuations))
         check_lengths(model, rows, self.steps - 1)  # the last token is predicted, and takes no position
-        runner = Runner(model, rows, policy, self.steps, prefill_chunk, cache)
+        runner = Runner(model, rows, policy, self.steps, prefill_chunk, cache, segments)
         self.decoding = Decoding(runner, Given(self.continuations, model.device), eager)
         self._steps = self._run()
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from .cache.layouts import KeyLayout
-from .policy import Column, Observe, Policy, Positions, Selection, Shape
+from .policy import Column, Observe, Pass, Policy, Positions, Selection, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +74,10 @@ class Wrapper(Policy):
         return self.inner.positions
 
     @property
+    def cuts_together(self) -> bool:
+        return self.inner.cuts_together
+
+    @property
     def last_queries(self) -> int:
         return self.inner.last_queries
 
@@ -90,6 +94,9 @@ class Wrapper(Policy):
     ) -> Mapping[str, torch.Tensor]:
         return self.inner.bind(layer, heads, head_size, device)
 
+    def plan(self, segments: Sequence[int]) -> Sequence[Pass] | None:
+        return self.inner.plan(segments)
+
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
         return self.inner.select(query, kv)
 
@@ -98,6 +105,9 @@ class Wrapper(Policy):
 
     def cut(self, kv: KVView) -> torch.Tensor | None:
         return self.inner.cut(kv)
+
+    def cut_together(self, layers: Sequence[KVView]) -> Sequence[torch.Tensor | None]:
+        return self.inner.cut_together(layers)
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         self.inner.on_append(kv, new)

@@ -54,7 +54,7 @@ class _Runner(loop.Runner):
 
     @torch.no_grad()
     def prefill(self) -> torch.Tensor:
-        batch, tokens = self.ids.shape
+        batch, tokens = len(self.rows), len(self.rows[0])
         for layer in self.cache.policy_layers:
             fill(layer, *_random_pair(self.model, batch, tokens))
         return torch.zeros(batch, self.model.config.vocab_size, device=self.model.device)
@@ -108,7 +108,7 @@ class OurSteps:
         """Bytes that a step reads from and writes to the caches, and those that are held."""
         self.prepare()
         with transfer.measure() as meter:
-            self.runner.run(torch.zeros_like(self.runner.ids[:, 0]), self.positions)
+            self.runner.run(torch.zeros_like(self.positions), self.positions)
         return meter.read + meter.written, self.runner.cache.memory()
 
 

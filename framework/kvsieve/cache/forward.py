@@ -8,11 +8,12 @@ class Forward(enum.Enum):
 
     CHUNK = "a piece of a prompt; more of it follows"
     PROMPT = "a whole prompt, or its last piece"
+    PROBE = "tokens that are observed, and then taken back"
     STEP = "a decode step"
 
 
 def kind_of_forward(new: int, *, held: bool, fed: int, prompt_end: int | None) -> Forward:
-    """Decide what `new` tokens a row are.
+    """Decide what `new` tokens a row are, where whoever feeds them does not say it.
 
     Args:
         held: the cache held tokens before them.

@@ -96,6 +96,10 @@ class KVView:
         self._last_queries: LastQueries | None = None  # while a prompt is read, where a policy wants them
         self._in_order = in_order  # slots stand in the order of their tokens: until one is overwritten
         self._steps = 0
+        # Of the pass of a prompt that runs, or was the last one: see reading.py.
+        self._probing = False
+        self._span: torch.Tensor | None = None
+        self._pass_starts: torch.Tensor | None = None
         self._static = Static({}, traffic)
         self._versions: dict[str, int] = {}  # of columns and summaries when they were last counted
 
@@ -148,6 +152,26 @@ class KVView:
         """`[B, K, T]` bool: slots that hold one of the row's first `n` tokens."""
         return self.live() & (self.positions < n)
 
+    # ---------------------------------------------------------------- a prompt that is read by a plan
+    @property
+    def probing(self) -> bool:
+        """Whether the forward that runs is a probe: its tokens are taken back."""
+        return self._probing
+
+    @property
+    def span(self) -> torch.Tensor:
+        """`[B, 2]` int64: `first` and `last` of the pass that runs; both 0 in a row that is not in it."""
+        assert self._span is not None, "the prompt is read without a plan"
+        return self._span
+
+    def fresh(self) -> torch.Tensor:
+        """`[B, K, T]` bool: slots of the tokens that a row's running or last pass has brought."""
+        live = self.live()
+        if self._pass_starts is None:
+            return live
+        slots = torch.arange(self.slots_in_use, device=live.device)
+        return live & (slots >= self._pass_starts[..., None])
+
     # ---------------------------------------------------------------- positions, and a prompt's end
     @property
     def scale(self) -> float:
@@ -178,6 +202,9 @@ class KVView:
         numbers = self._slots.head_size * self._slots.key_copies
         self._traffic.written("keys", written, numbers, self._slots.dtype)
         self._slots.write_keys(keys, slots, self._traffic.active)
+
+    def _end_reading(self) -> None:
+        self._probing, self._span, self._pass_starts = False, None, None
 
     def _forget_prompt(self) -> None:
         self._last_queries = None

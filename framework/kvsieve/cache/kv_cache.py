@@ -4,8 +4,9 @@ own.
 
 from __future__ import annotations
 
+import copy
 import functools
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ..errors import UserError
 from ..policy import Policy, Positions
+from .forward import Forward
 from .layer import LayerCache
 from .rotary import rotary_of
 from .slots import Checkpoint
@@ -58,6 +60,7 @@ class KVCache(Cache):
         # Why the steps of the last `decode` ran from Python; None: they were a CUDA graph.
         self.eager_because: str | None = None
         self._claim: object | None = None  # of the decode that is using this cache
+        self._read = 0  # token columns that `kvsieve.read` has put here
         super().__init__(layers=layers)
         if not self.policy_layers:
             raise UserError(_nothing_to_do(model, layers))
@@ -71,6 +74,8 @@ class KVCache(Cache):
             layer.group = layer.model_heads and config.num_attention_heads // layer.model_heads
             if layer.policy.positions is not Positions.TEXT:
                 layer.turn_by(rotary_of(model, layer.index, layer.policy.name))
+            if layer.policy.cuts_together:
+                layer.together = [each for each in self.policy_layers if each.policy == layer.policy]
         if any(layer.policy.positions is Positions.CACHE for layer in self.policy_layers):
             self._check_places(model)
             watch(self, model)
@@ -85,15 +90,56 @@ class KVCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, LayerCache | WindowLayer)]
 
     def check_free(self) -> None:
-        """Raise UserError if a decode is using the cache, or if it holds tokens."""
+        """Raise UserError if a decode is using the cache, or if it holds tokens that `kvsieve.read` has not
+        put there.
+        """
         if self._claim is not None:
             raise UserError(
                 "another decode is using this cache: let it end, call cache.reset(), or make another cache"
             )
-        if self.get_seq_length() > 0:
+        if self.get_seq_length() != self._read:
             raise UserError(
                 "the cache already holds tokens: decode needs a fresh one, or call cache.reset() first"
             )
+
+    def check_empty(self) -> None:
+        """Raise UserError if a decode is using the cache, or if it holds tokens."""
+        self.check_free()
+        if self._read:
+            raise UserError(
+                "the cache already holds what kvsieve.read has put there: call cache.reset() first"
+            )
+
+    def slots_in_use(self) -> int:
+        """The slots in use in the layer that holds most."""
+        return max(layer.slots.used for layer in self.policy_layers)
+
+    def mark_read(self) -> None:
+        """Say that the texts in the cache may be continued."""
+        self._read = self.get_seq_length()
+
+    def tokens_read(self) -> list[int] | None:
+        """The tokens of each row that `kvsieve.read` has put into the cache; None: it is empty."""
+        return self.policy_layers[0].slots.seen.tolist() if self._read else None
+
+    def clone(self) -> Self:
+        """Copy the cache with all that it holds: what is done with one does not touch the other.
+
+        So a document is read once, and every question gets a copy of what was kept of it.
+
+        Raises:
+            UserError: a decode is using the cache.
+        """
+        if self._claim is not None:
+            raise UserError("a decode is using this cache: clone it before, or when it has ended")
+        other = copy.copy(self)
+        other.captured = None
+        # These are made anew from the layers.
+        for name in ("policy_layers", "_told"):
+            other.__dict__.pop(name, None)
+        policies = {id(layer.policy): layer.policy for layer in self.policy_layers}
+        other.layers = copy.deepcopy(self.layers, policies)
+        return other
 
     def claim(self) -> object:
         """Reserve a free cache for one decode, until it is released or `reset`. Returns the claim.
@@ -123,7 +169,7 @@ class KVCache(Cache):
 
         The storage stays, and the decode step that was captured with it.
         """
-        self._claim = None
+        self._claim, self._read = None, 0
         super().reset()  # type: ignore[no-untyped-call]
 
     def update(
@@ -190,6 +236,41 @@ class KVCache(Cache):
                 f"{texts[0].index} (policy {texts[0].policy.name}) those of the text: a model has one "
                 "position for a token; give all layers policies that count alike"
             )
+
+    # ---------------------------------------------------------------- reading.py: a prompt, pass by pass
+    def expect(self, kind: Forward) -> None:
+        """Say what the next forward is; it holds until the end of the pass."""
+        for layer in self._told:
+            layer.expected = kind
+
+    def begin_pass(self, kind: Forward, rows: torch.Tensor, spans: torch.Tensor) -> None:
+        """The rows marked `[B]` begin a pass of this kind over tokens `spans [B, 2]` of their prompts."""
+        for layer in self.policy_layers:
+            layer.begin_pass(kind, rows, spans)
+
+    def end_pass(self, ragged: bool) -> None:
+        """The pass has ended: a probe is taken back. `ragged`: rows brought different numbers of tokens."""
+        for layer in self._told:
+            layer.expected = None
+        for layer in self.policy_layers:
+            layer.end_pass(ragged)
+
+    def complete_prompt(self) -> None:
+        """The prompts are complete, between two forwards: every layer decides who stays."""
+        for layer in self.policy_layers:
+            layer.end_prompt()
+        for layer in self.policy_layers:
+            if layer.must_drop:  # it lends, and nobody reads now
+                layer.drop_beyond_budget()
+
+    def end_reading(self, columns: int, leave: int) -> None:
+        """All was read but the last `leave` columns of the prompts: as if in so many columns of tokens."""
+        self._read = 0
+        for layer in self.policy_layers:
+            layer.fed = columns
+            layer.kv._end_reading()
+        if leave:
+            self.expect_prompt(columns + leave)
 
     def fix_shapes(self, tokens: int) -> None:
         """Make room for `tokens` a row in every layer, once: decode steps then have constant shapes."""

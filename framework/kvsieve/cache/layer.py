@@ -12,9 +12,9 @@ from .. import contract, processes, transfer
 from ..errors import UserError
 from ..policy import Policy, Positions
 from .forward import Forward, kind_of_forward
-from .kv import KVView, NewTokens, Scoring, Static
+from .kv import KVView, LastQueries, NewTokens, Scoring, Static
 from .rotary import Rotary
-from .slots import Slots
+from .slots import Checkpoint, Slots
 from .traffic import Traffic
 
 
@@ -24,6 +24,15 @@ class Prompt(NamedTuple):
     starts: torch.Tensor  # [B, K], the lengths before
     counts: torch.Tensor  # [B], real tokens
     order: torch.Tensor | None  # [B, Q], brings a row's real tokens to the front; None: as they came
+
+
+class BeforeProbe(NamedTuple):
+    """A layer as it was before a probe."""
+
+    fed: int
+    slots: Checkpoint
+    summaries: dict[str, torch.Tensor]
+    last_queries: LastQueries | None
 
 
 class LayerCache(CacheLayerMixin):
@@ -52,12 +61,15 @@ class LayerCache(CacheLayerMixin):
         self.asked_capacity = capacity
         self.fed = 0  # token columns so far, padding included: what transformers calls the sequence length
         self.prompt_end: int | None = None  # token columns of the prompt, where that is known
+        self.expected: Forward | None = None  # the kind of the next forward, where whoever feeds it says so
         self.forward = Forward.PROMPT  # the kind of the forward that is running
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not yet written
         self.prompt: Prompt | None = None  # the last one written, for layers that borrow these slots
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
         self.must_drop = False  # a prompt is complete, and its tokens that do not stay are still there
         self.pending_cut: contract.Cut | None = None  # who stays, where the policy said it by slots
+        self.together = [self]  # the layers that `cut_together` cuts, in their order
+        self.before_probe: BeforeProbe | None = None  # while one runs
         self.lends = False  # other layers attend to these slots too (gemma3n): drop tokens when all have
         self.model_heads: int | None = None  # KV heads of the layer in all processes, where that is known
         self.group: int | None = None  # query heads per KV head, where that is known
@@ -155,9 +167,21 @@ class LayerCache(CacheLayerMixin):
         return NewTokens(keys, values, counts, at)
 
     def end_prompt(self) -> None:
-        """The prompt is complete: tell the policy, ask it who stays, and drop the others."""
+        """The prompt is complete: tell the policy, ask it who stays, and drop the others.
+
+        Layers that are cut together wait for the last of them.
+        """
         self.policy.on_prefill(self.kv)
-        self.pending_cut = contract.checked_cut(self.policy.cut(self.kv), self.policy, self.index, self.slots)
+        if not self.policy.cuts_together:
+            self._end(self.policy.cut(self.kv))
+        elif self is self.together[-1]:
+            answers = self.policy.cut_together([layer.kv for layer in self.together])
+            contract.check_answers(answers, self.policy, len(self.together))
+            for layer, answer in zip(self.together, answers, strict=True):
+                layer._end(answer)
+
+    def _end(self, answer: torch.Tensor | None) -> None:
+        self.pending_cut = contract.checked_cut(answer, self.policy, self.index, self.slots)
         self.kv._forget_prompt()
         self.must_drop = True
         if not self.lends:
@@ -196,6 +220,46 @@ class LayerCache(CacheLayerMixin):
         answer = contract.checked_priority(self.policy.priority(self.kv), self.policy, self.index, self.slots)
         self.kv._count_changes()
         return answer
+
+    # ---------------------------------------------------------------- a prompt that is read by a plan
+    def make_way(self, rooms: torch.Tensor | None) -> None:
+        """Keep the `rooms [B]` slots with the highest priority in each row and KV head, in their order."""
+        if rooms is None or not self.is_initialized:
+            return
+        lengths = self.slots.lengths
+        counts = torch.minimum(lengths, rooms.to(lengths.device)[:, None])
+        most, drops = torch.stack([counts.max(), (counts < lengths).any()]).tolist()
+        if not drops:
+            return
+        order = self._priority().masked_fill(~self.slots.live(), -torch.inf)
+        order = order.argsort(dim=2, descending=True, stable=True)
+        among = torch.arange(self.slots.used, device=lengths.device) < counts[..., None]
+        self.slots.keep_where(torch.zeros_like(among).scatter_(2, order, among), most)
+
+    def begin_pass(self, kind: Forward, rows: torch.Tensor, spans: torch.Tensor) -> None:
+        """The rows marked `[B]` begin a pass over tokens `spans [B, 2]` of their prompts."""
+        kv, slots = self.kv, self.slots
+        kv._probing = kind is Forward.PROBE
+        if not self.is_initialized:
+            return
+        kv._span, lengths = spans.to(slots.device), slots.lengths
+        earlier = torch.zeros_like(lengths) if kv._pass_starts is None else kv._pass_starts
+        kv._pass_starts = torch.where(rows.to(slots.device)[:, None], lengths, earlier)
+        if kv._probing:
+            summaries = {name: summary.clone() for name, summary in slots.summaries.items()}
+            self.before_probe = BeforeProbe(self.fed, slots.checkpoint(), summaries, kv._last_queries)
+
+    def end_pass(self, ragged: bool) -> None:
+        """Take a probe back; `ragged`: some rows brought fewer tokens than others."""
+        slots = self.slots
+        if self.before_probe is not None:
+            before, self.before_probe = self.before_probe, None
+            self.fed, self.kv._last_queries = before.fed, before.last_queries
+            slots.restore(before.slots)
+            slots.summaries.update(before.summaries)
+        elif ragged:
+            slots.used = int(slots.lengths.max())
+        self.expected, self.kv._probing = None, False
 
     # ---------------------------------------------------------------- room
     def fix_shapes(self, tokens: int) -> None:
@@ -282,10 +346,17 @@ class LayerCache(CacheLayerMixin):
                 "first"
             )
         new = key_states.shape[2]
+        if self.expected is None and self.fed == 0 and self.policy.plan([new]) is not None:
+            raise UserError(
+                f"policy {self.policy.name} reads a prompt by a plan: call kvsieve.read(model, prompt, "
+                "cache) first, or use kvsieve.decode"
+            )
         if not self.slots.fixed:  # else whoever fixed the shapes counts, outside of the step
             self.fed += new
         held = self.slots.used > 0
-        self.forward = kind_of_forward(new, held=held, fed=self.fed, prompt_end=self.prompt_end)
+        self.forward = self.expected or kind_of_forward(
+            new, held=held, fed=self.fed, prompt_end=self.prompt_end
+        )
         if self.forward is Forward.STEP and not self.slots.fixed:
             self.kv._steps += 1
         self.incoming = (key_states, value_states)
@@ -316,7 +387,9 @@ class LayerCache(CacheLayerMixin):
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
         self.must_drop, self.pending_cut = False, None
+        self.expected, self.before_probe = None, None
         self.kv._forget_prompt()
+        self.kv._end_reading()
         self.kv._steps = 0
         if self.is_initialized:
             self.slots.reset()

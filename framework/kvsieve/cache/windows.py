@@ -19,6 +19,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         super().__init__(sliding_window=sliding_window)
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
         self.prompt_end: int | None = None  # columns of the prompt, where that is known
+        self.expected: Forward | None = None  # the kind of the next forward, where whoever feeds it says so
         self.meter: transfer.Meter | None = None
 
     def update(
@@ -27,7 +28,8 @@ class WindowLayer(DynamicSlidingWindowLayer):
         """Take the new tokens, and mark the returned keys, by which attention finds this layer."""
         held, new = self.get_seq_length() > 0, key_states.shape[2]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        kind = kind_of_forward(new, held=held, fed=self.get_seq_length(), prompt_end=self.prompt_end)
+        fed = self.get_seq_length()
+        kind = self.expected or kind_of_forward(new, held=held, fed=fed, prompt_end=self.prompt_end)
         self.meter = transfer.current() if kind is Forward.STEP else None
         ones = torch.ones(len(keys), dtype=torch.int64, device=keys.device)
         self._count("written", ones, keys, values)
@@ -36,7 +38,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.active, self.prompt_end = None, None
+        self.active, self.prompt_end, self.expected = None, None, None
 
     def count_read(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Count one attention over `keys`, `values [B, K, T, D]`; `mask [B, 1, 1, T]`: what a row sees."""
