@@ -9,7 +9,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import kvsieve
-from kvsieve import KVCache, Observe, Pass, Policy, UserError, make_policy
+from kvsieve import KVCache, Observe, Pass, Policy, Positions, UserError, make_policy
 from kvsieve.loop import Runner
 from tests.models import random_prompts, tiny_llama
 
@@ -449,3 +449,23 @@ def test_windows_read_equal_rows_by_a_plan():
     model, prompts = windowed(), random_prompts(20, 20)
     assert torch.equal(run(prompts, Planned(), model), run(prompts, None, model))
     assert torch.equal(run(PROMPTS[:1], Planned(7), model), run(PROMPTS[:1], None, model))
+
+
+@dataclass(frozen=True)
+class KeepsBestAtPlaces(KeepsBest):
+    """The same, at positions within the cache."""
+
+    name: ClassVar[str] = "keeps_best_at_places"
+    positions = Positions.CACHE
+
+
+def test_what_is_read_may_count_positions_within_the_cache():
+    """One pass of many tokens over what is held, in a clone too: as one decode of the whole text."""
+    model, policy, (context, question) = tiny_llama(), KeepsBestAtPlaces(8, room=12), random_prompts(24, 8)
+    cache = KVCache(model, policy)
+    kvsieve.read(model, [context], cache, leave=0)
+    continued = [run([question], cache=each)[0].tolist() for each in (cache.clone(), cache.clone(), cache)]
+    assert continued[0] == continued[1] == continued[2]
+    together = run(PROMPTS, policy)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        assert torch.equal(row, run([prompt], policy)[0])

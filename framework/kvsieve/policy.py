@@ -247,7 +247,7 @@ class Policy:
         return None
 
     def cut_together(self, layers: Sequence[KVView]) -> Sequence[torch.Tensor | None]:
-        """As `cut`, once for all layers whose policy equals this one: an answer for each, in their order.
+        """Answer for `cut`, once for all layers whose policy equals this one: for each, in their order.
 
         Asked when the last of them has read the prompt, if the policy declares `cuts_together`; until then
         all layers hold all of it. The layers may be on several devices.

@@ -74,7 +74,7 @@ class Stage(NamedTuple):
 
 
 class Reading:
-    """How prompts are read, decided before anything is computed.
+    """Prompts and the way they are read, decided before anything is computed.
 
     Args:
         rows: token ids, one list a row.

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
+from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
@@ -61,6 +63,7 @@ class KVCache(Cache):
         self.eager_because: str | None = None
         self._claim: object | None = None  # of the decode that is using this cache
         self._read = 0  # token columns that `kvsieve.read` has put here
+        self._watched: Callable[[], PreTrainedModel | None] = lambda: None  # the model, if it is watched
         super().__init__(layers=layers)
         if not self.policy_layers:
             raise UserError(_nothing_to_do(model, layers))
@@ -79,6 +82,7 @@ class KVCache(Cache):
         if any(layer.policy.positions is Positions.CACHE for layer in self.policy_layers):
             self._check_places(model)
             watch(self, model)
+            self._watched = weakref.ref(model)
 
     @functools.cached_property
     def policy_layers(self) -> list[LayerCache]:
@@ -139,6 +143,8 @@ class KVCache(Cache):
             other.__dict__.pop(name, None)
         policies = {id(layer.policy): layer.policy for layer in self.policy_layers}
         other.layers = copy.deepcopy(self.layers, policies)
+        if (model := self._watched()) is not None:
+            watch(other, model)
         return other
 
     def claim(self) -> object:
