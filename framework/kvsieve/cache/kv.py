@@ -161,8 +161,7 @@ class KVView:
     @property
     def span(self) -> torch.Tensor:
         """`[B, 2]` int64: `first` and `last` of the pass that runs; both 0 in a row that is not in it."""
-        assert self._span is not None, "the prompt is read without a plan"
-        return self._span
+        return self.seen.new_zeros(len(self.seen), 2) if self._span is None else self._span
 
     def fresh(self) -> torch.Tensor:
         """`[B, K, T]` bool: slots of the tokens that a row's running or last pass has brought."""
