@@ -76,6 +76,7 @@ CASES = {
         {"budget": 5, "sinks": 0, "covariance": False, "value_norm": False},
         {"budget": 64, "epsilon": 0.1},
     ),
+    "anllm": Case("anllm", {"anchors": [0]}, {"anchors": [5]}),  # the laws' ids are 0 to 4
     "double_sparsity": Case(
         "double_sparsity",
         {"calibration": CALIBRATION, "r": 4, "k": 8},

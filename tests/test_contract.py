@@ -22,6 +22,7 @@ from kvsieve import (
     Selection,
     Tail,
     UserError,
+    Wants,
     Wrapper,
     contract,
     make_policy,
@@ -420,6 +421,35 @@ def test_notes_of_the_queries_last_until_the_cut(pieces):
 def test_a_policy_that_turns_needs_a_theta_in_a_rollout():
     with pytest.raises(UserError, match="expected_attention turns queries or keys: give the rope_theta"):
         step(TIGHT["expected_attention"])
+
+
+def test_a_policy_that_wants_token_ids_gets_them_in_the_order_of_its_tokens():
+    inputs, found = Inputs.random((7, 4), steps=2), []
+    made = policy(wants=Wants.IDS, on_append=lambda self, kv, new: found.append((new.ids, new.counts)))
+    ids = torch.arange(18).view(2, 9)
+    rollout(made, *inputs, ids=ids, prefill_chunk=5)
+    got = [found_ids.tolist() for found_ids, _ in found]
+    assert got == [
+        [[0, 1, 2, 3, 4], [9, 10, 11, 12, -1]],
+        [[5, 6], [-1, -1]],
+        [[7], [16]],
+        [[8], [17]],
+    ]
+    with pytest.raises(UserError, match="wants the ids of tokens, and this forward came without them"):
+        rollout(made, *inputs)
+
+
+def test_a_mask_of_a_prompt_is_checked():
+    def sees(answer):
+        return policy(sees=lambda self, kv, new: answer)
+
+    with pytest.raises(UserError, match=r"sees has the shape \[2\], expected \[B, Q, T\] = \[3, 40, 40\]"):
+        step(sees(torch.ones(2, dtype=torch.bool)))
+    with pytest.raises(UserError, match="sees is float32, expected bool"):
+        step(sees(torch.ones(3, 40, 40)))
+    blind = sees(torch.ones(3, 40, 40, dtype=torch.bool).tril(-1))
+    with strict(), pytest.raises(UserError, match="sees: new token 0 of row 0 does not see itself"):
+        step(blind)
 
 
 def test_steps_alone_may_be_observed():

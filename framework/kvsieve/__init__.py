@@ -21,7 +21,20 @@ if TYPE_CHECKING:
     from .cache.layouts import KeyLayout
     from .hf.models import load, prepare
     from .loop import decode
-    from .policy import KEYS, Column, Far, Observe, Paged, Pass, Policy, Positions, Selection, Shape, Tail
+    from .policy import (
+        KEYS,
+        Column,
+        Far,
+        Observe,
+        Paged,
+        Pass,
+        Policy,
+        Positions,
+        Selection,
+        Shape,
+        Tail,
+        Wants,
+    )
     from .reading import read
     from .scoring import score
     from .specs import make_policy
@@ -47,6 +60,7 @@ _FROM = {
         "Selection",
         "Shape",
         "Tail",
+        "Wants",
     ],
     "reading": ["read"],
     "scoring": ["score"],
@@ -73,6 +87,7 @@ __all__ = [
     "Shape",
     "Tail",
     "UserError",
+    "Wants",
     "Wrapper",
     "calibration",
     "corpus",

@@ -58,6 +58,8 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
     if owner:
         new = layer.append_prompt(valid)
         policy.on_append(kv, new)
+        answer = policy.sees(kv, new)
+        layer.visible = contract.checked_sees(answer, policy, layer.index, layer.slots, new.slots, new.counts)
     assert layer.prompt is not None
     starts, counts, order = layer.prompt
     if order is not None:
@@ -74,6 +76,7 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
         starts,
         counts,
         fresh=slots.used == query.shape[3],
+        visible=layer.visible,
         want_mass=policy.observes in (Observe.MASS, Observe.HEADS),
         by_head=policy.observes is Observe.HEADS,
         **layer.scoring._asdict(),

@@ -22,7 +22,7 @@ import torch
 from .cache.layouts import KeyLayout
 from .cache.slots import RESERVED, SIZES, Like, Paged, Slots
 from .errors import UserError
-from .policy import Observe, Policy, Positions, Selection
+from .policy import Observe, Policy, Positions, Selection, Wants
 from .wrapper import Wrapper
 
 _HOOKS = ("on_append", "on_queries", "on_select", "on_attend", "on_prefill")
@@ -128,7 +128,12 @@ def check_declarations(policy: Policy) -> None:
     last = policy.last_queries
     if isinstance(last, bool) or not isinstance(last, int) or last < 0:
         refuse("last_queries", last, "a number of queries, 0 or more")
-    for what, kind in (("positions", Positions), ("observes", Observe), ("key_layout", KeyLayout)):
+    for what, kind in (
+        ("positions", Positions),
+        ("observes", Observe),
+        ("key_layout", KeyLayout),
+        ("wants", Wants),
+    ):
         if not isinstance(getattr(policy, what), kind):
             refuse(what, getattr(policy, what), f"a kvsieve.{kind.__name__}")
     for what in ("columns", "summaries"):
@@ -282,6 +287,28 @@ def checked_priority(answer: Any, policy: Policy, layer: int, slots: Slots) -> t
         raise UserError(
             f"{who} is NaN in row {b}, KV head {k}, slot {t}; a number is needed for every live slot"
         )
+    return found
+
+
+def checked_sees(
+    answer: Any, policy: Policy, layer: int, slots: Slots, at: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor | None:
+    """Return what `sees` answered for new tokens in slots `at [B, K, Q]`, of which `counts [B]` are real.
+
+    Raises:
+        UserError: as `checked_selection`.
+    """
+    if answer is None:
+        return None
+    who = f"policy {policy.name}, layer {layer}: sees"
+    shape = (at.shape[0], at.shape[2], slots.used)
+    found = _check_tensor(who, answer, shape, "[B, Q, T]", (torch.bool,), at.device)
+    if _switch.strict:
+        blind = ~found.gather(2, at[:, 0, :, None].clamp(max=slots.used - 1))[..., 0]
+        blind &= torch.arange(at.shape[2], device=at.device) < counts[:, None]
+        if bool(blind.any()):
+            b, q = blind.nonzero()[0].tolist()
+            raise UserError(f"{who}: new token {q} of row {b} does not see itself")
     return found
 
 

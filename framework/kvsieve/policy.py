@@ -51,6 +51,7 @@ __all__ = [
     "Selection",
     "Shape",
     "Tail",
+    "Wants",
 ]
 
 
@@ -94,6 +95,14 @@ class Pass(NamedTuple):
     step: bool = False
     # Of a probe, fed before its tokens: text, token ids, or a range of the prompt's tokens.
     before: tuple[str | range | tuple[int, ...], ...] = ()
+
+
+class Wants(enum.Flag):
+    """Things that a policy needs to know of the tokens beyond keys and values."""
+
+    NOTHING = 0
+    # Their ids: `new.ids`.
+    IDS = 1
 
 
 class Tail(NamedTuple):
@@ -180,6 +189,11 @@ class Policy:
         return False
 
     @property
+    def wants(self) -> Wants:
+        """Things that it needs to know of the tokens beyond keys and values."""
+        return Wants.NOTHING
+
+    @property
     def last_queries(self) -> int:
         """Number of a row's last prompt queries that are held until the prompt is complete.
 
@@ -216,7 +230,7 @@ class Policy:
         """
         return None
 
-    # ---------------------------------------------------------------- three questions
+    # ---------------------------------------------------------------- questions
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
         """Choose the slots to read at this decode step; None reads every live one.
 
@@ -255,6 +269,15 @@ class Policy:
         raise NotImplementedError(
             f"{type(self).__name__} declares `cuts_together`: cut_together(layers) must answer"
         )
+
+    def sees(self, kv: KVView, new: NewTokens) -> torch.Tensor | None:
+        """Choose the slots that each new token of a prompt, or of a piece of it, may see: `[B, Q, T]` bool.
+
+        None: all. Of what it answers, causal order leaves those up to the token's own, which must be among
+        them. For models that were trained with such a mask; in a decode step `select` chooses. As large as it
+        is: a long prompt is read in pieces (`prefill_chunk`). Does not modify the cache.
+        """
+        return None
 
     # ---------------------------------------------------------------- notices
     def on_append(self, kv: KVView, new: NewTokens) -> None:

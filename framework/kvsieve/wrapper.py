@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache.layouts import KeyLayout
-from .policy import Column, Observe, Pass, Policy, Positions, Selection, Shape
+from .policy import Column, Observe, Pass, Policy, Positions, Selection, Shape, Wants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,6 +78,10 @@ class Wrapper(Policy):
         return self.inner.cuts_together
 
     @property
+    def wants(self) -> Wants:
+        return self.inner.wants
+
+    @property
     def last_queries(self) -> int:
         return self.inner.last_queries
 
@@ -108,6 +112,9 @@ class Wrapper(Policy):
 
     def cut_together(self, layers: Sequence[KVView]) -> Sequence[torch.Tensor | None]:
         return self.inner.cut_together(layers)
+
+    def sees(self, kv: KVView, new: NewTokens) -> torch.Tensor | None:
+        return self.inner.sees(kv, new)
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         self.inner.on_append(kv, new)

@@ -10,6 +10,7 @@ def register_policies(register: Callable[[type], None]) -> None:
     from kvsieve import Policy
 
     from .adakv import AdaKV
+    from .anllm import AnLLM
     from .dense_layers import DenseLayers
     from .double_sparsity import DoubleSparsity
     from .expected_attention import ExpectedAttention
@@ -27,6 +28,6 @@ def register_policies(register: Callable[[type], None]) -> None:
 
     # The base class itself is dense attention: reads everything, keeps everything.
     reading = (SparQ, Quest, DoubleSparsity, Loki)
-    keeping = (H2O, LocalWindow, StreamingLLM, TOVA, SnapKV, PyramidKV, AdaKV, ExpectedAttention)
+    keeping = (H2O, LocalWindow, StreamingLLM, TOVA, SnapKV, PyramidKV, AdaKV, ExpectedAttention, AnLLM)
     for policy in (Policy, *reading, *keeping, DenseLayers, Refresh, Twilight):
         register(policy)

@@ -52,6 +52,7 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
     }
     gemma: dict[str, Any] = {"scale": 0.1, "softcap": 50.0, "sinks": zeros(K, group)}
     kv = (keys, values, lengths)
+    visible = zeros(B, Q, T, dtype=torch.bool)
     return {
         "attend all": lambda: ops.attend(query, *kv, scale=0.1),
         "attend all, mass": lambda: ops.attend(query, *kv, want_mass=True, **gemma),
@@ -75,6 +76,9 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
         "prefill": lambda: ops.prefill(prompt, *kv, counts, fresh=False, want_mass=True, **gemma),
         "prefill, mass by head": lambda: ops.prefill(
             prompt, *kv, counts, fresh=False, want_mass=True, by_head=True, **gemma
+        ),
+        "prefill, masked": lambda: ops.prefill(
+            prompt, *kv, counts, fresh=False, visible=visible, want_mass=True, **gemma
         ),
     }
 

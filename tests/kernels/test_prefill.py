@@ -70,3 +70,31 @@ def test_a_whole_prompt(dtype: torch.dtype, want_mass: bool) -> None:
     if want_mass:
         torch.testing.assert_close(mass, right_mass, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(mass.sum(-1), counts[:, None].expand(3, 2).float())
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("dtype", [F32, F16, on_gpu(BF16)])
+def test_a_mask_beyond_causal_order(dtype: torch.dtype, fresh: bool) -> None:
+    held = 0 if fresh else 2 * MANY
+    starts = torch.tensor([[held, 0], [held // 2, held]], device=DEVICE)
+    counts = torch.tensor([MANY, MANY // 2], device=DEVICE)
+    query = tokens_first(2, 2, 3, MANY, 64, dtype)
+    live, total = starts + counts[:, None], held + MANY
+    keys, values = (slots_of((2, 2, total, 64), live, dtype, seed) for seed in (1, 2))
+    if fresh:
+        keys, values = clean(keys).to(dtype), clean(values).to(dtype)
+    # Few slots, so that whole blocks are hidden; a token's own slot differs from head to head.
+    visible = normal(2, MANY, total, dtype=F32, seed=3) > 2
+    own = starts[..., None] + torch.arange(MANY, device=DEVICE)
+    for head in range(2):
+        visible.scatter_(2, own[:, head, :, None].clamp(max=total - 1), True)
+    how = {"fresh": fresh, "scale": 0.125, "visible": visible, "want_mass": True}
+    with unwritten_is_nan():
+        output, mass = prefill(query, keys, values, starts, counts, **how)
+    right, right_mass = reference.prefill(clean(query), clean(keys), clean(values), starts, counts, **how)
+    close(output, right, dtype)
+    torch.testing.assert_close(mass, right_mass, atol=1e-4, rtol=1e-3)
+    plain, _ = reference.prefill(
+        clean(query), clean(keys), clean(values), starts, counts, fresh=False, scale=0.125
+    )
+    assert (plain - right).abs().max() > 0.1

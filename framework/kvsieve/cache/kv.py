@@ -25,6 +25,7 @@ class NewTokens(NamedTuple):
     values: torch.Tensor  # [B, K, Q, D]
     counts: torch.Tensor  # [B], how many of the Q are real
     slots: torch.Tensor  # [B, K, Q], where they were written
+    ids: torch.Tensor | None = None  # [B, Q], -1 beyond the real ones; for a policy that wants them
 
 
 class Scoring(NamedTuple):

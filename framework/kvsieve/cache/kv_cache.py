@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, Self, cast
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import UserError
-from ..policy import Policy, Positions
+from ..policy import Policy, Positions, Wants
 from .forward import Forward
 from .layer import LayerCache
 from .rotary import rotary_of
@@ -79,8 +80,9 @@ class KVCache(Cache):
                 layer.turn_by(rotary_of(model, layer.index, layer.policy.name))
             if layer.policy.cuts_together:
                 layer.together = [each for each in self.policy_layers if each.policy == layer.policy]
-        if any(layer.policy.positions is Positions.CACHE for layer in self.policy_layers):
+        if self.counts_places:
             self._check_places(model)
+        if self.counts_places or self.wants:
             watch(self, model)
             self._watched = weakref.ref(model)
 
@@ -92,6 +94,16 @@ class KVCache(Cache):
     @functools.cached_property
     def _told(self) -> list[LayerCache | WindowLayer]:
         return [layer for layer in self.layers if isinstance(layer, LayerCache | WindowLayer)]
+
+    @functools.cached_property
+    def counts_places(self) -> bool:
+        """Whether positions are places in the cache."""
+        return any(layer.policy.positions is Positions.CACHE for layer in self.policy_layers)
+
+    @functools.cached_property
+    def wants(self) -> Wants:
+        """Everything that a layer's policy wants to know of the tokens."""
+        return functools.reduce(operator.or_, (layer.policy.wants for layer in self.policy_layers))
 
     def check_free(self) -> None:
         """Raise UserError if a decode is using the cache, or if it holds tokens that `kvsieve.read` has not
@@ -208,6 +220,20 @@ class KVCache(Cache):
         """
         for layer in self._told:
             layer.prompt_end = columns
+
+    def take_ids(self, ids: torch.Tensor | None) -> None:
+        """Take the ids `[B, Q]` of the tokens of the next forward.
+
+        Raises:
+            UserError: there are none.
+        """
+        if ids is None:
+            raise UserError(
+                f"policy {self.policy.name} goes by the ids of tokens, and inputs_embeds have none: give "
+                "input_ids"
+            )
+        for layer in self.policy_layers:
+            layer.ids = ids if Wants.IDS in layer.policy.wants else None
 
     def places_of(self, real: torch.Tensor) -> torch.Tensor:
         """The places `[B, Q]` in the cache that the `real [B, Q]` new tokens of a forward will have.

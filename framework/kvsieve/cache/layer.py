@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .. import contract, processes, transfer
 from ..errors import UserError
-from ..policy import Policy, Positions
+from ..policy import Policy, Positions, Wants
 from .forward import Forward, kind_of_forward
 from .kv import KVView, LastQueries, NewTokens, Scoring, Static
 from .rotary import Rotary
@@ -64,6 +64,8 @@ class LayerCache(CacheLayerMixin):
         self.expected: Forward | None = None  # the kind of the next forward, where whoever feeds it says so
         self.forward = Forward.PROMPT  # the kind of the forward that is running
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not yet written
+        self.ids: torch.Tensor | None = None  # [B, Q] of the incoming tokens, if the policy wants them
+        self.visible: torch.Tensor | None = None  # [B, Q, T] bool: what the last prompt's tokens may see
         self.prompt: Prompt | None = None  # the last one written, for layers that borrow these slots
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
         self.must_drop = False  # a prompt is complete, and its tokens that do not stay are still there
@@ -134,7 +136,7 @@ class LayerCache(CacheLayerMixin):
             self.traffic.steps(counts)
         if active is not None:
             keys, values = (t.masked_fill(~active[:, None, None, None], 0) for t in (keys, values))
-        return NewTokens(keys, values, counts, at[..., None])
+        return NewTokens(keys, values, counts, at[..., None], self._take_ids(counts))
 
     def append_prompt(self, valid: torch.Tensor | None) -> NewTokens:
         """Write the incoming Q tokens of each row after its live slots.
@@ -164,7 +166,7 @@ class LayerCache(CacheLayerMixin):
         slots.lengths += counts[:, None]
         slots.used += new
         self.prompt = Prompt(starts, counts, order)
-        return NewTokens(keys, values, counts, at)
+        return NewTokens(keys, values, counts, at, self._take_ids(counts, order))
 
     def end_prompt(self) -> None:
         """The prompt is complete: tell the policy, ask it who stays, and drop the others.
@@ -210,6 +212,19 @@ class LayerCache(CacheLayerMixin):
         assert self.incoming is not None
         taken, self.incoming = self.incoming, None
         return taken
+
+    def _take_ids(self, counts: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The ids `[B, Q]` of the tokens just taken, a row's `counts [B]` real ones first, -1 beyond."""
+        if Wants.IDS not in self.policy.wants:
+            return None
+        if self.ids is None:
+            raise UserError(
+                f"policy {self.policy.name} wants the ids of tokens, and this forward came without them"
+            )
+        ids, self.ids = self.ids.to(counts.device), None
+        if order is not None:
+            ids = ids.gather(1, order)
+        return ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= counts[:, None], -1)
 
     def _slot_to_overwrite(self, keeps: int) -> torch.Tensor:
         """`[B, K]`: the first free slot where there is one, else the slot with the lowest priority."""
@@ -386,6 +401,7 @@ class LayerCache(CacheLayerMixin):
         """Forget all tokens. The storage stays for the next batch, if it has as many rows."""
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
+        self.ids, self.visible = None, None
         self.must_drop, self.pending_cut = False, None
         self.expected, self.before_probe = None, None
         self.kv._forget_prompt()

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from ..policy import Wants
+
 if TYPE_CHECKING:
     from .kv_cache import KVCache
 
 
 def watch(cache: KVCache, model: PreTrainedModel) -> None:
-    """Feed the model the positions of its tokens within the cache, in each forward that is given this cache.
+    """Watch each forward of the model that is given this cache, until the cache is collected.
 
-    Ends when the cache is collected. Whoever calls the model (`decode`, `generate()`, a user) gives the
-    positions of the text, or none.
+    The cache takes the ids of the tokens, and feeds the model their places within it, as its policy declares.
+    Whoever calls the model (`decode`, `generate()`, a user) gives the positions of the text, or none.
     """
     names = list(inspect.signature(model.forward).parameters)
     watched = weakref.ref(cache)
@@ -26,7 +28,10 @@ def watch(cache: KVCache, model: PreTrainedModel) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
         used = given.get("past_key_values")
         if used is watched() and used is not None:
-            given["position_ids"] = used.places_of(_real(given))
+            if Wants.IDS in used.wants:
+                used.take_ids(given.get("input_ids"))
+            if used.counts_places:
+                given["position_ids"] = used.places_of(_real(given))
         return (), given
 
     hook = model.register_forward_pre_hook(before, with_kwargs=True)

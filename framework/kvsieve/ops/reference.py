@@ -93,6 +93,7 @@ def prefill(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    visible: torch.Tensor | None = None,
     want_mass: bool = False,
     by_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -100,13 +101,14 @@ def prefill(
 
     `query [B, K, G, Q, D]`; `keys`, `values [B, K, T, D]`, the new tokens in them; `starts [B, K]`: slots in
     use before; `counts [B]`: how many of the Q are real, the rest follow them. `fresh`: all starts are zero,
-    T = Q, and what follows the real tokens is finite. Returns the output `[B, K, G, Q, D]`, zero where not
+    T = Q, and what follows the real tokens is finite. `visible [B, Q, T]` bool: of the slots up to its own, a
+    token sees those, its own among them; None: all. Returns the output `[B, K, G, Q, D]`, zero where not
     real, and, if wanted, the mass `[B, K, T]` summed over the real queries, `[B, K, G, T]` `by_head`. Works
     in blocks of queries: no T x T matrix.
     """
     (rows, heads, group, new, size), total = query.shape, keys.shape[2]
     real = torch.arange(new, device=query.device) < counts[:, None]
-    if fresh and softcap is None and sinks is None and not want_mass:
+    if fresh and softcap is None and sinks is None and visible is None and not want_mass:
         flat = query.reshape(rows, heads * group, new, size)
         output = F.scaled_dot_product_attention(
             flat, keys, values, is_causal=True, scale=scale, enable_gqa=group > 1
@@ -124,11 +126,13 @@ def prefill(
         block = slice(first, min(first + step, new))
         reach = block.stop if fresh else total  # no query of the block sees a slot beyond
         last_seen = starts[..., None] + torch.arange(block.start, block.stop, device=query.device)
-        visible = torch.arange(reach, device=query.device) <= last_seen[..., None]
-        visible &= real[:, None, block, None]
+        seen = torch.arange(reach, device=query.device) <= last_seen[..., None]
+        seen &= real[:, None, block, None]
+        if visible is not None:
+            seen &= visible[:, None, block, :reach]
         logits = _logits(query[:, :, :, block].flatten(2, 3), keys[:, :, :reach], scale, softcap)
         logits = logits.unflatten(2, (group, -1))
-        weights = _softmax(logits, visible[:, :, None], sinks)
+        weights = _softmax(logits, seen[:, :, None], sinks)
         blended = torch.matmul(weights.to(values.dtype).flatten(2, 3), values[:, :, :reach])
         output[:, :, :, block] = blended.unflatten(2, (group, -1))
         if mass is not None:

@@ -6,8 +6,8 @@ Each takes a policy that leaves something out of 40 tokens (tight), and one that
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,7 +25,22 @@ from .waits import FindsWaits
 
 _THETA = 10_000.0  # random keys may as well be rotated ones
 _ROTARY = Rotary.of_theta(_THETA, 16)
-rollout = functools.partial(plain_rollout, rope_theta=_THETA)
+
+
+def rollout(policy: Policy, *inputs: Any, **how: Any) -> torch.Tensor:
+    """Run `Inputs`, with rotary embeddings and token ids for policies that want them."""
+    how |= {"rope_theta": _THETA, "ids": _ids(inputs[2])}
+    return plain_rollout(policy, *inputs, **how)
+
+
+def _ids(keys: torch.Tensor) -> torch.Tensor:
+    """Ids `[B, T]`, 0 to 4, for tokens with random keys `[B, K, T, D]`; a token's is in its key."""
+    return (keys[:, 0, :, 0].abs() * 1000).long() % 5
+
+
+def _feed(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+    layer.update(keys, values)
+    layer.ids = _ids(keys)
 
 
 def _layer(policy: Policy) -> LayerCache:
@@ -86,7 +101,7 @@ def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
     for policy in (tight, loose):
         spy = Spy(policy.for_layer(0, 1))
         layer = _layer(spy)
-        layer.update(inputs.keys[:, :, :prompt], inputs.values[:, :, :prompt])
+        _feed(layer, inputs.keys[:, :, :prompt], inputs.values[:, :, :prompt])
         valid = torch.arange(prompt) < inputs.lengths[:, None]
         prefill(layer, inputs.prefill_queries.unflatten(1, (2, 2)), valid)
         kv, (chosen,) = layer.kv, spy.notes.cuts
@@ -145,10 +160,11 @@ def padding_side_does_not_matter(tight: Policy, loose: Policy) -> None:
         return torch.stack([row.roll(shift, 1) for row, shift in zip(x[:, :, :prompt], shifts, strict=True)])
 
     valid = torch.arange(prompt) >= torch.tensor(shifts)[:, None]
-    layer.update(left(inputs.keys), left(inputs.values))
+    _feed(layer, left(inputs.keys), left(inputs.values))
     prefill(layer, left(inputs.prefill_queries).unflatten(1, (2, 2)), valid)
     new = slice(prompt, prompt + 1)
     token = inputs.step_queries[:, :, 0], inputs.keys[:, :, new], inputs.values[:, :, new]
+    layer.ids = _ids(inputs.keys[:, :, new])
     output = one_step(layer, *token, _ROTARY).flatten(1, 2)
     _same(output, rollout(tight, *inputs)[:, :, 0], f"{tight} depends on the side of the padding")
 
@@ -204,7 +220,7 @@ def a_step_never_waits_for_the_device(tight: Policy, loose: Policy) -> None:
         return
     inputs, layer = Inputs.random(), LayerCache(policy)
     rollout(policy, *inputs, layer=layer)
-    layer.update(inputs.keys[:, :, -1:], inputs.values[:, :, -1:])
+    _feed(layer, inputs.keys[:, :, -1:], inputs.values[:, :, -1:])
     with transfer.measure(), FindsWaits() as trace:
         decode_step(layer, inputs.step_queries[:, :, -1].unflatten(1, (2, 2)))
     assert not trace.found, (

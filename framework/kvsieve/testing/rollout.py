@@ -25,6 +25,7 @@ def rollout(
     layer: LayerCache | None = None,
     prefill_chunk: int | None = None,
     rope_theta: float | None = None,
+    ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention outputs `[B, H, N, D]` of N decode steps of one layer under a policy.
 
@@ -39,9 +40,11 @@ def rollout(
         prefill_chunk: feed the prompt in pieces of this many tokens.
         rope_theta: queries and keys come rotated with it (half-split), at the positions of their row's text;
             for policies that turn them. None: for those that do not.
+        ids: token ids `[B, P + N]`, laid out as the keys, for policies that want them.
 
     Raises: UserError: shapes that do not fit together, or no prefill queries for a policy that observes
-        the attention of the prompt, or no rope_theta for one that turns queries or keys.
+        the attention of the prompt, no rope_theta for one that turns queries or keys, or no ids for one
+        that wants them.
     """
     rows, heads, steps, size = step_queries.shape
     kv_heads, prompt = keys.shape[1], keys.shape[2] - steps
@@ -73,11 +76,13 @@ def rollout(
     for first in range(0, prompt, prefill_chunk or prompt):
         piece = slice(first, min(first + (prefill_chunk or prompt), prompt))
         layer.update(keys[:, :, piece], values[:, :, piece])
+        layer.ids = None if ids is None else ids[:, piece]
         real = None if valid is None else valid[:, piece]
         prefill(layer, grouped(prefill_queries[:, :, piece]), real)
     outputs = []
     for step in range(steps):
         at = slice(prompt + step, prompt + step + 1)
+        layer.ids = None if ids is None else ids[:, at]
         outputs.append(one_step(layer, step_queries[:, :, step], keys[:, :, at], values[:, :, at], rotary))
     return torch.stack(outputs, 3).flatten(1, 2)
 

@@ -64,6 +64,9 @@ class Spy(Wrapper):
         )
         return stays
 
+    def sees(self, kv: KVView, new: NewTokens) -> torch.Tensor | None:
+        return self._watched(kv, "sees", lambda: self.inner.sees(kv, new), question=True)
+
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         self._watched(kv, "on_append", lambda: self.inner.on_append(kv, new))
 

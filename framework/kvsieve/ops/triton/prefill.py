@@ -27,12 +27,13 @@ def prefill(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    visible: torch.Tensor | None = None,
     want_mass: bool = False,
     by_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`reference.prefill`."""
     rows, heads, group, new, size = query.shape
-    if fresh and softcap is None and sinks is None and not want_mass:
+    if fresh and softcap is None and sinks is None and visible is None and not want_mass:
         flat = query.reshape(rows, heads * group, new, size)
         gqa = group > 1
         output = F.scaled_dot_product_attention(
@@ -54,6 +55,8 @@ def prefill(
         "starts": starts,
         "counts": counts,
         "new": new,
+        "allowed": None if visible is None else visible.contiguous(),
+        "total": total,
         "lse": lse,
         "scale": scale,
         "softcap": softcap,
@@ -81,7 +84,6 @@ def prefill(
     apart = group if by_head else 1
     _sum_columns[(triton.cdiv(total, plan.slots), pairs, apart)](
         mass=mass,
-        total=total,
         APART=apart,
         **shared | {"ROWS": min(plan.rows, 64)},  # more would spill
     )
@@ -98,7 +100,14 @@ def _rows_of_query(
     return tl.load(query + start[:, None] + d[None, :] * query_channel, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["new"])
+@triton.jit
+def _allowed(allowed, b, new, total, token, count, slot, end):
+    """`[ROWS, BLOCK]` of `allowed [B, Q, total]`: whether these new tokens may see these slots."""
+    place = (b * new + token)[:, None] * total + slot[None, :]
+    return tl.load(allowed + place, mask=(token < count)[:, None] & (slot < end)[None, :], other=0) != 0
+
+
+@triton.jit(do_not_specialize=["new", "total"])
 def _attend_prompt(
     query,  # [B, K, G, Q, D]
     query_row,
@@ -125,6 +134,8 @@ def _attend_prompt(
     starts,  # [B, K]
     counts,  # [B]
     new,
+    allowed,  # [B, Q, total] bool or None
+    total,
     lse,  # [B, K, Q * G] or None
     sinks,
     scale,
@@ -149,7 +160,7 @@ def _attend_prompt(
     q = _rows_of_query(query, query_g, query_token, query_channel, row, count * G, d, G, D)
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    weights = tl.zeros([ROWS], tl.float32)
     blend = tl.zeros([ROWS, BLOCK_D], tl.float32)
     end = start + tl.minimum((first_row + ROWS - 1) // G + 1, count)
     if first_row >= count * G:
@@ -164,22 +175,27 @@ def _attend_prompt(
         if softcap is not None:
             logit = capped(logit, softcap)
         visible = slot[None, :] <= tl.minimum(start + token, end - 1)[:, None]
-        # slot 0 is visible to every row: none is without a peak
+        if allowed is not None:
+            visible &= _allowed(allowed, b, new, total, token, count, slot, end)
         logit = tl.where(visible, logit * LOG2_E, float("-inf"))
         top = tl.maximum(peak, tl.max(logit, 1))
-        fade = tl.exp2(peak - top)
-        weight = tl.exp2(logit - top[:, None])
-        total = total * fade + tl.sum(weight, 1)
+        base = top
+        if allowed is not None:
+            # Without it slot 0 is visible to every row, so that none is without a peak.
+            base = tl.where(top == float("-inf"), 0.0, top)
+        fade = tl.exp2(peak - base)
+        weight = tl.exp2(logit - base[:, None])
+        weights = weights * fade + tl.sum(weight, 1)
         blend = blend * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         peak = top
 
     real = token < count
     if sinks is not None:
-        blend, peak, total = with_sinks(blend, peak, total, sinks + h * G + row % G, real)
-    total = tl.where(real, total, 1.0)
-    blend = tl.where(real[:, None], blend / total[:, None], 0.0)
+        blend, peak, weights = with_sinks(blend, peak, weights, sinks + h * G + row % G, real)
+    weights = tl.where(real, weights, 1.0)
+    blend = tl.where(real[:, None], blend / weights[:, None], 0.0)
     if lse is not None:
-        tl.store(lse + pair * new * G + row, peak + tl.log2(total), mask=real)
+        tl.store(lse + pair * new * G + row, peak + tl.log2(weights), mask=real)
     start = token.to(tl.int64) * output_token + (row % G) * output_g
     mask = (token < new)[:, None] & (d < D)[None, :]
     blend = blend.to(output.dtype.element_ty)
@@ -202,9 +218,10 @@ def _sum_columns(
     starts,
     counts,
     new,
+    allowed,
+    total,
     lse,
     mass,  # [B, K, total], or [B, K, G, total]
-    total,
     scale,
     softcap,
     KV_HEADS: tl.constexpr,
@@ -235,5 +252,7 @@ def _sum_columns(
             logit = capped(logit, softcap)
         peak = tl.load(lse + pair * new * G + row, mask=row < count * G, other=0.0)
         visible = (slot[None, :] <= (start + row // G)[:, None]) & (row < count * G)[:, None]
+        if allowed is not None:
+            visible &= _allowed(allowed, pair // KV_HEADS, new, total, row // G, count, slot, start + count)
         sums += tl.sum(tl.where(visible, tl.exp2(logit * LOG2_E - peak[:, None]), 0.0), 0)
     tl.store(mass + (pair * APART + g) * total + slot, sums / (G // APART), mask=slot < total)
