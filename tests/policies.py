@@ -82,22 +82,20 @@ CASES = {
         {"calibration": CALIBRATION, "r": 4, "k": 8},
         {"calibration": CALIBRATION, "r": 4, "k": 46},
     ),
-    "double_sparsity_4_bits": Case(
+    "double_sparsity_quantised_query": Case(
         "double_sparsity",
-        {
-            "calibration": CALIBRATION,
-            "r": 4,
-            "k": 8,
-            "bits": 4,
-            "group_score": "mean",
-            "quantise_query": True,
-        },
-        {"calibration": CALIBRATION, "r": 4, "k": 64, "bits": 4},
+        {"calibration": CALIBRATION, "r": 4, "k": 8, "group_score": "mean", "quantise_query": True},
+        {"calibration": CALIBRATION, "r": 4, "k": 64},
     ),
-    "double_sparsity_softmax": Case(
+    "double_sparsity_16_bits": Case(
         "double_sparsity",
-        {"calibration": CALIBRATION, "r": 3, "k": 9, "group_score": "softmax"},
-        {"calibration": CALIBRATION, "r": 16, "k": 46},
+        {"calibration": CALIBRATION, "r": 3, "k": 9, "bits": 16, "group_score": "softmax"},
+        {"calibration": CALIBRATION, "r": 16, "k": 46, "bits": 16},
+    ),
+    "double_sparsity_no_labels": Case(
+        "double_sparsity",
+        {"calibration": CALIBRATION, "r": 3, "k": 9, "bits": 0},
+        {"calibration": CALIBRATION, "r": 3, "k": 46, "bits": 0, "layout": "blocked"},
     ),
     "loki": Case(
         "loki",

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import kvsieve
 from kvsieve import KVCache, Policy, UserError, Wrapper, calibration, make_policy, transfer
 from kvsieve.cli import app
+from kvsieve.fingerprint import fingerprint, same
 from kvsieve.testing import Inputs, LayerCache, rollout
 from tests.models import random_prompts, tiny_llama
 
@@ -88,13 +89,56 @@ def test_a_model_decodes_by_its_calibration_and_others_are_refused(method, tmp_p
 
 
 def test_rounded_weights_are_the_same_model():
-    digest = calibration.digest(tiny_llama())
+    digest = fingerprint(tiny_llama())
     model = tiny_llama.__wrapped__().to(torch.bfloat16)
     found = calibration.Calibration("c", {}, {"digest": digest})
     found.check(model)
     found.check(model.to(torch.float16))
     with pytest.raises(UserError, match="was made for another model"):
         found.check(tiny_llama.__wrapped__(seed=2).to(torch.bfloat16))
+
+
+def test_every_weight_is_part_of_a_fingerprint():
+    known = fingerprint(tiny_llama())
+    for name, _ in tiny_llama().named_parameters():
+        model = tiny_llama.__wrapped__()
+        weight = model.get_parameter(name)
+        with torch.no_grad():  # as much as a few steps of training
+            weight += 0.1 * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight).sign()
+        assert not same(known, fingerprint(model)), name
+        with torch.no_grad():
+            weight.copy_(tiny_llama().get_parameter(name))
+        assert same(known, fingerprint(model)), "measured anew where weights were changed in place"
+    assert not same(known, "none of kvsieve's")
+    assert not same(known, fingerprint(tiny_llama(kv_heads=4)))
+
+
+def test_a_process_with_a_part_of_the_weights_knows_the_model_by_the_others(monkeypatch):
+    known, part = fingerprint(tiny_llama()), tiny_llama.__wrapped__()
+    attention = part.model.layers[0].self_attn
+    attention.q_proj.weight = torch.nn.Parameter(attention.q_proj.weight[:8].clone())
+    assert not same(known, fingerprint(part))
+    other = tiny_llama.__wrapped__(seed=1)
+    for model in (part, other):
+        monkeypatch.setattr(model, "_tp_size", 2, raising=False)
+    assert same(known, fingerprint(tiny_llama()))
+    model = tiny_llama.__wrapped__()
+    model._tp_size = 2
+    model.model.layers[0].self_attn.q_proj.weight = attention.q_proj.weight
+    assert same(known, fingerprint(model))
+    assert not same(known, fingerprint(other))
+
+
+@pytest.mark.parametrize("method", ["double_sparsity", "loki"])
+def test_the_calibrations_that_ship_are_for_the_weights_that_ship(method):
+    model = kvsieve.load("reference")
+    policy = make_policy(method, calibration="reference", r=8, k=16)
+    (path,) = policy.files().values()
+    again = "the weights changed: python -m kvsieve.reference_model.calibrations"
+    assert same(calibration.read(path).metadata["digest"], fingerprint(model)), again
+    assert len(list(kvsieve.decode(model, ["one two three " * 9], policy, max_new_tokens=4))) == 4
+    with pytest.raises(UserError, match="was made for .*, whose configuration or weights are not this"):
+        KVCache(tiny_llama(), policy)
 
 
 def test_a_file_without_a_digest_serves_any_model_of_its_shape(tmp_path):
@@ -134,9 +178,9 @@ def test_what_is_no_calibration_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             KVCache(model, make_policy("loki", calibration=path, r=4))
-    for name in ("loki", "double_sparsity"):
+    for name, bits in (("loki", {}), ("double_sparsity", {"bits": 16})):
         with pytest.raises(UserError, match="r is 9, but this model's heads have 8"):
-            KVCache(model, make_policy(name, calibration="some", r=9))
+            KVCache(model, make_policy(name, calibration="some", r=9, **bits))
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ ORDER = [
     "reading",
     "loop",
     "scoring",
-    "calibration",
+    "fingerprint calibration",
     "entry_points registration",
     "plugins",
     "entries",
@@ -97,7 +97,7 @@ ORDER = [
     "testing",
     "compare",
     "reference_model.card reference_model.data reference_model.exams reference_model.retrieval"
-    " reference_model.tokenizer reference_model.train reference_model.words",
+    " reference_model.tokenizer reference_model.train reference_model.words reference_model.calibrations",
     "lm_eval",
     "bench",
     "cli",

@@ -2,30 +2,31 @@
 
 A file is safetensors: `layers.N.channels [K, >= r]` (Double Sparsity: the channels of a key, the most
 telling first) or `layers.N.basis [K, >= r, D]` (Loki: directions of falling variance), and metadata: `model`,
-its name; `digest`, of its configuration and some of its weights; `text`, the digest of the text. A file
-without a digest serves any model of its shape.
+its name; `digest`, the `fingerprint` of its shape and all its weights; `text`, the digest of the text. A file
+without a digest serves any model of its shape. Those of the model that ships are found as `reference`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from . import reference_model
 from .errors import UserError
+from .fingerprint import fingerprint, same
 from .hf import interface
 from .prompts import check_lengths, token_lists
 
-_SAMPLE = 64  # weights that tell two models of one shape apart
+# One file a method that reads by one; made by `python -m kvsieve.reference_model.calibrations`.
+SHIPPED = reference_model.FOLDER.parent / "calibrations"
 
 
 class Calibration(NamedTuple):
@@ -67,12 +68,17 @@ class Calibration(NamedTuple):
     def check(self, model: PreTrainedModel) -> None:
         """Raise UserError if the file was made for another model."""
         wanted = self.metadata.get("digest")
-        if wanted is not None and not _same(wanted, digest(model)):
+        if wanted is not None and not same(wanted, fingerprint(model)):
             name = self.metadata.get("model", "another model")
             raise UserError(
                 f"calibration {self.path} was made for {name}, whose configuration or weights are not this "
                 "model's: make one for it with kvsieve calibrate"
             )
+
+
+def path(name: str, method: str) -> str:
+    """The file that a method's `calibration` means: a path, or `reference` for the one that ships."""
+    return str(SHIPPED / f"{method}.safetensors") if name == reference_model.NAME else name
 
 
 def read(path: str) -> Calibration:
@@ -83,7 +89,8 @@ def read(path: str) -> Calibration:
     """
     if not path:
         raise UserError(
-            "a calibration is needed: make one with kvsieve calibrate, and give its path as `calibration`"
+            "a calibration is needed: make one with kvsieve calibrate, and give its path as `calibration`; "
+            "for the model that ships, `calibration: reference`"
         )
     if not Path(path).is_file():
         raise UserError(f"there is no calibration file {path}: make one with kvsieve calibrate")
@@ -104,29 +111,8 @@ def write(path: Path, tensors: dict[str, torch.Tensor], model: PreTrainedModel, 
     """Write a calibration file, whole or not at all."""
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     unfinished = path.with_name(path.name + ".part")
-    save_file(tensors, unfinished, {"model": name, "digest": digest(model), "text": text})
+    save_file(tensors, unfinished, {"model": name, "digest": fingerprint(model), "text": text})
     unfinished.replace(path)
-
-
-def digest(model: PreTrainedModel) -> str:
-    """Tell a model from others: a hash of its shape, and a few of its weights in three digits."""
-    config = model.config.get_text_config(decoder=True)
-    fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "head_dim", "vocab_size")  # fmt: skip
-    shape = json.dumps([str(getattr(config, field, None)) for field in fields])
-    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
-    weights = embeddings.detach().flatten()[-_SAMPLE:].tolist()
-    return hashlib.sha256(shape.encode()).hexdigest()[:12] + " " + " ".join(f"{w:.3g}" for w in weights)
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two digests are of one model; its weights may have been rounded to another type."""
-    (shape, *weights), (other_shape, *other_weights) = one.split(), other.split()
-    if shape != other_shape or len(weights) != len(other_weights):
-        return False
-    pairs = [(float(a), float(b)) for a, b in zip(weights, other_weights, strict=True)]
-    largest = max((abs(a) for a, _ in pairs), default=0.0)
-    return all(abs(a - b) <= 0.01 * abs(a) + 1e-3 * largest for a, b in pairs)
 
 
 # -------------------------------------------------------------------- measuring

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from . import plugins
 from .entries import COMPRESSION, combinations, name_of, named
@@ -113,12 +114,39 @@ class PolicySpec:
         }
         if self.compression is None:
             return _make(functools.partial(self.cls, **given))
-        ratio = float(self.compression)
+        asked = inspect.signature(self.cls.for_compression).parameters
+        told = {name: value for name, value in given.items() if name in asked}
+        shares = {name: self._share(name, head_size, context) for name in told if self._is_policy(name)}
         try:
-            policy = _make(functools.partial(self.cls.for_compression, ratio, head_size, context))
-            return _make(functools.partial(dataclasses.replace, policy, **given))
+            compressed = functools.partial(self.cls.for_compression, float(self.compression))
+            policy = _make(functools.partial(compressed, head_size, context, **told | shares))
+            rest = {name: value for name, value in given.items() if name not in shares}
+            return _make(functools.partial(dataclasses.replace, policy, **rest))
         except UserError as error:
-            raise UserError(f"compression {self.compression} at context {context}: {error}") from None
+            shown = self.compression.limit_denominator(10_000)
+            raise UserError(f"compression {shown} at context {context}: {error}") from None
+
+    def _is_policy(self, name: str) -> bool:
+        from .policy import Policy
+
+        return isinstance(self.parameters[name], Policy | PolicySpec)
+
+    def _share(self, name: str, head_size: int, context: int) -> Callable[[float], Policy]:
+        """A nested policy as a function of the fraction of dense attention's bytes that it may read.
+
+        Raises:
+            UserError: it has a compression of its own.
+        """
+        inner = self.parameters[name]
+
+        def policy(share: float) -> Policy:
+            if not isinstance(inner, PolicySpec):
+                return cast("Policy", inner)  # an object: its parameters are given
+            return dataclasses.replace(inner, compression=Fraction(share)).build(head_size, context)
+
+        if isinstance(inner, PolicySpec) and inner.compression is not None:
+            raise UserError(f"{self.name} and {self.name}.{name} have a compression each: give one of them")
+        return policy
 
     def entry(self) -> Any:
         """The entry that gives this spec again."""

@@ -1,8 +1,8 @@
 """Double Sparsity: guess with a few calibrated channels of every key, kept apart (arXiv:2408.07092).
 
 The one idea: which channels of a key dominate q.k hardly depends on the text. So they are found once
-(`kvsieve calibrate double_sparsity`), and every key's r channels are also kept in a small label cache, in 16
-or 4 bits. Score all labels, read the k best tokens whole.
+(`kvsieve calibrate double_sparsity`), and every key's r channels are also kept in a small label cache, in 4
+or 16 bits. Score all labels, read the k best tokens whole.
 
 Paper and code differ. The authors' evaluation code quantises the query's channels, too (`quantise_query`),
 and takes its statistics before RoPE, though labels are taken after it; ours are taken after it. Nothing
@@ -11,103 +11,121 @@ recent is forced. Layers 0 and 1 stay dense there: see `dense_layers`.
 Deviations: channels are per KV head, because a query group shares its keys, and one set is read per group:
 `group_score` says how the heads agree, by the largest or mean logit, or the sum of softmax weights. With 4
 bits a label is quantised for itself, between its smallest and largest number; the lowest and the step are
-kept in float32.
+kept as the keys are. `bits = 0` is ours: no labels, the channels are read in the keys' own storage, which
+`layout` orders by channel.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
-from transformers import PreTrainedModel
 
-from kvsieve import KEYS, Column, KVView, NewTokens, Policy, Selection, UserError, calibration, ops
+from kvsieve import KEYS, Column, KeyLayout, KVView, NewTokens, Selection, UserError, ops
 
-from .four_bits import exact, packed, quantised, unpacked
+from . import budgets
+from .calibrated import Calibrated
 
 
 @dataclass(frozen=True)
-class DoubleSparsity(Policy):
+class DoubleSparsity(Calibrated):
     """Reads r calibrated channels of all keys from a label cache, then k tokens whole."""
 
-    calibration: str = ""  # a file of `kvsieve calibrate double_sparsity`
     r: int = 16  # channels of a label
     k: int = 256  # tokens read whole
-    bits: Literal[16, 4] = 16  # of a label's number; 16: as the keys are
-    group_score: Literal["max", "mean", "softmax"] = "max"  # how a query group ranks tokens
+    bits: Literal[4, 16, 0] = 4  # of a label's number; 16: as the keys are; 0: no labels
     quantise_query: bool = False  # with 4 bits, the query's channels, too
+    layout: Literal["double", "blocked"] = "double"  # of the keys, with 0 bits: speed and memory, not results
+    block: int = 16  # tokens in a block of layout "blocked"
 
     name: ClassVar[str] = "double_sparsity"
     paper: ClassVar[str] = "arXiv:2408.07092"
 
     def __post_init__(self) -> None:
-        for field in ("r", "k"):
-            if getattr(self, field) < 1:
-                raise UserError(f"double_sparsity.{field} must be at least 1, not {getattr(self, field)}")
-        if self.bits not in (4, 16):
-            raise UserError(f"double_sparsity.bits must be 16 or 4, not {self.bits}")
+        super().__post_init__()
+        if self.k < 1:
+            raise UserError(f"double_sparsity.k must be at least 1, not {self.k}")
+        if self.bits not in (4, 16, 0):
+            raise UserError(f"double_sparsity.bits must be 4, 16 or 0, not {self.bits}")
         if self.bits == 4 and self.r % 2:
             raise UserError(f"double_sparsity.r must be even with 4 bits, not {self.r}: two share a byte")
         if self.quantise_query and self.bits != 4:
             raise UserError("double_sparsity.quantise_query goes with bits = 4: 16 bits are not quantised")
-        if self.group_score not in ("max", "mean", "softmax"):
-            raise UserError(
-                f"double_sparsity.group_score must be 'max', 'mean' or 'softmax', not {self.group_score!r}"
-            )
+        if self.layout not in ("double", "blocked"):
+            raise UserError(f"double_sparsity.layout must be 'double' or 'blocked', not {self.layout!r}")
+        KeyLayout(self.layout, self.block)  # raises UserError for a block that is none
 
     @property
     def columns(self) -> Mapping[str, Column]:
-        if self.bits == 16:
-            return {"label": (KEYS, self.r)}
-        return {"label": (torch.uint8, self.r // 2), "range": (torch.float32, 2)}
+        if self.bits == 4:
+            return {"codes": (torch.uint8, self.r // 2), "range": (KEYS, 2)}
+        return {"label": (KEYS, self.r)} if self.bits else {}
 
-    def check(self, head_size: int) -> None:
-        if self.r > head_size:
-            raise UserError(
-                f"double_sparsity.r is {self.r}, but this model's heads have {head_size} channels"
-            )
-        calibration.read(self.calibration)
+    @property
+    def key_layout(self) -> KeyLayout:
+        return KeyLayout() if self.bits else KeyLayout(self.layout, self.block)
 
-    def files(self) -> Mapping[str, str]:
-        return {"calibration": self.calibration} if self.calibration else {}
-
-    def check_model(self, model: PreTrainedModel) -> None:
-        calibration.read(self.calibration).check(model)
+    def in_layout(self, layout: KeyLayout) -> Self | None:
+        if self.bits or layout.kind == "single":
+            return None
+        return replace(self, layout=layout.kind, block=layout.block)
 
     def bind(
         self, layer: int, heads: range, head_size: int, device: torch.device
     ) -> Mapping[str, torch.Tensor]:
-        found = calibration.read(self.calibration)
-        return {"channels": found.take("channels", layer, heads, head_size, self.r, device).long()}
+        return {"channels": self._bound("channels", layer, heads, head_size, device).long()}
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
-        label = self._channels(new.keys, kv)
+        if self.bits == 0:
+            return
+        label = new.keys.gather(3, self._channels(new.keys, kv))
         if self.bits == 16:
             kv.write("label", new, label)
-            return
-        codes, span = quantised(label)
-        kv.write("label", new, packed(codes))
-        kv.write("range", new, span)
+        else:
+            codes, span = ops.quantised(label)
+            kv.write("codes", new, codes)
+            kv.write("range", new, span)
 
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
         if kv.slots_in_use <= self.k:
             return None  # nothing to leave out
-        part, labels = self._channels(query, kv), kv["label"]
+        channels = self._channels(query, kv)
+        part = query.gather(3, channels)
+        if self.bits == 16:
+            return Selection(*ops.top_by_vectors(part, kv["label"], kv, self.k, self.group_score))
         if self.bits == 4:
-            labels = exact(unpacked(labels), kv["range"]).to(query.dtype)
             if self.quantise_query:
-                part = exact(*quantised(part)).to(query.dtype)
-        return Selection(*ops.top_by_vectors(part, labels, kv, self.k, self.group_score))
+                part = ops.unquantised(*ops.quantised(part)).to(query.dtype)
+            scores = ops.code_scores(part, kv, "codes", "range")
+            return Selection(*ops.top_slots(ops.group_ranking(scores, kv, self.group_score), kv, self.k))
+        # A query that is zero elsewhere lies in its channels wholly: SparQ's temperature is then 1.
+        only = torch.zeros_like(query).scatter(3, channels, part)
+        how: Literal["max", "logits", "softmax"] = (
+            "logits" if self.group_score == "mean" else self.group_score
+        )
+        slots, counts, _ = ops.top_by_channels(only, kv, channels[:, :, 0], self.k, group_score=how)
+        return Selection(slots, counts)
 
     def _channels(self, vectors: torch.Tensor, kv: KVView) -> torch.Tensor:
-        """The label's channels `[B, K, N, r]` of `vectors [B, K, N, D]`."""
-        channels = kv.static["channels"][None, :, None]
-        return vectors.gather(3, channels.expand(*vectors.shape[:3], self.r))
+        """The label's channels `[B, K, N, r]`, to be gathered from `vectors [B, K, N, D]`."""
+        return kv.static["channels"][None, :, None].expand(*vectors.shape[:3], -1)
 
     @classmethod
-    def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        """Spend half of the bytes on labels of 16 bits, half on tokens: r = D * ratio, k = T * ratio / 2.
+    def for_compression(
+        cls, ratio: float, head_size: int, context: int, r: int | None = None, bits: Literal[4, 16, 0] = 4
+    ) -> Self:
+        """Spend half of the bytes on labels, or as little as labels can be, and the rest on tokens.
 
-        The calibration stands beside the compression. With 4 bits beside it, less is read than asked for.
+        The calibration stands beside the compression.
         """
-        return cls(r=max(1, round(head_size * ratio)), k=max(1, round(context * ratio / 2)))
+        half = ratio * budgets.vector(head_size)  # bytes of a label
+        if r is None:
+            r = int(half - 2 * budgets.BYTES) * 2 if bits == 4 else int(half / budgets.BYTES)
+            r = max(2, min(r, head_size // 2 * 2)) if bits == 4 else max(1, r)
+
+        def beside(r: int) -> int:
+            label = r // 2 + 2 * budgets.BYTES if bits == 4 else r * budgets.BYTES
+            return context * label + 8 * r
+
+        given = {"beside": beside(r), "least": beside(2 if bits == 4 else 1)}
+        return cls(r=r, k=budgets.tokens("double_sparsity", ratio, head_size, context, **given), bits=bits)

@@ -22,6 +22,8 @@ import torch
 
 from kvsieve import KEYS, Column, KVView, NewTokens, Paged, Policy, Selection, UserError, ops
 
+from . import budgets
+
 
 @dataclass(frozen=True)
 class Quest(Policy):
@@ -61,10 +63,20 @@ class Quest(Policy):
         return Selection(*ops.slots_of_pages(pages, counts, kv, self.page))
 
     @classmethod
-    def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
+    def for_compression(cls, ratio: float, head_size: int, context: int, page: int | None = None) -> Self:
         """Spend what the bounds leave on pages: bounds cost `1 / page` of dense attention's bytes.
 
         Pages are of 16 tokens, or larger where the bounds would take more than half.
         """
-        page = max(16, math.ceil(2 / ratio))
-        return cls(pages=max(1, round((ratio - 1 / page) * context / page)), page=page)
+        page = page or max(16, math.ceil(2 / ratio))
+        vector = budgets.vector(head_size)
+
+        def least(page: int) -> int:
+            """Bytes of the bounds and one page."""
+            return 2 * vector * (math.ceil(context / page) + page)
+
+        left = ratio * budgets.dense(head_size, context) - least(page)
+        if left < 0:
+            smallest = min(map(least, range(1, context + 1)))
+            raise budgets.too_small("quest", smallest, budgets.dense(head_size, context))
+        return cls(pages=1 + int(left / (2 * vector * page)), page=page)

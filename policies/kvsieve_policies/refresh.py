@@ -11,9 +11,9 @@ The search is really left out, so steps are not alike: one CUDA graph cannot hol
 Python. What the search costs is saved; what `inner` keeps up (Quest's bounds) is kept up at every step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -78,6 +78,20 @@ class Refresh(Wrapper):
         slots, counts, tail, _ = selection or Selection(nothing, nothing.sum(2))
         kv[self.own("slots")], kv[self.own("counts")], kv[self.own("searched")] = slots, counts, kv.lengths
         kv[self.own("tail_weight")], kv[self.own("tail_value")] = tail or (nothing, nothing)
+
+    @classmethod
+    def for_compression(
+        cls,
+        ratio: float,
+        head_size: int,
+        context: int,
+        inner: Callable[[float], Policy] | None = None,
+        every: int = 8,
+    ) -> Self:
+        """Give `inner` the whole ratio: a step that searches reads so much, the steps between read less."""
+        if inner is None:
+            raise UserError("refresh needs the policy `inner` to be asked for a compression")
+        return cls(inner(ratio), every)
 
     def _age(self, kv: KVView) -> int:
         """Steps since the search, 0 at one."""

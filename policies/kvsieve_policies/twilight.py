@@ -16,15 +16,15 @@ left out. On a CPU the tokens pruned are fetched all the same, because shapes do
 kernels stop at the count.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 
-from kvsieve import Column, KVView, NewTokens, Policy, Positions, Selection, UserError, Wrapper, ops
+from kvsieve import KEYS, Column, KVView, NewTokens, Policy, Positions, Selection, UserError, Wrapper, ops
 
-from .four_bits import exact, packed, quantised, unpacked
+from . import budgets
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Twilight(Wrapper):
 
     @property
     def own_columns(self) -> Mapping[str, Column]:
-        return {"codes": (torch.uint8, "D/2"), "range": (torch.float32, 2)}
+        return {"codes": (torch.uint8, "D/2"), "range": (KEYS, 2)}
 
     def check(self, head_size: int) -> None:
         super().check(head_size)
@@ -68,32 +68,37 @@ class Twilight(Wrapper):
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         super().on_append(kv, new)
-        codes, span = quantised(new.keys)
-        kv.write(self.own("codes"), new, packed(codes))
+        codes, span = ops.quantised(new.keys)
+        kv.write(self.own("codes"), new, codes)
         kv.write(self.own("range"), new, span)
 
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
         selection = super().select(query, kv)
-        codes, span = self.own("codes"), self.own("range")
-        if selection is None:
-            slots = torch.arange(kv.slots_in_use, device=query.device).expand(*kv.lengths.shape, -1)
-            selection = Selection(slots, kv.lengths)
-            keys = exact(unpacked(kv[codes]), kv[span])
-        else:
-            slots, counts = selection.slots, selection.counts
-            keys = exact(unpacked(kv.at(codes, slots, counts)), kv.at(span, slots, counts))
-        needed = self._needed(query, keys, kv, selection.counts)
-        order = (~needed).to(torch.uint8).argsort(dim=2, stable=True)
-        return selection._replace(slots=selection.slots.gather(2, order), counts=needed.sum(2))
-
-    def _needed(
-        self, query: torch.Tensor, keys: torch.Tensor, kv: KVView, counts: torch.Tensor
-    ) -> torch.Tensor:
-        """`[B, K, S]` bool: which of the first `counts [B, K]` of `keys [B, K, S, D]` must be read."""
-        weights = ops.slot_weights(ops.vector_scores(query.float(), keys, kv, counts), kv)
+        scores = ops.code_scores(query, kv, self.own("codes"), self.own("range"), selection)
+        weights = ops.slot_weights(scores, kv)
         if self.group_score == "mean":
             weights = weights.mean(2, keepdim=True)
-        ordered, order = weights.sort(-1, descending=True)
-        missing = ordered.cumsum(-1) - ordered < self.p  # those before do not reach p
-        needed = torch.zeros_like(missing).scatter(-1, order, missing).any(2)
-        return needed & (torch.arange(keys.shape[2], device=keys.device) < counts[..., None])
+        if selection is None:
+            return Selection(*ops.top_p(weights, kv.lengths, self.p))
+        places, counts = ops.top_p(weights, selection.counts, self.p)
+        return selection._replace(slots=selection.slots.gather(2, places), counts=counts)
+
+    @classmethod
+    def for_compression(
+        cls,
+        ratio: float,
+        head_size: int,
+        context: int,
+        inner: Callable[[float], Policy] | None = None,
+    ) -> Self:
+        """Read `ratio` where the attention is flat, and else less.
+
+        So `inner` gets what 4-bit keys of all tokens that its bytes could buy leave.
+        """
+        if inner is None:
+            raise UserError("twilight needs the policy `inner` to be asked for a compression")
+        codes = (head_size // 2 + 2 * budgets.BYTES) / (2 * budgets.vector(head_size))
+        try:
+            return cls(inner(ratio / (1 + codes)))
+        except UserError as error:
+            raise UserError(f"twilight.inner, at 1/{1 + codes:.2f} of that: {error}") from None

@@ -73,6 +73,7 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
         **storing_calls(keys, blocked, lengths, counts),
         "window weights": lambda: ops.window_weights(prompt, keys, lengths, counts, **gemma),
         **paging_calls(query, keys, lengths, counts),
+        **coding_calls(query, lengths, chosen),
         "prefill": lambda: ops.prefill(prompt, *kv, counts, fresh=False, want_mass=True, **gemma),
         "prefill, mass by head": lambda: ops.prefill(
             prompt, *kv, counts, fresh=False, want_mass=True, by_head=True, **gemma
@@ -134,6 +135,20 @@ def paging_calls(
         "widen bounds, prompt": lambda: ops.widen_bounds(low, high, keys[:, :, :Q], prompt, counts, 16),
         "page scores": lambda: ops.page_scores(query, low, high, lengths),
         "slots of pages": lambda: ops.slots_of_pages(pages, lengths, 16, lengths),
+    }
+
+
+def coding_calls(
+    query: torch.Tensor, lengths: torch.Tensor, chosen: dict[str, torch.Tensor]
+) -> dict[str, Callable[[], Any]]:
+    codes = lengths.new_zeros(B, K, T, query.shape[3] // 2, dtype=torch.uint8)
+    given = codes, query.new_zeros(B, K, T, 2), lengths
+    label = lengths.new_zeros(B, K, T, 8, dtype=torch.uint8)
+    weights = query.new_zeros(B, K, query.shape[2], T, dtype=torch.float32)
+    return {
+        "code scores": lambda: ops.code_scores(query[..., :16], label, *given[1:], scale=0.1),
+        "code scores, chosen": lambda: ops.code_scores(query, *given, scale=0.1, softcap=50.0, **chosen),
+        "top p": lambda: ops.top_p(weights, lengths, 0.85),
     }
 
 

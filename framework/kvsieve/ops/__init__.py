@@ -21,6 +21,8 @@ import torch
 
 from ..errors import UserError, unknown
 from . import reference
+from .four_bits import quantised as quantised
+from .four_bits import unquantised as unquantised
 
 if TYPE_CHECKING:
     from ..cache.kv import KVView, NewTokens
@@ -159,14 +161,15 @@ def top_by_channels(
     k: int,
     *,
     newest: int = 0,
-    group_score: Literal["softmax", "logits"] = "softmax",
+    group_score: Literal["softmax", "logits", "max"] = "softmax",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`channel_scores`, added up over the group, and the `top_slots` of that, in one op that stores few of
     them.
 
-    `group_score` "softmax" ranks slots by the sum of the heads' weights, "logits" by the sum of their logits.
-    Returns slots `[B, K, k]`, how many of them are live `[B, K]`, and the approximate attention weight `[B,
-    K, G]` float32 of the live slots that were left out. Reads r numbers per live slot and KV head.
+    `group_score` "softmax" ranks slots by the sum of the heads' weights, "logits" by the sum of their logits,
+    "max" by the largest logit. Returns slots `[B, K, k]`, how many of them are live `[B, K]`, and the
+    approximate attention weight `[B, K, G]` float32 of the live slots that were left out. Reads r numbers per
+    live slot and KV head.
     """
     slots = kv._slots
     kv._traffic.read("channels", slots.lengths, channels.shape[2], slots.dtype)
@@ -223,24 +226,15 @@ def running_mean(
 
 
 # -------------------------------------------------------------------- vectors that stand for keys
-def vector_scores(
-    query: torch.Tensor, vectors: torch.Tensor, kv: KVView, counts: torch.Tensor | None = None
-) -> torch.Tensor:
+def vector_scores(query: torch.Tensor, vectors: torch.Tensor, kv: KVView) -> torch.Tensor:
     """Approximate logits `[B, K, G, T]` float32: `query [B, K, G, r]` times `vectors [B, K, T, r]`.
 
-    Scaled and soft-capped as the model does; dead slots get -inf. The vectors may be of chosen slots, S of
-    them: then all but the first `counts [B, K]` get -inf. Counts nothing: whoever took the vectors
+    Scaled and soft-capped as the model does; dead slots get -inf. Counts nothing: whoever took the vectors
     from a column has paid for them.
     """
     run, scoring = implementation(query.device), kv._scoring
-    scores = run.channel_scores(
-        query,
-        vectors,
-        kv.lengths if counts is None else counts,
-        _every_channel(query),
-        scale=scoring.scale,
-        softcap=scoring.softcap,
-    )
+    given = {"scale": scoring.scale, "softcap": scoring.softcap}
+    scores = run.channel_scores(query, vectors, kv.lengths, _every_channel(query), **given)
     return cast(torch.Tensor, scores[..., : vectors.shape[2]])
 
 
@@ -251,14 +245,10 @@ def top_by_vectors(
     k: int,
     group_score: Literal["max", "mean", "softmax"],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `top_slots` of `vector_scores`, which the query heads of a group rank together.
+    """The `top_slots` of the `group_ranking` of `vector_scores`, in one op that stores few of them.
 
-    By the largest or the mean of their logits, or by the sum of their softmax weights. Returns slots
-    `[B, K, k]` and how many of them are live `[B, K]`.
+    Returns slots `[B, K, k]` and how many of them are live `[B, K]`.
     """
-    if group_score == "max":
-        return top_slots(vector_scores(query, vectors, kv).amax(2), kv, k)
-    added = "softmax" if group_score == "softmax" else "logits"
     slots, counts, _ = implementation(query.device).top_by_channels(
         query,
         vectors,
@@ -266,10 +256,60 @@ def top_by_vectors(
         _every_channel(query),
         k,
         size=kv.slots_in_use,
-        group_score=added,
+        group_score="logits" if group_score == "mean" else group_score,
         **kv._scoring._asdict(),
     )
     return slots, counts
+
+
+def code_scores(
+    query: torch.Tensor, kv: KVView, codes: str, ranges: str, selection: Selection | None = None
+) -> torch.Tensor:
+    """Approximate logits `[B, K, G, T]` float32 of `query [B, K, G, r]` with vectors held in four bits.
+
+    `codes` and `ranges` name columns of the policy, written with what `quantised` returns. Scaled and
+    soft-capped as the model does; dead slots get -inf. With a selection, of its slots only, `[B, K, G, S]`.
+    Reads both columns, at those slots.
+    """
+    slots, traffic, scoring = kv._slots, kv._traffic, kv._scoring
+    for name in (codes, ranges):
+        column = slots.column(name)
+        if selection is None:
+            traffic.read_column(name, slots.lengths, column.shape[3], column.dtype)
+        else:
+            traffic.read_part(name, selection.counts, column.shape[3], column.dtype)
+    scores = implementation(query.device).code_scores(
+        query,
+        slots.column(codes),
+        slots.column(ranges),
+        slots.lengths,
+        scale=scoring.scale,
+        softcap=scoring.softcap,
+        slots=None if selection is None else selection.slots,
+        counts=None if selection is None else selection.counts,
+    )
+    return cast(torch.Tensor, scores)
+
+
+def group_ranking(
+    scores: torch.Tensor, kv: KVView, group_score: Literal["max", "mean", "softmax"]
+) -> torch.Tensor:
+    """Rank slots `[B, K, T]` by the `scores [B, K, G, T]` of a group's query heads.
+
+    By the largest or the mean of their logits, or by the sum of their softmax weights.
+    """
+    if group_score == "softmax":
+        return slot_weights(scores, kv).sum(2).masked_fill(~kv.live(), -torch.inf)
+    return scores.amax(2) if group_score == "max" else scores.mean(2)
+
+
+def top_p(weights: torch.Tensor, counts: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fewest of the first `counts [B, K]` places that hold p of the `weights [B, K, N, S]` of every head.
+
+    Places of equal weight at the edge are taken together; where a head's weights never sum to p, all are.
+    Returns the union over the heads: places `[B, K, S]`, those taken first, and how many they are `[B, K]`.
+    """
+    return cast("tuple[torch.Tensor, torch.Tensor]", implementation(weights.device).top_p(weights, counts, p))
 
 
 def _every_channel(query: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from .reference import (
     below,
     blend,
     channel_scores,
+    code_scores,
     compact,
     mass_by_slot,
     page_scores,
@@ -31,6 +32,7 @@ from .reference import (
     slots_of_pages,
     tempered,
     top_channels,
+    top_p,
     top_slots,
     window_weights,
     with_tail,
@@ -41,6 +43,7 @@ __all__ = [
     "append",
     "attend",
     "channel_scores",
+    "code_scores",
     "compact",
     "page_scores",
     "prefill",
@@ -49,6 +52,7 @@ __all__ = [
     "slots_of_pages",
     "top_by_channels",
     "top_channels",
+    "top_p",
     "top_slots",
     "widen_bounds",
     "window_weights",
@@ -203,7 +207,9 @@ def top_by_channels(
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap * _LOG2_E)
         logits.add_(dead[:, :, None])
-        ranking = logits.sum(2).clamp_(min=_LOWEST) if group_score == "logits" else None
+        ranking = None
+        if group_score != "softmax":
+            ranking = (logits.sum(2) if group_score == "logits" else logits.amax(2)).clamp_(min=_LOWEST)
         peak = logits.amax(3, keepdim=True).clamp_(min=_LOWEST)
         if sinks is not None:
             peak = torch.maximum(peak, sinks[..., None].float() * _LOG2_E)

@@ -19,10 +19,13 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .four_bits import unquantised
+
 __all__ = [
     "append",
     "attend",
     "channel_scores",
+    "code_scores",
     "compact",
     "page_scores",
     "prefill",
@@ -31,6 +34,7 @@ __all__ = [
     "slots_of_pages",
     "top_by_channels",
     "top_channels",
+    "top_p",
     "top_slots",
     "widen_bounds",
     "window_weights",
@@ -218,6 +222,48 @@ def channel_scores(
     return logits.masked_fill(~live, -math.inf)
 
 
+def code_scores(
+    query: torch.Tensor,
+    codes: torch.Tensor,
+    ranges: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slots: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits `[B, K, G, T]` float32 of `query [B, K, G, r]` with vectors in four bits; dead slots get -inf.
+
+    `codes [B, K, T, r/2]`, `ranges [B, K, T, 2]` as `four_bits.quantised` makes them. With `slots [B, K, S]`
+    the logits `[B, K, G, S]` of these; all but the first `counts [B, K]` get -inf.
+    """
+    if slots is None:
+        live = below(lengths, codes.shape[2])
+    else:
+        assert counts is not None
+        slots, live = readable(slots, counts, lengths)
+        codes, ranges = codes[places(codes, slots)], ranges[places(ranges, slots)]
+    logits = _logits(query.float(), unquantised(codes, ranges), scale, softcap)
+    return logits.masked_fill(~live[:, :, None], -math.inf)
+
+
+def top_p(weights: torch.Tensor, counts: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fewest of the first `counts [B, K]` places that hold p of the `weights [B, K, N, S]` of every head.
+
+    A head's are the heaviest, down to the weight at which they sum to p, all of that weight included; all of
+    them if they never do. Returns the union over the heads: places `[B, K, S]`, those taken first, and how
+    many they are `[B, K]`.
+    """
+    live = below(counts, weights.shape[3])
+    weights = weights.masked_fill(~live[:, :, None], 0)
+    ordered = weights.sort(-1, descending=True).values
+    missing = ordered.cumsum(-1) - ordered < p  # those before do not sum to p
+    last = missing.sum(-1, keepdim=True).clamp(min=1) - 1
+    taken = (weights >= ordered.gather(-1, last)).any(2) & live
+    return (~taken).to(torch.uint8).argsort(dim=2, stable=True), taken.sum(2)
+
+
 def slot_weights(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
     """Softmax of `scores [B, K, G, T]` over the slots; with sinks the weights of a head sum to less than one.
 
@@ -268,13 +314,16 @@ def top_by_channels(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`channel_scores` over T = `size` slots, added up over the group, and the `top_slots` of that.
 
-    `group_score` "softmax" adds the heads' weights, "logits" their logits. Returns slots `[B, K, min(k, T)]`,
-    how many are live `[B, K]`, and the approximate weight `[B, K, G]` of the live slots left out, zero where
-    none was.
+    `group_score` "softmax" adds the heads' weights, "logits" their logits; "max" takes the largest logit.
+    Returns slots `[B, K, min(k, T)]`, how many are live `[B, K]`, and the approximate weight `[B, K, G]` of
+    the live slots left out, zero where none was.
     """
     scores = channel_scores(query, keys, lengths, channels, scale=scale, softcap=softcap)[..., :size]
     weights = slot_weights(scores, sinks)
-    ranking = (weights if group_score == "softmax" else scores).sum(2)
+    if group_score == "max":
+        ranking = scores.amax(2)
+    else:
+        ranking = (weights if group_score == "softmax" else scores).sum(2)
     slots, counts = top_slots(ranking, lengths, k, newest=newest, forced=forced)
     held = weights.gather(3, slots[:, :, None].expand(-1, -1, weights.shape[2], -1))
     missed = (weights.sum(3) - held.sum(3)).clamp(min=0)

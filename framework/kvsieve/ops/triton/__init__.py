@@ -4,11 +4,13 @@ Only on a GPU, or on a CPU under Triton's interpreter (`TRITON_INTERPRET=1`), wh
 """
 
 from .attend import attend
+from .codes import code_scores
 from .pages import page_scores, slots_of_pages, widen_bounds
 from .prefill import prefill
 from .scores import channel_scores, top_channels
 from .select import top_by_channels, top_slots
 from .store import append, compact, running_mean
+from .top_p import top_p
 from .weights import slot_weights
 from .window import window_weights
 
@@ -16,6 +18,7 @@ __all__ = [
     "append",
     "attend",
     "channel_scores",
+    "code_scores",
     "compact",
     "page_scores",
     "prefill",
@@ -24,6 +27,7 @@ __all__ = [
     "slots_of_pages",
     "top_by_channels",
     "top_channels",
+    "top_p",
     "top_slots",
     "widen_bounds",
     "window_weights",

@@ -119,6 +119,7 @@ def _select(
         **shared,
         ROOM=triton.next_power_of_2(room),
         SOFTMAX=group_score == "softmax",
+        LARGEST=group_score == "max",
         num_warps=max(4, chunk // 512),
     )
     _best_of_kept[(pairs,)](
@@ -200,6 +201,7 @@ def _best_of_chunk(
     CHUNK: tl.constexpr,
     ROOM: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     pair, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.minimum(tl.load(lengths + pair).to(tl.int32), size)
@@ -214,14 +216,14 @@ def _best_of_chunk(
     else:
         g = tl.arange(0, GROUP)
         whole = _row_lse(lse, pair, splits, G, GROUP)
-        value = tl.zeros([CHUNK], tl.float32)
+        value = tl.full([CHUNK], float("-inf") if LARGEST else 0.0, tl.float32)
         whole_vectors = index < tl.cdiv(length, 16) * 16
         for i in tl.static_range(G):
             score = tl.load(scores + (pair * G + i) * aligned + index, mask=whole_vectors, other=0.0)
             score = score.to(tl.float32)
             if SOFTMAX:
                 score = tl.exp2(score - tl.sum(tl.where(g == i, whole, 0.0)))
-            value += score
+            value = tl.maximum(value, score) if LARGEST else value + score
     key = _ordered(value)
     if forced is not None:
         at = head_start(pair, heads, forced_row, forced_head) + slot_start(index, forced_slot, 0, 1)

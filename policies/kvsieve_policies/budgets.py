@@ -1,0 +1,43 @@
+"""Tokens that a share of dense attention's bytes buys, once what a method reads to choose them is paid.
+
+Reckoned for one row and a cache of 16-bit numbers: where numbers are wider, or rows share static data, a
+method reads less than was asked for.
+"""
+
+import math
+
+from kvsieve import UserError
+
+BYTES = 2  # of a number in the cache
+
+
+def vector(head_size: int) -> int:
+    """Bytes of a key, or of a value."""
+    return head_size * BYTES
+
+
+def dense(head_size: int, context: int) -> int:
+    """Bytes that dense attention reads per KV head."""
+    return 2 * context * vector(head_size)
+
+
+def tokens(
+    method: str, ratio: float, head_size: int, context: int, *, beside: int, least: int, fewest: int = 1
+) -> int:
+    """Tokens read whole for `ratio` of dense attention's bytes, of which `beside` go to the choice.
+
+    Raises:
+        UserError: fewer than `fewest`; it names the smallest ratio, at which the choice takes `least` bytes.
+    """
+    whole, token = dense(head_size, context), 2 * vector(head_size)
+    found = int((ratio * whole - beside) / token)
+    if found < fewest:
+        raise too_small(method, least + fewest * token, whole)
+    return found
+
+
+def too_small(method: str, least: int, whole: int) -> UserError:
+    """The error of a ratio at which not even `least` of `whole` bytes can be read."""
+    n = math.floor(whole / least)
+    legal = f"the smallest compression here is 1/{n}" if n else "it saves nothing here"
+    return UserError(f"{method} reads {least} of dense attention's {whole} bytes at least: {legal}")

@@ -1,0 +1,125 @@
+"""At a compression a method reads that share of dense attention's bytes, what it reads to choose included."""
+
+import re
+from fractions import Fraction
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kvsieve import Policy, UserError, Wrapper, make_policy, plugins, transfer
+from kvsieve.entries import can_compress, fields
+from kvsieve.testing import rollout
+
+SIZE, CONTEXT = 64, 1024
+RATIOS = [Fraction(1, n) for n in (2, 4, 8, 16)]
+# Beside the compression. Those that keep all and read a part; others drop tokens, or are no method.
+BESIDE = {
+    "twilight": {"inner": "quest", "p": 1.0},  # at p = 1 it prunes nothing
+    "refresh": {"inner": "sparq"},
+}
+IMPOSSIBLE = {("twilight", Fraction(1, 16)): "1/16"}  # Quest's, of what the 4-bit keys leave
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    """A file for one layer of two KV heads."""
+    path = tmp_path_factory.mktemp("calibration") / "c.safetensors"
+    channels = torch.arange(SIZE).expand(2, SIZE).short().contiguous()
+    save_file(
+        {"layers.0.channels": channels, "layers.0.basis": torch.eye(SIZE).expand(2, -1, -1).clone()}, path
+    )
+    return str(path)
+
+
+def reading():
+    """Names of the policies that keep every token and can be asked for a compression; dense reads all."""
+    for name, entry in plugins.policies().items():
+        cls = entry.cls
+        keeps_all = cls.keeps in (Policy.keeps, Wrapper.keeps) and cls.cut in (Policy.cut, Wrapper.cut)
+        if entry.plugin == "builtin" and keeps_all and can_compress(cls) and name != "dense":
+            yield name
+
+
+def asked(name, ratio, calibration, **given):
+    """The policy at a ratio for CONTEXT tokens."""
+    beside = dict(BESIDE.get(name, {}))
+    if "calibration" in fields(plugins.policy_class(name)):
+        beside["calibration"] = calibration
+    return make_policy(name, compression=ratio, head_size=SIZE, context=CONTEXT, **beside | given)
+
+
+def share(policy, dtype=torch.bfloat16, rows=1):
+    """Of dense attention's bytes, what the first step over CONTEXT tokens a row reads.
+
+    But for summaries: SparQ's mean value, whose 4 D bytes do not grow with the context.
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def normal(heads, tokens):
+        return torch.randn(rows, heads, tokens, SIZE, generator=random).to(dtype)
+
+    with transfer.measure() as meter:
+        rollout(policy, None, normal(4, 1), normal(2, CONTEXT), normal(2, CONTEXT))
+    return (meter.read - meter.by_kind.get("summaries", 0)) / meter.dense_read
+
+
+@pytest.mark.parametrize("ratio", RATIOS, ids=str)
+@pytest.mark.parametrize("name", [*reading()])
+def test_a_step_reads_the_share_that_was_asked_for(name, ratio, calibration):
+    if (name, ratio) in IMPOSSIBLE:
+        with pytest.raises(UserError, match=f"the smallest compression here is {IMPOSSIBLE[name, ratio]}$"):
+            asked(name, ratio, calibration)
+        return
+    assert 0.9 * ratio < share(asked(name, ratio, calibration)) <= ratio
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("double_sparsity", {"bits": 16}),
+        ("double_sparsity", {"bits": 0}),
+        ("double_sparsity", {"r": 16}),
+        ("loki", {"r": 4}),
+        ("quest", {"page": 32}),
+        ("refresh", {"inner": "quest", "every": 3}),
+        ("refresh", {"inner": {"twilight": {"inner": "sparq", "p": 1.0}}}),
+        ("twilight", {"inner": "sparq"}),
+        ("twilight", {"inner": {"double_sparsity": {}}}),
+    ],
+    ids=str,
+)
+def test_parameters_beside_a_compression_are_kept_and_paid_for(name, given, calibration):
+    if "double_sparsity" in str(given):
+        given = {"inner": {"double_sparsity": {"calibration": calibration}}}
+    policy = asked(name, Fraction(1, 8), calibration, **given)
+    for field, value in given.items():
+        assert field == "inner" or getattr(policy, field) == value
+    assert 0.85 / 8 < share(policy) <= 1 / 8
+
+
+@pytest.mark.parametrize("name", [*reading()])
+def test_wider_numbers_and_more_rows_read_no_larger_share(name, calibration):
+    policy = asked(name, Fraction(1, 8), calibration)
+    assert share(policy, torch.float32) <= 1 / 8
+    assert share(policy, rows=2) <= 1 / 8
+
+
+@pytest.mark.parametrize("name", ["quest", "double_sparsity", "loki", "refresh"])
+def test_the_smallest_compression_that_an_error_names_can_be_had(name, calibration):
+    given = {"inner": "quest"} if name == "refresh" else {}
+    with pytest.raises(UserError, match="of dense attention's .* bytes at least") as error:
+        asked(name, Fraction(1, 500), calibration, **given)
+    smallest = Fraction(re.search(r"the smallest compression here is (1/\d+)$", str(error.value))[1])
+    assert share(asked(name, smallest, calibration, **given)) <= smallest
+
+
+def test_a_compression_stands_with_the_whole_or_with_a_part_of_it():
+    inner = {"quest": {"compression": "1/4"}}
+    with pytest.raises(UserError, match="twilight and twilight.inner have a compression each"):
+        make_policy("twilight", compression="1/8", head_size=64, context=1024, inner=inner)
+    with pytest.raises(UserError, match="dense attention reads everything"):
+        make_policy("twilight", compression="1/8", head_size=64, context=1024, inner="dense")
+    quest = make_policy("quest", pages=5)
+    policy = make_policy("refresh", compression="1/8", head_size=64, context=1024, inner=quest)
+    assert policy.inner is quest
