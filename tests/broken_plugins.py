@@ -182,8 +182,6 @@ BROKEN = [
     Broken(
         "b_near", method("def selct(self, query, kv): ..."), "First.selct would never be called: did you mean"
     ),
-    Broken(
-        "b_task", TASK.replace("(Task)", ""), "Asked'> is not a subclass of kvsieve.compare.tasks.base.Task"
-    ),
+    Broken("b_task", TASK.replace("(Task)", ""), "Asked'> is not a subclass of kvsieve.Task"),
     Broken("b_task_name", TASK.replace("NAME", "needle"), "'needle' is already registered by kvsieve"),
 ]

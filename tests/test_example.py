@@ -1,4 +1,4 @@
-"""The outside package in examples/ is found, listed, and compared: installed the light way, without pip."""
+"""The outside packages in examples/ are found, listed, and compared: installed the light way, without pip."""
 
 import csv
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from kvsieve.testing import LAWS
+from kvsieve.testing import LAWS, TASK_LAWS
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "my_policy"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 COMPARISON = """
 model: reference
 tasks:
-  - needle: {context: 256, samples: 2}
+  - lines: {context: 256, samples: 2}
 policies:
   - dense
   - key_norm: {compression: 1/4}
@@ -25,17 +25,18 @@ policies:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """The package as installed: its module, and metadata made from its pyproject.toml."""
+    """The packages as installed: their modules, and metadata made from their pyproject.toml."""
     site = tmp_path_factory.mktemp("site")
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
-    (site / "my_policy.py").write_text((EXAMPLE / "my_policy.py").read_text())
-    info = site / f"my_policy-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
-    points = [f"{name} = {module}" for name, module in project["entry-points"]["kvsieve"].items()]
-    (info / "entry_points.txt").write_text("\n".join(["[kvsieve]", *points]) + "\n")
+    for name in ("my_policy", "my_task"):
+        project = tomllib.loads((EXAMPLES / name / "pyproject.toml").read_text())["project"]
+        (site / f"{name}.py").write_text((EXAMPLES / name / f"{name}.py").read_text())
+        info = site / f"{name}-{project['version']}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        )
+        points = [f"{name} = {module}" for name, module in project["entry-points"]["kvsieve"].items()]
+        (info / "entry_points.txt").write_text("\n".join(["[kvsieve]", *points]) + "\n")
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
 
@@ -62,9 +63,10 @@ def test_it_stands_in_the_table_beside_dense(environment, tmp_path):
     assert float(rows["key_norm"]["kv_bytes"]) < float(rows["dense"]["kv_bytes"]) / 3
 
 
-def test_its_own_tests_pass(environment):
-    tests = EXAMPLE / "test_my_policy.py"
+@pytest.mark.parametrize(("name", "laws"), [("my_policy", LAWS), ("my_task", TASK_LAWS)])
+def test_its_own_tests_pass(environment, name, laws):
+    tests = EXAMPLES / name / f"test_{name}.py"
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, str(tests)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert f"{len(LAWS)} passed" in done.stdout
+    assert f"{len(laws)} passed" in done.stdout

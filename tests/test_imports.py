@@ -94,10 +94,10 @@ ORDER = [
     "plugins",
     "entries",
     "specs",
-    "testing",
     "compare",
     "reference_model.card reference_model.data reference_model.exams reference_model.retrieval"
     " reference_model.tokenizer reference_model.train reference_model.words reference_model.calibrations",
+    "testing",
     "lm_eval",
     "bench",
     "cli",

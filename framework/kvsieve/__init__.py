@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .cache.kv import KVView, NewTokens
     from .cache.kv_cache import KVCache
     from .cache.layouts import KeyLayout
+    from .compare.tasks import Answer, Sample, Task
     from .hf.models import load, prepare
     from .loop import decode
     from .policy import (
@@ -46,6 +47,7 @@ _FROM = {
     "cache.kv": ["KVView", "NewTokens"],
     "cache.kv_cache": ["KVCache"],
     "cache.layouts": ["KeyLayout"],
+    "compare.tasks": ["Answer", "Sample", "Task"],
     "hf.models": ["load", "prepare"],
     "loop": ["decode"],
     "policy": [
@@ -72,6 +74,7 @@ _MODULES = ["calibration", "corpus", "ops", "plugins", "testing", "transfer"]
 
 __all__ = [
     "KEYS",
+    "Answer",
     "Column",
     "Far",
     "KVCache",
@@ -83,9 +86,11 @@ __all__ = [
     "Pass",
     "Policy",
     "Positions",
+    "Sample",
     "Selection",
     "Shape",
     "Tail",
+    "Task",
     "UserError",
     "Wants",
     "Wrapper",

@@ -133,6 +133,14 @@ class Decoding:
         else:
             self.replay(self.step)
 
+    def end_rows(self, rows: Sequence[int]) -> None:
+        """End these rows: from the next step on they append nothing and are not counted.
+
+        For a choice that was made with `rows_end`.
+        """
+        assert self.choice.rows_end
+        self.state.ended[list(rows)] = True
+
     def end(self) -> None:
         """Give the cache back; its tokens stay."""
         self.runner.cache.release(self.claim)

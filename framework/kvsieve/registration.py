@@ -32,8 +32,7 @@ def check(kind: str, cls: Any) -> None:
 
     base = pkgutil.resolve_name(_BASES[kind])
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        home = "kvsieve" if kind == "policies" else base.__module__
-        raise TypeError(f"{_short(cls)} is not a subclass of {home}.{base.__name__}")
+        raise TypeError(f"{_short(cls)} is not a subclass of kvsieve.{base.__name__}")
     untyped: Any = cls
     if "__dataclass_fields__" not in vars(cls) or not untyped.__dataclass_params__.frozen:
         raise TypeError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True)")

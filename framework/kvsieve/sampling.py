@@ -28,6 +28,7 @@ class Sampler:
         seed: row b draws from a stream of its own, `seed + b`.
         processors: transformers' processors, applied before the temperature.
         rows: the token ids of the prompts, which processors may look at.
+        rows_end: rows may be ended from outside too (`Decoding.end_rows`).
 
     Attributes:
         broken: 0-d bool tensor, written in place by every call. True: the processed logits of a row that has
@@ -48,6 +49,7 @@ class Sampler:
         device: torch.device,
         ends: Sequence[int] = (),
         pad: int = 0,
+        rows_end: bool = False,
     ) -> None:
         _check_options(temperature, top_k, top_p, seed, len(rows))
         self.processors = LogitsProcessorList(processors or [])
@@ -69,8 +71,8 @@ class Sampler:
         ]
         self.broken = torch.zeros((), dtype=torch.bool, device=device)
         self.ends, self.pad = torch.tensor(list(ends), device=device), pad
-        self.rows_end = len(self.ends) > 0
-        self.kind = ("sample", temperature, top_k, top_p, tuple(ends), pad)
+        self.rows_end = rows_end or len(self.ends) > 0
+        self.kind = ("sample", temperature, top_k, top_p, tuple(ends), pad, self.rows_end)
 
     @property
     def why_not_captured(self) -> str | None:

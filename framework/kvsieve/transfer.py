@@ -11,10 +11,20 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from . import processes
+
+
+class Moved(NamedTuple):
+    """Bytes that one row's decode steps read and wrote, and what dense attention would have read in them."""
+
+    steps: int
+    read: float
+    written: float
+    dense_read: float
 
 
 class Meter:
@@ -24,12 +34,13 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+        # By name and shape: decodes of several sizes may be counted in one meter.
+        self._sums: dict[tuple[str, torch.Size], torch.Tensor] = {}
 
     def add(self, name: str, amount: int | torch.Tensor) -> None:
-        """Add bytes (or steps) to the sum under this name."""
+        """Add bytes (or steps) to the sum under this name: those of each row `[B]`, or of all together."""
         amount = torch.as_tensor(amount)
-        total = self._sums.setdefault(name, torch.zeros_like(amount))
+        total = self._sums.setdefault((name, amount.shape), torch.zeros_like(amount))
         # In place: a captured step adds to the same tensor at every replay. The layers may be on several
         # devices.
         total.add_(amount.to(total.device))
@@ -40,7 +51,26 @@ class Meter:
             total.zero_()
 
     def _total(self, prefix: str) -> int:
-        return sum(int(amount) for name, amount in self._sums.items() if name.startswith(prefix))
+        return sum(int(amount.sum()) for (name, _), amount in self._sums.items() if name.startswith(prefix))
+
+    def by_row(self, rows: int) -> list[Moved]:
+        """Split the sums of decodes of so many rows among them.
+
+        Traffic of all rows together (static data) is shared by their steps.
+        """
+        steps = self._of_rows("steps", torch.zeros(rows, dtype=torch.float64))
+        share = steps / steps.sum().clamp(min=1)
+        columns = [self._of_rows(prefix, share).tolist() for prefix in ("read/", "written/", "dense")]
+        return [Moved(int(n), *moved) for n, *moved in zip(steps.tolist(), *columns, strict=True)]
+
+    def _of_rows(self, prefix: str, share: torch.Tensor) -> torch.Tensor:
+        """The sums of each row `[B]` float64; each gets its share `[B]` of what was not counted by row."""
+        total = torch.zeros_like(share)
+        for (name, shape), amount in self._sums.items():
+            if name.startswith(prefix):
+                counted = amount.to("cpu", torch.float64)
+                total += counted if shape == share.shape else counted.sum() * share
+        return total
 
     @property
     def read(self) -> int:
@@ -65,7 +95,12 @@ class Meter:
     @property
     def by_kind(self) -> dict[str, int]:
         """Bytes read, by what was read: keys, values, channels, columns, summaries."""
-        return {k.removeprefix("read/"): int(v) for k, v in self._sums.items() if k.startswith("read/")}
+        found: dict[str, int] = {}
+        for (name, _), amount in self._sums.items():
+            if name.startswith("read/"):
+                kind = name.removeprefix("read/")
+                found[kind] = found.get(kind, 0) + int(amount.sum())
+        return found
 
     def over_ranks(self) -> Meter:
         """Add up the bytes of all processes that share a model: each counts its own heads.
@@ -74,11 +109,11 @@ class Meter:
 
         Every process must call it. Where there is only one, the same numbers.
         """
-        everywhere = processes.gather({name: int(amount) for name, amount in self._sums.items()})
+        everywhere = processes.gather({key: amount.tolist() for key, amount in self._sums.items()})
         total = Meter()
-        for name in everywhere[0]:
-            amounts = [sums[name] for sums in everywhere]
-            total.add(name, amounts[0] if name == "steps" else sum(amounts))
+        for key in everywhere[0]:
+            amounts = torch.tensor([sums[key] for sums in everywhere])
+            total.add(key[0], amounts[0] if key[0] == "steps" else amounts.sum(0))
         return total
 
 

@@ -84,7 +84,7 @@ def test_needle_names_were_never_trained_on():
     [(" 123456", 1), ("123456", 1), (" 123457", 0), (" 12345", 0), ("", 0), (" 1234567", 1)],
 )
 def test_needle_score(answer, score):
-    assert Needle(64).score(Sample([], " 123456"), Answer(answer)) == score
+    assert Needle(64).score(Sample([], [" 123456"]), Answer(answer)) == score
 
 
 def test_repetition_goes_on_as_the_text_does(tokenizer):
@@ -113,7 +113,7 @@ def test_repetition_goes_on_as_the_text_does(tokenizer):
     ],
 )
 def test_repetition_score(answer, reference, score):
-    assert Repetition(64).score(Sample([], reference), Answer(answer)) == score
+    assert Repetition(64).score(Sample([], [reference]), Answer(answer)) == score
 
 
 def test_perplexity_is_in_bits_per_byte(tokenizer):
@@ -138,7 +138,7 @@ def test_key_value_asks_for_one_of_the_pairs(tokenizer):
     assert max(asked) > 0.7
 
 
-@pytest.mark.parametrize("task", [Needle(60), Repetition(100), KeyValue(60)], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [Needle(60), Repetition(100), Repetition(1), KeyValue(60)], ids=repr)
 def test_a_context_that_is_too_short_is_refused(task):
     with pytest.raises(UserError, match=r"context|longer"):
         task.sample(byte_tokenizer(), 0, 0)

@@ -8,7 +8,7 @@ import copy
 import functools
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -356,6 +356,17 @@ class KVCache(Cache):
                 held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
                 total += sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
         return total
+
+    def memory_by_row(self, room: Sequence[int]) -> list[int]:
+        """Bytes that each row would hold in a cache of its own, with room for `room [B]` tokens.
+
+        For rows whose prompts are complete: what the longer ones of the batch need is not charged to the
+        others. Layers that transformers keeps are shared evenly.
+        """
+        ours = sum(layer.slots.memory() for layer in self.policy_layers)
+        shared = (self.memory() - ours) // len(room)
+        by_layer = [layer.memory_by_row(torch.tensor(room)) for layer in self.policy_layers]
+        return [shared + sum(of_row) for of_row in zip(*by_layer, strict=True)]
 
 
 def _nothing_to_do(model: PreTrainedModel, layers: list[Any]) -> str:

@@ -297,6 +297,15 @@ class LayerCache(CacheLayerMixin):
                 f"the cache holds {self.asked_capacity} tokens a row (capacity), and {tokens} are needed"
             )
 
+    def memory_by_row(self, room: torch.Tensor) -> list[int]:
+        """Bytes that each row would hold alone, with room for `room [B]` tokens; its prompt is complete."""
+        slots = self.slots
+        room = room.to(slots.device)
+        slots_of_rows = (
+            slots.lengths.amax(1) + room - slots.seen if self._most is None else room.clamp(max=self._most)
+        )
+        return [slots.memory_of(n) for n in slots_of_rows.tolist()]
+
     @property
     def _most(self) -> int | None:
         """Slots that are ever in use once the prompt is complete."""

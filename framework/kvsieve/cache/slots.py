@@ -373,6 +373,16 @@ class Slots:
         held = [store for name, store in self._stores.items() if name != POSITIONS]
         return sum(t.numel() * t.element_size() for t in [*held, *self.summaries.values()])
 
+    def memory_of(self, slots: int) -> int:
+        """Of that, the bytes of one row with room for so many slots."""
+        held = [
+            layouts.resized(name, store[:1].to("meta"), self.entries(name, slots))
+            for name, store in self._stores.items()
+            if name != POSITIONS
+        ]
+        held += [summary[:1] for summary in self.summaries.values()]
+        return sum(t.numel() * t.element_size() for t in held)
+
     def places(self) -> list[tuple[int, torch.Size]]:
         """Address and shape of everything that a step reads and writes."""
         state = [*self._stores.values(), *self.summaries.values(), self.lengths, self.seen, self.ones]

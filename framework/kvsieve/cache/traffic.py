@@ -65,7 +65,7 @@ class Traffic:
     def steps(self, counts: torch.Tensor) -> None:
         """Count decode steps: `counts [B]`, one for each active row."""
         if self.meter is not None:
-            self.meter.add("steps", counts.sum())
+            self.meter.add("steps", counts)
 
     def first_read(self, name: str) -> bool:
         """Whether this is the first read of a column or summary in this step."""
@@ -86,4 +86,4 @@ class Traffic:
             return
         if self.active is not None:
             slots = slots * self.active[:, None]
-        self.meter.add(name, slots.sum() * (numbers * dtype.itemsize))
+        self.meter.add(name, slots.sum(1) * (numbers * dtype.itemsize))

@@ -59,4 +59,4 @@ class WindowLayer(DynamicSlidingWindowLayer):
             tokens = tokens * self.active
         for kind, of in (("keys", keys), ("values", values)):
             numbers = of.shape[1] * of.shape[3]
-            self.meter.add(f"{way}/{kind}", tokens.sum() * numbers * of.element_size())
+            self.meter.add(f"{way}/{kind}", tokens * (numbers * of.element_size()))

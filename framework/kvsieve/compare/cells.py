@@ -94,7 +94,7 @@ def expand(config: Config, model: PreTrainedModel, shared: identity.Fields | Non
     for task, loc in config.tasks:
         try:
             sample = task.sample(model.tokenizer, config.settings.seed, 0)
-            _check_positions(task, len(sample.prompt) + new_tokens_at_most(sample), text)
+            _check_positions(task, len(sample.prompt) + sample.limit, text)
             tasks.append(task)
         except UserError as error:
             mistakes.append(Mistake(loc, str(error)))
@@ -117,11 +117,6 @@ def head_size(model: PreTrainedModel) -> int:
     """Channels per head."""
     text = model.config.get_text_config(decoder=True)
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
-def new_tokens_at_most(sample: Any) -> int:
-    """Tokens that a sample decodes at most: no tokenizer takes more tokens than bytes."""
-    return len(sample.forced) or max(1, len(sample.reference.encode()))
 
 
 def _check_positions(task: Task, needed: int, text_config: Any) -> None:

@@ -24,7 +24,8 @@ _ROOTS = (
     "kvsieve.ops.cpu",
     "kvsieve.ops.triton",
 )
-_ALONE = ("kvsieve.compare.execute.cell", "kvsieve.compare.tasks.base")  # these, without what they import
+# These, without what they import.
+_ALONE = ("kvsieve.compare.execute.cell", "kvsieve.compare.execute.said", "kvsieve.compare.tasks.base")
 _IRRELEVANT = {
     "kvsieve",
     "kvsieve.errors",

@@ -34,7 +34,10 @@ class _Fields(pydantic.BaseModel):
     sample: pydantic.NonNegativeInt
     score: pydantic.FiniteFloat
     answer: str
-    reference: str
+    # Before version 0.2 there was one.
+    references: list[str] | str = pydantic.Field(
+        validation_alias=pydantic.AliasChoices("references", "reference")
+    )
     steps: pydantic.FiniteFloat
     bytes_read: pydantic.FiniteFloat
     bytes_written: pydantic.FiniteFloat

@@ -70,7 +70,7 @@ class LmEval(Task):
             raise UserError(
                 f"{self.metric} of lm_eval's {self.task}: higher_is_better is {better[self.metric]} there"
             )
-        return Document(prompt=[], reference=str(task.doc_to_target(task.eval_docs[index])), index=index)
+        return Document(prompt=[], references=[str(task.doc_to_target(task.eval_docs[index]))], index=index)
 
     def answer(
         self, model: Any, policy: Any, samples: Sequence[Sample]

@@ -11,14 +11,17 @@ from ... import graph, processes, transfer
 from ...cache.kv_cache import KVCache
 from ...hf import parallel
 from ...loop import Decoding, Runner
-from ...prompts import check_lengths
+from ...prompts import check_lengths, end_tokens
 from ...sampling import Sampler
 from ...scoring import Scoring
-from ..cells import Cell, new_tokens_at_most
+from ..cells import Cell
 from ..samples import Record
 from ..tasks import Answer, Sample
 from ..tasks import text as texts
+from .said import Said
 from .speed import Stopwatch
+
+_SHOWN = 400  # characters of a prompt's end that are stored with its result
 
 
 class Measurement:
@@ -35,15 +38,15 @@ class Measurement:
         self.capacity = 0
 
     def batch(self, indexes: Sequence[int], samples: Sequence[Sample]) -> list[Record]:
-        """A record for each of the samples, decoded together.
+        """A record for each of the samples, decoded together; each is charged what it took itself.
 
-        The prompts of a task are of equal length and take equal steps: each is charged its share of the
-        batch. Tasks that implement `answer` report no tokens/s: their requests are of unequal length.
+        Of tasks that implement `answer` each is charged its share of the batch, and there are no tokens/s:
+        their requests are of unequal length.
 
         Raises:
             ArithmeticError: a score or a log-probability is not a number.
         """
-        model, cell, rows = self.model, self.cell, len(samples)
+        model, cell = self.model, self.cell
         self.meter.reset()
         with graph.capturing(not self.eager):
             why_eager = graph.why_not(KVCache(model, cell.policy), model)
@@ -52,42 +55,63 @@ class Measurement:
             if own is None:
                 answers, kv_bytes, speeds = self._answers(indexes, samples)
             else:
-                (answers, kv_bytes), speeds = own, []
-        meter = self.meter
-        if parallel.is_split(model):  # each process counts its own heads
-            meter, kv_bytes = meter.over_ranks(), sum(processes.gather(kv_bytes))
-        shares = {
-            "steps": meter.steps / rows,
-            "bytes_read": meter.read / rows,
-            "bytes_written": meter.written / rows,
-            "bytes_dense": meter.dense_read / rows,
-            "kv_bytes": kv_bytes / rows,
-            "rows": rows,
+                answers, kv_bytes, speeds = own[0], [own[1] / len(samples)] * len(samples), []
+        common = {
+            "rows": len(samples),
             "tokens_per_second": speeds or None,
             "eager_because": why_eager if model.device.type == "cuda" else None,
         }
+        charges = self._charges(kv_bytes, by_row=own is None)
         records = []
-        for index, sample, answer in zip(indexes, samples, answers, strict=True):
+        for index, sample, answer, charge in zip(indexes, samples, answers, charges, strict=True):
             value = cell.task.score(sample, answer)
             if not math.isfinite(value):
                 raise ArithmeticError(f"the score of sample {index} is {value}")
-            found = {"sample": index, "score": value, "answer": answer.text, "reference": sample.reference}
-            records.append(cell.record() | found | shares)
+            found = {"sample": index, "score": value, "answer": answer.text}
+            records.append(cell.record() | found | self._asked(sample) | charge | common)
         return records
+
+    def _asked(self, sample: Sample) -> Record:
+        """The fields of a record about its question."""
+        # A character takes four tokens at most.
+        end = texts.decode(self.model.tokenizer, list(sample.prompt)[-4 * _SHOWN :])[-_SHOWN:]
+        return {
+            "references": list(sample.references),
+            "needs": sample.needs,
+            "prompt_end": end,
+            "facts": dict(sample.facts),
+        }
+
+    def _charges(self, kv_bytes: Sequence[float], by_row: bool) -> list[Record]:
+        """The fields of each row's record about steps, bytes and memory; not `by_row`: equal shares."""
+        rows, meter = len(kv_bytes), self.meter
+        if parallel.is_split(self.model):  # each process counts its own heads
+            meter = meter.over_ranks()
+            kv_bytes = [sum(of_row) for of_row in zip(*processes.gather(list(kv_bytes)), strict=True)]
+        if by_row:
+            moved = [tuple(row) for row in meter.by_row(rows)]
+        else:
+            total = meter.steps, meter.read, meter.written, meter.dense_read
+            moved = [tuple(amount / rows for amount in total)] * rows
+        names = ("steps", "bytes_read", "bytes_written", "bytes_dense", "kv_bytes")
+        return [
+            dict(zip(names, (*row, held), strict=True)) for row, held in zip(moved, kv_bytes, strict=True)
+        ]
 
     def _answers(
         self, indexes: Sequence[int], samples: Sequence[Sample]
-    ) -> tuple[Sequence[Answer], int, list[float]]:
-        """The model's answers, metered; the bytes of KV cache held for them; speeds, without the meter."""
-        prompts = [sample.prompt for sample in samples]
-        limit = max(map(new_tokens_at_most, samples))
+    ) -> tuple[Sequence[Answer], Sequence[float], list[float]]:
+        """The model's answers, metered; the bytes of KV cache held for each; speeds, without the meter."""
+        prompts = [list(sample.prompt) for sample in samples]
+        limit = max(sample.limit for sample in samples)
         cache = self._empty_cache(self.cell.task.context + limit)
         with transfer.measure(self.meter):
             if samples[0].forced:
                 answers, decoding = self._score(indexes, samples, prompts, cache)
             else:
                 answers, decoding = self._decode(samples, prompts, limit, cache)
-        return answers, cache.memory(), self.stopwatch.measure(decoding)
+        held = cache.memory_by_row([len(sample.prompt) + sample.limit for sample in samples])
+        return answers, held, self.stopwatch.measure(decoding)
 
     def _score(
         self, indexes: Sequence[int], samples: Sequence[Sample], prompts: list[list[int]], cache: KVCache
@@ -107,24 +131,28 @@ class Measurement:
         self, samples: Sequence[Sample], prompts: list[list[int]], limit: int, cache: KVCache
     ) -> tuple[list[Answer], Decoding]:
         model = self.model
-        check_lengths(model, prompts, limit)
+        for prompt, sample in zip(prompts, samples, strict=True):
+            check_lengths(model, [prompt], sample.limit)
         runner = Runner(model, prompts, self.cell.policy, limit, cache=cache)
-        # No token ends a row: every policy takes the same steps, and ending early is a wrong answer anyway.
-        decoding = Decoding(runner, Sampler(None, None, None, 0, None, prompts, model.device), eager=False)
-        rows: list[list[int]] = [[] for _ in samples]
-        said = ["" for _ in samples]
+        several = len(samples) > 1
+        sampler = Sampler(None, None, None, 0, None, prompts, model.device, rows_end=several)
+        decoding = Decoding(runner, sampler, eager=False)
+        ends = end_tokens(model, None)
+        said = [Said(sample, model.tokenizer, ends) for sample in samples]
         for step, tokens in enumerate(decoding.tokens(limit)):
             self.stopwatch.passed(step, decoding, limit)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                row.append(token)
-            said = [texts.continuation(model.tokenizer, p, row) for p, row in zip(prompts, rows, strict=True)]
-            if all(len(text) >= sample.characters for text, sample in zip(said, samples, strict=True)):
+            for row, token in zip(said, tokens.tolist(), strict=True):
+                row.take(token)
+            complete = [b for b, row in enumerate(said) if row.complete]
+            if len(complete) == len(said):
                 break
+            if complete:
+                decoding.end_rows(complete)
         decoding.end()
-        return [Answer(text) for text in said], decoding
+        return [Answer(row.text) for row in said], decoding
 
     def _empty_cache(self, capacity: int) -> KVCache:
-        if self.cache is None or self.capacity != capacity:
+        if self.cache is None or self.capacity < capacity:
             self.cache, self.capacity = KVCache(self.model, self.cell.policy, capacity=capacity), capacity
         else:
             self.cache.reset()

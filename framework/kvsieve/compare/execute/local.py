@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ...errors import UserError
 from ...hf import models, parallel
 from .. import environment, identity
-from ..cells import Cell, expand, new_tokens_at_most
+from ..cells import Cell, expand
 from ..config import Config, Settings
 from ..samples import Record
 from . import Events, Failed, Finished, Measured, Prepared, Work
@@ -53,7 +53,7 @@ def prepare(config: Config, model: PreTrainedModel, started: str) -> Prepared:
     seed = config.settings.seed
     return Prepared(
         cells,
-        {cell.id: new_tokens_at_most(cell.task.sample(model.tokenizer, seed, 0)) for cell in cells},
+        {cell.id: cell.task.sample(model.tokenizer, seed, 0).limit for cell in cells},
         {cell.id: identity.fields(cell.task, cell.policy, shared) for cell in cells},
         {
             "dtype": shared["dtype"],

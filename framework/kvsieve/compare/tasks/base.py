@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -15,19 +16,57 @@ MOST_SAMPLES = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prompt and its right continuation."""
+    """One prompt and what a right answer to it holds.
 
-    prompt: list[int]  # token ids, exactly the task's context
-    reference: str
-    characters: int = 0  # decode until this many characters are there
+    An answer is decoded until it has `new_tokens` tokens or `characters` characters, until one of `stop`
+    stands in it, or the model ends it, whichever comes first. `stop` and the end are no part of its text.
+
+    Raises:
+        ValueError: `references` is a single text, or empty; `facts` are not plain data.
+    """
+
+    prompt: Sequence[int]  # token ids, at most the task's context
+    references: Sequence[str]  # right answers, or the parts of one
+    needs: Literal["any", "all"] = "any"  # of the references
+    new_tokens: int | None = None  # None: as many as the references have bytes
+    characters: int | None = None
+    stop: Sequence[str] = ()
     forced: Sequence[int] = ()  # token ids to be scored one by one, instead of decoding freely
+    # Plain data that is stored with the result, such as depth, level, document.
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("references", "stop"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} are a list of texts, not the text {getattr(self, name)[:40]!r}")
+        if not self.references:
+            raise ValueError("a sample needs a reference at least")
+        try:
+            json.dumps(self.facts, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the facts of a sample are not plain data: {error}") from None
+
+    @property
+    def reference(self) -> str:
+        """The only reference, or the first."""
+        return self.references[0]
+
+    @property
+    def limit(self) -> int:
+        """Tokens that are decoded, or scored, at most: no tokenizer takes more tokens than bytes."""
+        if self.forced:
+            return len(self.forced)
+        if self.new_tokens is not None:
+            return self.new_tokens
+        sizes = [len(text.encode()) for text in self.references]
+        return max(1, max(sizes) if self.needs == "any" else sum(sizes) + 2 * (len(sizes) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """A model's answer to a sample."""
 
-    text: str = ""  # what was decoded
+    text: str = ""  # what was decoded, up to a stop text or the model's end
     log_probabilities: Sequence[float] = ()  # natural log, of the sample's forced tokens
 
 
@@ -43,7 +82,7 @@ class Task:
     higher_is_better: ClassVar[bool] = True
     chance: ClassVar[float | None] = None  # the score of a model that knows nothing; None: not known
 
-    context: int = 1024  # tokens in the prompt
+    context: int = 1024  # tokens in a prompt, at most
     samples: int = 32
 
     def __post_init__(self) -> None:
@@ -51,7 +90,7 @@ class Task:
             check_range(field, getattr(self, field), 1, most)
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
-        """The sample `index`, whose prompt is exactly `context` tokens long with this tokenizer.
+        """The sample `index`, whose prompt has `context` tokens with this tokenizer, or fewer.
 
         Raises:
             UserError: the context is too short for the task, or the text for the context.

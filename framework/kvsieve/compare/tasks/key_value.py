@@ -38,11 +38,14 @@ class KeyValue(Task):
             raise UserError(
                 f"key_value needs a context for at least two pairs; {self.context} tokens are too few"
             )
-        pairs.insert(int(spread(index) * (len(pairs) + 1)), asked)
+        place = int(spread(index) * (len(pairs) + 1))
+        depth = place / len(pairs)
+        pairs.insert(place, asked)
         lines = pairs[0] + [token for pair in pairs[1:] for token in separator + pair]
         # What is left of the context are line breaks before the question.
         blank = text.encode(tokenizer, "\n")[-1:] * room
-        return Sample(before + lines + end + blank + question, reference=value, characters=8)
+        prompt = before + lines + end + blank + question
+        return Sample(prompt, [value], characters=8, facts={"depth": depth, "pairs": len(pairs)})
 
     @property
     def limits(self) -> tuple[float, float]:

@@ -63,7 +63,8 @@ class Needle(Task):
             place = round(depth * len(hay))
             prompt = prompt + hay[start:place] + needle
             start = place
-        return Sample(prompt + hay[start:] + question, reference=f" {numbers[0]}", characters=7)
+        prompt = prompt + hay[start:] + question
+        return Sample(prompt, [f" {numbers[0]}"], characters=7, facts={"depth": depths[0]})
 
     @property
     def limits(self) -> tuple[float, float]:

@@ -40,7 +40,7 @@ class Perplexity(Task):
         room = self.context - len(before)
         ids = text.passage(tokenizer, self.text, room + self.tokens, self.random(seed, index))
         reference = text.continuation(tokenizer, ids[:room], ids[room:])
-        return Sample(before + ids[:room], reference, forced=ids[room:])
+        return Sample(before + ids[:room], [reference], forced=ids[room:])
 
     def score(self, sample: Sample, answer: Answer) -> float:
         return -sum(answer.log_probabilities) / math.log(2) / len(sample.reference.encode())

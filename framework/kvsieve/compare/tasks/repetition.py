@@ -49,7 +49,8 @@ class Repetition(Task):
             elif visible.count(asked) == 1:  # else the question would have two right answers
                 reference = visible[start + self.prompt : start + self.prompt + self.length]
                 prompt = before + body[: room - len(question)] + question
-                return Sample(prompt, reference, characters=self.length + 1)
+                facts = {"depth": start / len(visible)}
+                return Sample(prompt, [reference], characters=self.length + 1, facts=facts)
         raise UserError(
             f"repetition found no {self.prompt} + {self.length} characters that stand only once in a text of "
             f"{self.context} tokens: give a longer context, or a text that repeats itself less"

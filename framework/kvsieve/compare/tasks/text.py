@@ -68,7 +68,7 @@ def passage(tokenizer: Any, path: str | None, size: int, rng: np.random.Generato
     text = read(path)
     start = int(rng.random() * len(text))
     text = text[start:] + "\n" + text[:start]
-    characters = 2 * size
+    characters = max(1, 2 * size)
     while True:
         ids = encode(tokenizer, text[:characters])
         if len(ids) > size or (len(ids) == size and characters >= len(text)):

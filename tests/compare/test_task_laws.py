@@ -1,0 +1,129 @@
+"""Every task that ships obeys the laws of kvsieve.testing, and each law can be broken."""
+
+import dataclasses
+
+import pytest
+
+import kvsieve
+from kvsieve import plugins
+from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition
+from kvsieve.testing import TASK_LAWS, check_task, tokenizers
+
+CASES = {
+    "needle": Needle(400, distractors=2),
+    "repetition": Repetition(400),
+    "perplexity": Perplexity(300, tokens=20),
+    "key_value": KeyValue(300),
+}
+
+
+def test_every_task_has_a_case():
+    shipped = {name for name, entry in plugins.tasks().items() if entry.plugin == "builtin_tasks"}
+    assert shipped == {task.name for task in CASES.values()}
+
+
+@pytest.mark.parametrize("law", TASK_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("case", CASES)
+def test_law(law, case):
+    law(CASES[case])
+
+
+@dataclasses.dataclass(frozen=True)
+class Echo(kvsieve.Task):
+    """Obeys all laws: say the number that stands in the prompt."""
+
+    name = "echo"
+    metric = "exact match"
+    limits = (0.0, 1.0)
+
+    def sample(self, tokenizer, seed, index):
+        if self.context < 60:
+            raise kvsieve.UserError("needs 60 tokens")
+        number = str(1000 + index)
+        prompt = tokenizer(f"Say {number}:", add_special_tokens=False)["input_ids"]
+        return kvsieve.Sample(prompt, [number], new_tokens=8, stop=["\n"])
+
+    def score(self, sample, answer):
+        return float(answer.text == sample.reference)
+
+
+def changed(**fields):
+    """Echo whose samples differ in these fields."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Changed(Echo):
+        def sample(self, tokenizer, seed, index):
+            sample = super().sample(tokenizer, seed, index)
+            return dataclasses.replace(sample, **{k: v(sample, tokenizer, self) for k, v in fields.items()})
+
+    return Changed(context=100)
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceptsAll(Echo):
+    def score(self, sample, answer):
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts(Echo):
+    """Remembers how often it was asked."""
+
+    def sample(self, tokenizer, seed, index):
+        asked.append(index)
+        return super().sample(tokenizer, seed, len(asked))
+
+
+@dataclasses.dataclass(frozen=True)
+class RefusesAll(Echo):
+    def score(self, sample, answer):
+        return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NeverTooShort(Echo):
+    def sample(self, tokenizer, seed, index):
+        return Echo(100).sample(tokenizer, seed, index)
+
+
+asked = []
+BROKEN = {
+    "asked again": Counts(100),
+    "all samples are the same": changed(prompt=lambda sample, *_: [1, 2, 3]),
+    "the perfect answer '1000' scores 0.0, not 1.0": RefusesAll(100),
+    "an empty answer scores 1.0, a perfect one 1.0": AcceptsAll(100),
+    "a prompt of 101 tokens": changed(prompt=lambda s, *_: [*s.prompt, *[1] * (101 - len(s.prompt))]),
+    "a token id outside the vocabulary": changed(prompt=lambda s, tokenizer, _: [*s.prompt, len(tokenizer)]),
+    "'1000' takes 4 tokens, and new_tokens are 2": changed(new_tokens=lambda *_: 2),
+    "'0' ends the perfect answer": changed(stop=lambda *_: ["0"]),
+    "3 characters are too few for '1000'": changed(characters=lambda *_: 3),
+    "context=1, samples=32) with bytes: a prompt of 9 tokens": NeverTooShort(100),
+    "Echo names no metric": dataclasses.dataclass(frozen=True)(type("Echo", (Echo,), {"metric": ""}))(100),
+}
+
+
+def test_a_small_task_obeys_them():
+    check_task(Echo(100))
+
+
+@pytest.mark.parametrize("complaint", BROKEN)
+def test_a_broken_task_breaks_a_law(complaint):
+    with pytest.raises(AssertionError) as caught:
+        check_task(BROKEN[complaint])
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["Hello there", " 123456", "\n x = 1\n", "\N{EURO SIGN} ünï", "ends "])
+def test_the_tokenizers_lose_nothing(text):
+    for tokenizer in tokenizers().values():
+        ids = tokenizer("a:" + text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "a:" + text
+
+
+def test_the_tokenizers_differ():
+    words = {
+        name: len(tokenizer("and 1234", add_special_tokens=False)["input_ids"])
+        for name, tokenizer in tokenizers().items()
+    }
+    assert len(set(words.values())) == 3, words
+    assert {tokenizer.bos_token_id is None for tokenizer in tokenizers().values()} == {True, False}
