@@ -135,6 +135,16 @@ class RenumbersItsTokens(Evicting):
         kv.positions.copy_(kv.seen[:, None, None] - 1 - kv.positions)
 
 
+class KeepsACopyOfTheContext(Evicting):
+    """Drops tokens, and holds the keys of all of them in a summary."""
+
+    summaries = {"all": (torch.float32, "S")}
+    capturable = False
+
+    def on_prefill(self, kv):
+        kv["all"] = kv.keys.flatten(2)
+
+
 class ReadsRawKeys(Base):
     """Scores with all keys, behind the meter."""
 
@@ -227,6 +237,7 @@ CAUGHT = {
     RanksWithNaN: "answers_fit_the_contract",
     NeverDense: "a_loose_budget_is_dense",
     RenumbersItsTokens: "the_cut_is_what_is_held",
+    KeepsACopyOfTheContext: "memory_is_for_what_is_held",
     CountsInAQuestion: "questions_change_nothing",
     RemembersOutsideTheCache: "same_run_same_result",
     LooksAtItsNeighbours: "rows_do_not_meet",

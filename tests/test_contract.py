@@ -480,7 +480,9 @@ def test_a_wrapper_forwards_everything(inner):
     plain = TIGHT[inner]
     wrapped = Counting(Counting(plain))
     layer = LayerCache(wrapped)
-    assert torch.equal(step(wrapped, layer=layer), step(plain))
+    # Its columns keep heads from being packed; the reference adds up packed and padded heads in one order.
+    with kvsieve.ops.use("reference"):
+        assert torch.equal(step(wrapped, layer=layer), step(plain))
     assert layer.policy.keeps == plain.keeps
     assert layer.policy.key_layout == plain.key_layout
     assert {"counting.age", "counting.counting.age"} <= set(wrapped.columns)

@@ -76,7 +76,7 @@ ORDER = [
     "reference_model",
     "ops",
     "transfer",
-    "cache.layouts cache.slots cache.traffic cache.forward cache.rotary cache.kv",
+    "cache.layouts cache.packing cache.slots cache.traffic cache.forward cache.rotary cache.kv",
     "policy",
     "wrapper",
     "contract",

@@ -316,8 +316,18 @@ class Cut(NamedTuple):
     """The slots that stay, as `cut` answered."""
 
     stays: torch.Tensor  # [B, K, T] bool
-    most: int  # slots that stay in the head that keeps most
+    counts: list[list[int]]  # slots that stay in each row and KV head
     drops: bool  # whether a live slot goes
+
+    @property
+    def most(self) -> int:
+        """Slots that stay in the head that keeps most."""
+        return max(map(max, self.counts))
+
+    @property
+    def heads_differ(self) -> bool:
+        """Whether heads of one row keep different numbers."""
+        return any(min(row) < max(row) for row in self.counts)
 
 
 def check_answers(answers: Any, policy: Policy, layers: int) -> None:
@@ -345,27 +355,41 @@ def checked_cut(answer: Any, policy: Policy, layer: int, slots: Slots) -> Cut | 
     )
     counts, live = stays.sum(2), slots.live()
     dead, empty = (stays & ~live).any(2), (counts == 0) & (lengths > 0)
-    uneven = counts != counts[:, :1]
-    found = torch.stack([counts.max(), (live & ~stays).any(), dead.any(), empty.any(), uneven.any()])
-    most, drops, chose_dead, chose_none, differ = found.tolist()
+    flags = torch.stack([(live & ~stays).any(), dead.any(), empty.any()])
+    *kept, drops, chose_dead, chose_none = torch.cat([counts.flatten(), flags]).tolist()
     if chose_dead:
         b, k, t = (stays & ~live).nonzero()[0].tolist()
         raise UserError(f"{who} keeps slot {t} in row {b}, KV head {k}, which holds no token")
     if chose_none:
         b, k = empty.nonzero()[0].tolist()
         raise UserError(f"{who} keeps nothing in row {b}, KV head {k}; every head keeps a slot at least")
-    if differ and policy.positions is Positions.CACHE:
+    heads = lengths.shape[1]
+    cut = Cut(stays, [kept[i : i + heads] for i in range(0, len(kept), heads)], bool(drops))
+    if cut.heads_differ and policy.positions is Positions.CACHE:
+        uneven = (counts != counts[:, :1]).any(1)
         raise UserError(
-            f"{who} keeps {counts[uneven.any(1)][0].tolist()} slots in the KV heads of a row; places in the "
+            f"{who} keeps {counts[uneven][0].tolist()} slots in the KV heads of a row; places in the "
             "cache (Positions.CACHE) are those of all heads: keep as many in each"
         )
-    if policy.keeps is not None and most > policy.keeps:
+    if policy.keeps is not None and max(kept) > policy.keeps:
         b, k = (counts > policy.keeps).nonzero()[0].tolist()
         raise UserError(
             f"{who} keeps {int(counts[b, k])} slots in row {b}, KV head {k}, but the policy declares "
             f"keeps = {policy.keeps}"
         )
-    return Cut(stays, most, bool(drops))
+    return cut
+
+
+def packs(policy: Policy) -> bool:
+    """Whether heads that keep different numbers may be packed: only attention and `cut` read them then.
+
+    Columns, other layouts and searches go by the slots of all heads at once.
+    """
+    innermost = policy
+    while isinstance(innermost, Wrapper):
+        innermost = innermost.inner
+    selects = type(innermost).select is not Policy.select
+    return not policy.columns and policy.key_layout.kind == "single" and not selects
 
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -45,6 +45,7 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
     keys, values = zeros(B, K, T, size), zeros(B, K, T, size)
     blocked = zeros(B, K, T // 16, size, 16).transpose(3, 4)
     lengths, counts = zeros(B, K, dtype=torch.int64), zeros(B, dtype=torch.int64)
+    packed, starts = zeros(1, 1, B * K * T, size), zeros(B * K + 1, dtype=torch.int64)
     chosen = {"slots": zeros(B, K, S, dtype=torch.int64), "counts": lengths}
     tail = {
         "tail_weight": zeros(B, K, group, dtype=torch.float32),
@@ -69,6 +70,10 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
             want_mass=True,
             by_head=True,
         ),
+        "attend packed": lambda: ops.attend(
+            query, packed, packed, lengths, scale=0.1, starts=starts, total=T
+        ),
+        "append packed": lambda: ops.append(packed, keys[:, :, :1], lengths[..., None], starts=starts),
         **selecting_calls(query, keys, blocked, lengths),
         **storing_calls(keys, blocked, lengths, counts),
         "window weights": lambda: ops.window_weights(prompt, keys, lengths, counts, **gemma),

@@ -56,6 +56,7 @@ class LayerCache(CacheLayerMixin):
         self.policy, self.index = policy, index
         self.slots = Slots(policy.key_layout, policy.columns, policy.summaries)
         self.traffic = Traffic()
+        self.packs = contract.packs(policy)  # heads that keep different numbers
         self.overwrites = policy.keeps is not None and policy.overwrites
         self.kv = KVView(self.slots, self.traffic, in_order=not self.overwrites)
         self.asked_capacity = capacity
@@ -69,6 +70,7 @@ class LayerCache(CacheLayerMixin):
         self.prompt: Prompt | None = None  # the last one written, for layers that borrow these slots
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
         self.must_drop = False  # a prompt is complete, and its tokens that do not stay are still there
+        self.unpacked = False  # it was packed, and a prompt is being read into padded storage
         self.pending_cut: contract.Cut | None = None  # who stays, where the policy said it by slots
         self.together = [self]  # the layers that `cut_together` cuts, in their order
         self.before_probe: BeforeProbe | None = None  # while one runs
@@ -157,6 +159,10 @@ class LayerCache(CacheLayerMixin):
             # Padding may be anything, NaN included: storage must stay finite.
             keys = keys.gather(2, index).masked_fill(~real[:, None, :, None], 0)
             values = values.gather(2, index).masked_fill(~real[:, None, :, None], 0)
+        if slots.packing is not None:
+            self.check_room(slots.used + new)
+            slots.unpack(slots.used + new)
+            self.unpacked = True
         self._make_room(slots.used + new)
         starts = slots.lengths.clone()
         at = starts[..., None] + torch.arange(new, device=keys.device)
@@ -183,6 +189,8 @@ class LayerCache(CacheLayerMixin):
                 layer._end(answer)
 
     def _end(self, answer: torch.Tensor | None) -> None:
+        if answer is None and self.unpacked and self.policy.keeps is None:  # all stay, packed again
+            answer = self.slots.live()
         self.pending_cut = contract.checked_cut(answer, self.policy, self.index, self.slots)
         self.kv._forget_prompt()
         self.must_drop = True
@@ -192,11 +200,13 @@ class LayerCache(CacheLayerMixin):
     def drop_beyond_budget(self) -> None:
         """Drop what does not stay: all but the last `cut`, or all but the best `keeps` by priority."""
         keeps, slots = self.policy.keeps, self.slots
-        self.must_drop = False
+        self.must_drop = self.unpacked = False
         if self.pending_cut is not None:
-            (stays, most, drops), self.pending_cut = self.pending_cut, None
-            if drops or slots.used > most:
-                slots.keep_where(stays, most)
+            cut, self.pending_cut = self.pending_cut, None
+            if self.packs and self._most is None and cut.heads_differ:
+                slots.pack(cut.stays, cut.counts, [None] * slots.lengths.shape[1])
+            elif cut.drops or slots.used > cut.most:
+                slots.keep_where(cut.stays, cut.most)
             return
         if keeps is None or slots.used <= keeps:
             return
@@ -411,7 +421,7 @@ class LayerCache(CacheLayerMixin):
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
         self.ids, self.visible = None, None
-        self.must_drop, self.pending_cut = False, None
+        self.must_drop, self.unpacked, self.pending_cut = False, False, None
         self.expected, self.before_probe = None, None
         self.kv._forget_prompt()
         self.kv._end_reading()
@@ -428,7 +438,8 @@ class LayerCache(CacheLayerMixin):
             self.slots.reorder(indices)
         if self.pending_cut is not None:
             stays = self.pending_cut.stays.index_select(0, indices.to(self.device))
-            self.pending_cut = self.pending_cut._replace(stays=stays)
+            counts = [self.pending_cut.counts[row] for row in indices.tolist()]
+            self.pending_cut = self.pending_cut._replace(stays=stays, counts=counts)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:

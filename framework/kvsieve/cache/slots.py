@@ -1,16 +1,18 @@
 """Storage of one layer: slots per row and KV head, and everything that stands in them.
 
 Rows are ragged: a row's tokens stand from slot 0 on; `lengths [B, K]` says how many slots are live. Slots
-have no
-order once one is overwritten: `positions` says which token each one holds. Storage is finite everywhere
-(zero-filled), because 0 x NaN is NaN. Knows no policy and no transformers.
+have no order once one is overwritten: `positions` says which token each one holds. Storage is finite
+everywhere (zero-filled), because 0 x NaN is NaN. Knows no policy and no transformers.
+
+Stores are padded, `[B, K, C, ...]`, or packed once heads keep different numbers: see packing.py. Whoever
+reads a packed store here gets a padded copy of it; attention and appending do without.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -18,6 +20,7 @@ from .. import ops
 from ..errors import UserError
 from . import layouts
 from .layouts import KeyLayout
+from .packing import Packing
 from .rotary import Rotary
 
 
@@ -90,6 +93,7 @@ class Slots:
             n for n, shape in summaries.items() if isinstance(shape, tuple) and shape[1] == "S"
         }
         self._stores: dict[str, torch.Tensor] = {}  # [B, K, C, ...] each; keys as their layout has it
+        self.packing: Packing | None = None  # of the stores, where they are packed: [1, 1, S, ...] each
         self._key_stores: list[str] = []  # token-major first, if there is one
         self._home: dict[str, torch.Tensor] = {}  # where a captured step finds the stores, after a reset too
         self.summaries: dict[str, torch.Tensor] = {}  # [B, K, ...]
@@ -130,17 +134,17 @@ class Slots:
             for name, shape in self._summary_shapes.items():
                 dtype, extra = _dtype_and_size(shape, keys, group)
                 self.summaries[name] = zeros(rows, heads, *extra, dtype=dtype)
-        self._stores, self._home = stores, {}
+        self._stores, self._home, self.packing = stores, {}, None
 
     def fits(self, keys: torch.Tensor) -> bool:
         """Whether the storage that a reset has left is for such keys."""
         same = keys.shape[:2] == self.lengths.shape and keys.shape[3] == self.head_size
-        return same and keys.dtype == self.dtype and keys.device == self.device
+        return same and bool(self._stores) and keys.dtype == self.dtype and keys.device == self.device
 
     @property
     def capacity(self) -> int:
         """Slots that a row can hold without growing."""
-        return self._stores[VALUES].shape[2]
+        return self._stores[VALUES].shape[2] if self.packing is None else self.packing.capacity
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -201,7 +205,16 @@ class Slots:
         """`[B, K, T]` bool: slots that hold a token."""
         return torch.arange(self.used, device=self.device) < self.lengths[..., None]
 
+    def to_attend(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Keys, values, and where heads begin in them if they are packed, as `attend` takes them: no copy."""
+        if self.packing is None:
+            return self.keys, self.values, {}
+        packed = {"starts": self.packing.starts, "total": self.used}
+        return self._stores[layouts.TOKENS], self._stores[VALUES], packed
+
     def _in_use(self, name: str) -> torch.Tensor:
+        if self.packing is not None:
+            return self.packing.unpack(self._stores[name], self.used)
         return layouts.first_slots(name, self._stores[name], self.entries(name, self.used))
 
     # ---------------------------------------------------------------- write
@@ -216,7 +229,7 @@ class Slots:
         """Put tokens `[B, K, Q, ...]` into `slots [B, K, Q]`; their columns start at zero. `active [B]`
         False: not. Entries of pages stay as they are.
         """
-        run = ops.implementation(keys.device)
+        run, starts = ops.implementation(keys.device), self._starts
         for name, store in self._stores.items():
             if name in layouts.KEY_STORES:
                 new = keys
@@ -228,14 +241,18 @@ class Slots:
                 continue
             else:
                 new = store.new_zeros(()).expand(*slots.shape, *store.shape[3:])
-            run.append(layouts.slots_first(name, store), new, slots, active)
+            run.append(layouts.slots_first(name, store), new, slots, active, starts=starts)
 
     def write_keys(self, keys: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None) -> None:
         """Put keys `[B, K, S, D]` into `slots [B, K, S]`, in every store of them."""
         run = ops.implementation(keys.device)
         for name in self._key_stores:
             store = layouts.slots_first(name, self._stores[name])
-            run.append(store, keys.to(self.dtype), slots, active)
+            run.append(store, keys.to(self.dtype), slots, active, starts=self._starts)
+
+    @property
+    def _starts(self) -> torch.Tensor | None:
+        return None if self.packing is None else self.packing.starts
 
     def write_column(
         self, name: str, column: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
@@ -278,6 +295,9 @@ class Slots:
         room = self.capacity + max(256, self.capacity // 4)
         if at_most is not None:
             room = min(room, at_most)
+        if self.packing is not None:
+            self._repack(self.packing.grown(max(needed, room) - self.capacity))
+            return
         with torch.inference_mode(False):
             grown = self._resized(max(needed, room))
         for name, store in self._stores.items():
@@ -291,7 +311,7 @@ class Slots:
         The price: ops that do not go by the lengths cost what the capacity costs.
         """
         self.make_room(capacity, capacity)
-        self._home = self._stores
+        self._home = self._stores if self.packing is None else {}
         self.used, self.fixed = self.capacity, True
 
     def keep_where(self, stays: torch.Tensor, most: int) -> None:
@@ -300,10 +320,52 @@ class Slots:
         Storage is as large as that head needs, for all heads.
         """
         counts = stays.sum(2)
-        slots = stays.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., :most]
         free = torch.arange(most, device=self.device) >= counts[..., None]
-        self.keep(slots.masked_fill(free, -1))
+        self.keep(_in_front(stays)[..., :most].masked_fill(free, -1))
         self.lengths.copy_(counts)
+
+    def pack(
+        self, stays: torch.Tensor, counts: Sequence[Sequence[int]], limits: Sequence[int | None]
+    ) -> None:
+        """Keep the slots where `stays [B, K, T]`, in their order; every head has room for its own only.
+
+        Not with columns, and token-major keys alone.
+
+        Args:
+            stays: `counts` of them in each row and head.
+            limits: the most that each of the K heads will ever hold, for which it gets room; None: it grows.
+        """
+        assert self.packing is None
+        assert not self._column_shapes
+        assert self._key_stores == [layouts.TOKENS]
+        kept, self.used = _in_front(stays), max(map(max, counts))
+        rooms = [[limit or max(count, 1) for count, limit in zip(row, limits, strict=True)] for row in counts]
+        with torch.inference_mode(False):
+            self.packing = Packing(rooms, [limit is None for limit in limits], self.used, self.device)
+            self._stores = {name: self.packing.pack(store, kept) for name, store in self._stores.items()}
+        self._home = {}
+        self.lengths.copy_(stays.sum(2))
+
+    def unpack(self, capacity: int) -> None:
+        """Give every head room for `capacity` slots, as a prompt needs that is read into it."""
+        with torch.inference_mode(False):
+            shape = *self.lengths.shape, capacity
+            padded = {name: store.new_zeros(*shape, *store.shape[3:]) for name, store in self._stores.items()}
+            for name, store in padded.items():
+                store[:, :, : self.used].copy_(self._in_use(name))
+        self._stores, self.packing = padded, None
+
+    def _repack(self, packing: Packing, rows: torch.Tensor | None = None) -> None:
+        """Move packed stores to other rooms; row i comes from row `rows[i]`."""
+        assert self.packing is not None
+        heads = torch.arange(self.lengths.numel(), device=self.device)
+        if rows is not None:
+            heads = heads.view(self.lengths.shape)[rows].flatten()
+        with torch.inference_mode(False):
+            self._stores = {
+                name: packing.repack(store, self.packing, heads) for name, store in self._stores.items()
+            }
+        self.packing = packing
 
     def keep(self, slots: torch.Tensor) -> None:
         """Keep `slots [B, K, n]`, in this order, and free the rest. The live ones among them come first.
@@ -311,6 +373,8 @@ class Slots:
         Not with paged columns: a page would be of other tokens.
         """
         assert not self._pages
+        if self.packing is not None:
+            self.unpack(self.used)
         run, count = ops.implementation(slots.device), slots.shape[2]
         before, home = self._stores, self._home
         # The stores of a decode before the last reset, if they fit: a captured step finds them.
@@ -353,13 +417,22 @@ class Slots:
         def rows(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: tensor.index_select(0, indices) for name, tensor in tensors.items()}
 
+        if self.packing is not None:
+            self._repack(self.packing.of_rows(indices.tolist()), indices)
         with torch.inference_mode(False):
-            self._stores, self.summaries, self._home = rows(self._stores), rows(self.summaries), {}
+            if self.packing is None:
+                self._stores = rows(self._stores)
+            self.summaries, self._home = rows(self.summaries), {}
             self.lengths, self.seen = (t.index_select(0, indices) for t in (self.lengths, self.seen))
             self.ones = torch.ones_like(self.seen)
 
     def reset(self) -> None:
-        """Forget all tokens. The storage stays, zero-filled: dead slots must be finite."""
+        """Forget all tokens. The storage stays, zero-filled: dead slots must be finite.
+
+        Packed stores are let go: they are for what was kept, and a prompt comes next.
+        """
+        if self.packing is not None:
+            self._stores, self.packing = {}, None
         self.used, self.fixed = 0, False
         home = {} if self._home is self._stores else self._home
         self.clear_free_sizes()
@@ -386,7 +459,10 @@ class Slots:
     def places(self) -> list[tuple[int, torch.Size]]:
         """Address and shape of everything that a step reads and writes."""
         state = [*self._stores.values(), *self.summaries.values(), self.lengths, self.seen, self.ones]
-        return [(tensor.data_ptr(), tensor.shape) for tensor in state]
+        places = [(tensor.data_ptr(), tensor.shape) for tensor in state]
+        if self.packing is not None:
+            places.append((self.packing.starts.data_ptr(), torch.Size([self.capacity])))
+        return places
 
     def stored(self) -> dict[str, torch.Tensor]:
         """All tensors by name: whole stores, columns and summaries, `lengths`, `seen`."""
@@ -401,6 +477,11 @@ class Slots:
         self.used = checkpoint.used
         self.lengths.copy_(checkpoint.lengths)
         self.seen.copy_(checkpoint.seen)
+
+
+def _in_front(stays: torch.Tensor) -> torch.Tensor:
+    """The slots `[B, K, T]`, those where `stays` first, in their order."""
+    return stays.to(torch.uint8).argsort(dim=2, descending=True, stable=True)
 
 
 def _dtype_and_size(

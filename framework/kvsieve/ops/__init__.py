@@ -97,25 +97,25 @@ def attend(
     read = slots.lengths if selection is None else selection.counts
     kv._traffic.read("keys", read, slots.head_size, slots.dtype)
     kv._traffic.read("values", read, slots.head_size, slots.dtype)
-    mass = {"want_mass": want_mass, "by_head": by_head}
+    keys, values, packed = slots.to_attend()
+    how = {"want_mass": want_mass, "by_head": by_head, **packed, **scoring}
     if selection is None:
-        return run.attend(query, slots.keys, slots.values, slots.lengths, **mass, **scoring)
+        return run.attend(query, keys, values, slots.lengths, **how)
     weight, value = selection.tail or (None, None)
     if selection.far is not None:
         kv._traffic.read("keys", selection.far.counts, slots.head_size, slots.dtype)
         kv._traffic.read("values", selection.far.counts, slots.head_size, slots.dtype)
     return run.attend(
         query,
-        slots.keys,
-        slots.values,
+        keys,
+        values,
         slots.lengths,
         slots=selection.slots,
         counts=selection.counts,
         tail_weight=weight,
         tail_value=value,
         far=selection.far,
-        **mass,
-        **scoring,
+        **how,
     )
 
 

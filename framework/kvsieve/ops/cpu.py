@@ -34,6 +34,7 @@ from .reference import (
     top_channels,
     top_p,
     top_slots,
+    unpacked,
     window_weights,
     with_tail,
     within,
@@ -103,12 +104,18 @@ def attend(
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
     by_head: bool = False,
+    starts: torch.Tensor | None = None,
+    total: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`reference.attend`, but over all slots dead ones must be finite.
 
-    Over all slots, torch's fused attention takes the group as queries of one sequence. Chosen slots are
-    copied as whole rows, four times as fast as number by number.
+    Over all slots, torch's fused attention takes the group as queries of one sequence; packed heads one by
+    one, each where it stands. Chosen slots are copied as whole rows, four times as fast as number by number.
     """
+    if starts is not None:
+        if slots is None and softcap is None and sinks is None and not want_mass and tail_weight is None:
+            return _attend_packed(query, keys, values, lengths, starts, scale), None
+        keys, values = (unpacked(stored, starts, lengths.shape, total) for stored in (keys, values))
     size = values.shape[2]
     if slots is None:
         keys = keys if keys.dim() == 4 else keys.flatten(2, 3)[:, :, :size]
@@ -132,12 +139,34 @@ def attend(
     return output, mass_by_slot(weights, slots, size, by_head) if want_mass else None
 
 
+def _attend_packed(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention over all live slots of packed keys and values: nothing is copied, no dead slot is read."""
+    output = torch.zeros_like(query)
+    queries, results, first = query.flatten(0, 1), output.flatten(0, 1), starts.tolist()
+    for head, length in enumerate(lengths.flatten().tolist()):
+        if length:
+            k, v = (stored[0, 0, first[head] : first[head] + length] for stored in (keys, values))
+            results[head] = F.scaled_dot_product_attention(queries[head], k, v, scale=scale)
+    return output
+
+
 def append(
-    storage: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
+    storage: torch.Tensor,
+    new: torch.Tensor,
+    slots: torch.Tensor,
+    active: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
 ) -> None:
     """`reference.append`; one token a row is written without an index of rows and heads."""
-    if slots.shape[2] > 1 or storage.dim() == 5:
-        reference.append(storage, new, slots, active)
+    if slots.shape[2] > 1 or storage.dim() == 5 or starts is not None:
+        reference.append(storage, new, slots, active, starts)
         return
     inside = within(slots, storage.shape[2])
     written = inside == slots

@@ -4,6 +4,9 @@ Letters: B rows, H = K * G query heads, K KV heads, G query heads per KV head, T
 size, Q new tokens, r channels. Weights and scores are float32 whatever the cache holds. Keys may be
 `[B, K, T, D]` of any strides, or in blocks, `[B, K, T/n, n, D]`, of which the last may reach beyond T.
 
+Keys and values may be packed, `[1, 1, S, D]`: then `starts [B * K + 1]` int64 says where row b and head k
+have their slots, from `starts[b * K + k]` to `starts[b * K + k + 1]`.
+
 Whatever a policy answers, nothing outside its row and head is read or written:
 
 - `lengths [B, K]`: slots below are live. A dead slot gets no weight, and its content, NaN included, reaches
@@ -61,15 +64,19 @@ def attend(
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
     by_head: bool = False,
+    starts: torch.Tensor | None = None,
+    total: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query token over all live slots, or over the first `counts` of `slots [B, K, S]`.
 
-    `query [B, K, G, D]`; `keys`, `values [B, K, T, D]`; `sinks [K, G]`: a logit per head that takes weight
-    and gives no value. `far`: more slots `[B, K, F]`, how many of them are read `[B, K]`, and the query `[B,
-    K, G, D]` that reads them, weighed in the same softmax. Returns the output `[B, K, G, D]` and, if wanted,
-    the mass `[B, K, T]`: mean weight over the group, or `[B, K, G, T]` `by_head`. Without a slot to read, the
-    output before the tail is zero.
+    `query [B, K, G, D]`; `keys`, `values [B, K, T, D]`, or packed: with `starts`, and T = `total`; `sinks
+    [K, G]`: a logit per head that takes weight and gives no value. `far`: more slots `[B, K, F]`, how many of
+    them are read `[B, K]`, and the query `[B, K, G, D]` that reads them, weighed in the same softmax. Returns
+    the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]`: mean weight over the group, or `[B, K, G,
+    T]` `by_head`. Without a slot to read, the output before the tail is zero.
     """
+    if starts is not None:
+        keys, values = (unpacked(stored, starts, lengths.shape, total) for stored in (keys, values))
     size = values.shape[2]
     if slots is None:
         keys = keys if keys.dim() == 4 else keys.flatten(2, 3)[:, :, :size]
@@ -331,24 +338,32 @@ def top_by_channels(
 
 
 def append(
-    storage: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
+    storage: torch.Tensor,
+    new: torch.Tensor,
+    slots: torch.Tensor,
+    active: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
 ) -> None:
     """Write `new [B, K, Q, ...]` at `slots [B, K, Q]` of `storage [B, K, C, ...]`.
 
-    The storage may be of any strides, and in blocks. Nothing is written for a slot outside [0, C), nor in
-    rows that are not `active [B]`.
+    The storage may be of any strides, in blocks, and packed with `starts`: C is then what a head has. Nothing
+    is written for a slot outside [0, C), nor in rows that are not `active [B]`.
     """
     count = slots.shape[2]
-    if 1 < count <= _FEW:
+    if 1 < count <= _FEW or (starts is not None and count > 1):
         for i in range(count):
-            append(storage, new[:, :, i : i + 1], slots[:, :, i : i + 1], active)
+            append(storage, new[:, :, i : i + 1], slots[:, :, i : i + 1], active, starts)
         return
-    inside = within(slots, capacity(storage))
+    if starts is not None:
+        rooms = starts.diff().view(*slots.shape[:2], 1)
+        inside = slots.clamp(min=0).minimum(rooms - 1)
+    else:
+        inside = within(slots, capacity(storage))
     written = inside == slots
     if active is not None:
         written &= active[:, None, None]
     if count == 1:  # a decode step: the device is not looked at
-        index = places(storage, inside)
+        index = places(storage, inside) if starts is None else (0, 0, _first(starts, inside) + inside)
         written = written.view(*written.shape, *[1] * (new.dim() - 3))
         storage[index] = torch.where(written, new, storage[index])
     else:
@@ -433,6 +448,20 @@ def slots_of_pages(
     slots = (ordered[..., None] * page + torch.arange(page, device=pages.device)).flatten(2)
     live = slots < lengths[..., None]
     return slots * live, live.sum(2)
+
+
+def unpacked(stored: torch.Tensor, starts: torch.Tensor, shape: tuple[int, ...], size: int) -> torch.Tensor:
+    """A padded copy `[B, K, T, ...]` of a packed `[1, 1, S, ...]`, with `shape` (B, K) and T = `size`.
+
+    Beyond what a head has, numbers of others.
+    """
+    slots = torch.arange(size, device=stored.device).expand(*shape, size)
+    return stored[0, 0, within(_first(starts, slots) + slots, stored.shape[2])]
+
+
+def _first(starts: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The packed slot `[B, K, 1]` at which each head of `slots [B, K, S]` begins."""
+    return starts[:-1].view(*slots.shape[:2], 1)
 
 
 def readable(

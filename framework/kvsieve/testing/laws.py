@@ -16,6 +16,7 @@ from ..attention import decode_step, prefill
 from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
 from ..cache.rotary import Rotary
+from ..cache.slots import Slots
 from ..errors import UserError
 from ..policy import Policy, Positions
 from .rollout import Inputs, one_step
@@ -121,6 +122,31 @@ def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
                 assert torch.equal(keys, own), f"{policy}: tokens have other tokens' keys"
         largest = int(kv.lengths.max())
         assert layer.slots.capacity == largest, f"{policy} has storage for {layer.slots.capacity} tokens"
+
+
+def memory_is_for_what_is_held(tight: Policy, loose: Policy) -> None:
+    """After the prompt a layer has storage for the tokens that stay, and for what is declared beside them.
+
+    Head by head; as of the longest head where columns, a key layout or a search go with the slots.
+    """
+    inputs = Inputs.random()
+    prompt = inputs.prefill_queries.shape[2]
+    keys, values = inputs.keys[:, :, :prompt], inputs.values[:, :, :prompt]
+    for given in (tight, loose):
+        policy = given.for_layer(0, 1)
+        layer = _layer(policy)
+        layer.update(keys, values)
+        valid = torch.arange(prompt) < inputs.lengths[:, None]
+        prefill(layer, inputs.prefill_queries.unflatten(1, (2, 2)), valid)
+        lengths = layer.kv.lengths
+        storage = Slots(policy.key_layout, policy.columns, policy.summaries)
+        storage.allocate(keys, values, int(lengths.max()))
+        most = storage.memory()
+        if layer.packs and bool((lengths != lengths[:, :1]).any()):
+            free = int((lengths.max() - lengths).sum())
+            most -= free * 2 * values.shape[3] * values.element_size()
+        held = layer.slots.memory()
+        assert held <= most, f"{given} holds {held} bytes for tokens (and what goes with them) of {most}"
 
 
 def questions_change_nothing(tight: Policy, loose: Policy) -> None:
@@ -265,6 +291,7 @@ LAWS: list[Callable[[Policy, Policy], None]] = [
     a_loose_budget_is_dense,
     the_budget_is_respected,
     the_cut_is_what_is_held,
+    memory_is_for_what_is_held,
     questions_change_nothing,
     same_run_same_result,
     rows_do_not_meet,

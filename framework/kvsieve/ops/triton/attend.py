@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .storage import head_start, in_block, shaped, slot_start, slot_strides, strides
+from .storage import first_slot, in_block, shaped, slot_start, slot_strides, strides
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4e38)  # finite, for rows without a slot to read: -inf - -inf is NaN
@@ -37,6 +37,8 @@ def attend(
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
     by_head: bool = False,
+    starts: torch.Tensor | None = None,
+    total: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`reference.attend`. Slots that are not live, or not chosen, are never read.
 
@@ -47,7 +49,7 @@ def attend(
     cache.
     """
     rows, heads, group, size = query.shape
-    total, pairs = values.shape[2], rows * heads
+    total, pairs = values.shape[2] if starts is None else total, rows * heads
     plan = launch.decode(size, keys.dtype, in_block(keys) > 1)
     near, far_query = 0, None
     if far is not None:
@@ -93,6 +95,7 @@ def attend(
         values=values,
         **strides("value", values, "row head slot channel"),
         slots=slots,
+        starts=starts,
         **read,
         pieces=pieces,
         piece_lse=piece_lse,
@@ -221,6 +224,7 @@ def _attend_piece(
     value_slot,
     value_channel,
     slots,  # [B, K, many], or None: all slots
+    starts,  # [B * K + 1] of packed keys and values, or None
     lengths,  # [B, K]
     counts,  # [B, K] or None
     many,
@@ -256,8 +260,8 @@ def _attend_piece(
     real = g < G
     number, inside = (pair * G + g)[:, None] * D + d[None, :], real[:, None] & (d < D)[None, :]
     q = tl.load(query + number, mask=inside, other=0.0)
-    keys += head_start(pair, KV_HEADS, key_row, key_head)
-    values += head_start(pair, KV_HEADS, value_row, value_head)
+    keys += first_slot(starts, pair, KV_HEADS, key_row, key_head, key_block)
+    values += first_slot(starts, pair, KV_HEADS, value_row, value_head, value_slot)
     if slots is not None:
         length = tl.load(lengths + pair)
 

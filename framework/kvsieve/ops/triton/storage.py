@@ -49,6 +49,16 @@ def head_start(pair, heads, row_stride, head_stride):
 
 
 @triton.jit
+def first_slot(starts, pair, heads, row_stride, head_stride, slot_stride):
+    """`head_start`, in packed storage too, where `starts` says it."""
+    if starts is None:
+        start = head_start(pair, heads, row_stride, head_stride)
+    else:
+        start = tl.load(starts + pair) * slot_stride
+    return start
+
+
+@triton.jit
 def slot_start(slot, block_stride, slot_stride, BLOCK: tl.constexpr):
     """Where a slot begins within its row and KV head; 64 bits, for storage of more than 2 ** 31 numbers."""
     slot = slot.to(tl.int64)

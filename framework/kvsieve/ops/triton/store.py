@@ -4,13 +4,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .storage import head_start, in_block, slot_start, slot_strides, strides
+from .storage import first_slot, head_start, in_block, slot_start, slot_strides, strides
 
 _TILE = 4096  # numbers that a program moves
 
 
 def append(
-    storage: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None
+    storage: torch.Tensor,
+    new: torch.Tensor,
+    slots: torch.Tensor,
+    active: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
 ) -> None:
     """`reference.append`."""
     rows, heads, count = slots.shape
@@ -24,6 +28,7 @@ def append(
         **slot_strides("new", new),
         slots=slots.contiguous(),
         active=active,
+        starts=starts,
         heads=heads,
         count=count,
         capacity=storage.shape[2] * in_block(storage),
@@ -93,6 +98,7 @@ def _append(
     new_channel,
     slots,  # [B, K, Q]
     active,  # [B] or None
+    starts,  # [B * K + 1] of packed storage, or None
     heads,
     count,
     capacity,
@@ -108,9 +114,11 @@ def _append(
             return
     token, d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     slot = tl.load(slots + pair * count + token, mask=token < count, other=-1)
-    mask = ((slot >= 0) & (slot < capacity))[:, None] & (d < WIDTH)[None, :]
     new += head_start(pair, heads, new_row, new_head)
-    storage += head_start(pair, heads, storage_row, storage_head)
+    storage += first_slot(starts, pair, heads, storage_row, storage_head, storage_block)
+    if starts is not None:
+        capacity = tl.load(starts + pair + 1) - tl.load(starts + pair)
+    mask = ((slot >= 0) & (slot < capacity))[:, None] & (d < WIDTH)[None, :]
     source = slot_start(token, new_block, new_slot, NEW_BLOCK)[:, None] + d[None, :] * new_channel
     target = (
         slot_start(slot, storage_block, storage_slot, STORAGE_BLOCK)[:, None] + d[None, :] * storage_channel
