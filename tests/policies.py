@@ -77,6 +77,11 @@ CASES = {
         {"budget": 64, "epsilon": 0.1},
     ),
     "anllm": Case("anllm", {"anchors": [0]}, {"anchors": [5]}),  # the laws' ids are 0 to 4
+    "sirllm": Case(
+        "sirllm",
+        {"sinks": 2, "surprising": 10, "recent": 2, "decay": 0.7},
+        {"sinks": 0, "surprising": 64},
+    ),
     "double_sparsity": Case(
         "double_sparsity",
         {"calibration": CALIBRATION, "r": 4, "k": 8},

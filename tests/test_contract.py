@@ -439,6 +439,37 @@ def test_a_policy_that_wants_token_ids_gets_them_in_the_order_of_its_tokens():
         rollout(made, *inputs)
 
 
+def test_surprise_comes_before_the_prompt_is_cut_and_at_every_step():
+    inputs, seen = Inputs.random((7, 4), steps=2), []
+    surprise = torch.rand(2, 9)
+    made = policy(
+        wants=Wants.SURPRISE,
+        columns={"surprise": torch.float32},
+        on_surprise=lambda self, kv, surprise, new: kv.write(
+            "surprise", new, surprise[:, None].expand(-1, 2, -1)
+        ),
+        cut=lambda self, kv: seen.append(kv["surprise"].clone()) or kv.newest(2),
+    )
+    layer = LayerCache(made)
+    rollout(made, *inputs, surprise=surprise, prefill_chunk=5, layer=layer)
+    (at_the_cut,) = seen
+    assert torch.equal(at_the_cut[0, :, :7], surprise[:1, :7].expand(2, -1))
+    assert torch.equal(at_the_cut[1, :, :4], surprise[1:, :4].expand(2, -1))
+    held = layer.kv["surprise"]  # the last two of the prompt, and two steps
+    assert torch.equal(held[0, 1], surprise[0, 5:])
+    assert torch.equal(held[1, 1], torch.cat([surprise[1, 2:4], surprise[1, 7:]]))
+    with pytest.raises(UserError, match="wants the surprise of tokens: give it"):
+        rollout(made, *inputs)
+
+
+@pytest.mark.parametrize(
+    "half", [{"wants": Wants.SURPRISE}, {"on_surprise": lambda self, kv, surprise, new: None}]
+)
+def test_surprise_is_wanted_and_heard(half):
+    with pytest.raises(UserError, match="has one of `on_surprise.* and needs both"):
+        LayerCache(policy(**half))
+
+
 def test_a_mask_of_a_prompt_is_checked():
     def sees(answer):
         return policy(sees=lambda self, kv, new: answer)

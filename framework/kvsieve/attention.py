@@ -83,7 +83,8 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
     )
     if mass is not None:
         policy.on_attend(kv, mass)
-    if owner and layer.forward is Forward.PROMPT:
+    # Surprise is known once the model has read the tokens; then the prompt ends.
+    if owner and layer.forward is Forward.PROMPT and layer.arrived is None:
         layer.end_prompt()
     if order is not None:  # back to the places they came from
         index = order[:, None, None, :, None].expand(output.shape)

@@ -25,7 +25,7 @@ from .errors import UserError
 from .policy import Observe, Policy, Positions, Selection, Wants
 from .wrapper import Wrapper
 
-_HOOKS = ("on_append", "on_queries", "on_select", "on_attend", "on_prefill")
+_HOOKS = ("on_append", "on_queries", "on_select", "on_attend", "on_surprise", "on_prefill")
 _NEAR = 0.8  # names as much alike as this are taken for a misspelling
 
 
@@ -93,6 +93,17 @@ def check_class(cls: Any) -> None:
         )
 
 
+def _check_wants(policy: Policy) -> None:
+    while isinstance(policy, Wrapper):
+        policy = policy.inner
+    hears = type(policy).on_surprise is not Policy.on_surprise
+    if hears != (Wants.SURPRISE in policy.wants):
+        raise UserError(
+            f"policy {policy.name} has one of `on_surprise(kv, surprise, new)` and `wants = Wants.SURPRISE`, "
+            "and needs both"
+        )
+
+
 def _check_names(cls: type, known: Set[str]) -> None:
     for name, value in vars(cls).items():
         method = callable(value) or isinstance(value, property | classmethod | staticmethod)
@@ -150,6 +161,7 @@ def check_declarations(policy: Policy) -> None:
                 )
             _check_shape(policy, what, name, shape)
     _check_overwriting(policy)
+    _check_wants(policy)
     if policy.positions is Positions.CACHE and policy.keeps is not None and policy.overwrites:
         raise UserError(
             f"policy {policy.name}: positions = Positions.CACHE needs `overwrites = False`: overwriting a "

@@ -103,6 +103,8 @@ class Wants(enum.Flag):
     NOTHING = 0
     # Their ids: `new.ids`.
     IDS = 1
+    # How unexpected they were: `on_surprise`. It costs the logits of the whole prompt, or of a piece of it.
+    SURPRISE = 2
 
 
 class Tail(NamedTuple):
@@ -296,6 +298,14 @@ class Policy:
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         """Attention has read; `mass [B, K, T]` float32 is what each slot received; of `Observe.HEADS`,
         `[B, K, G, T]`. May write columns.
+        """
+
+    def on_surprise(self, kv: KVView, surprise: torch.Tensor, new: NewTokens) -> None:
+        """The model has read the new tokens: `surprise [B, Q]` float32 is -log P(token | those before it).
+
+        A row's real ones first; NaN for a row's first token of all, and beyond the real ones. For a policy
+        that wants it: after each forward, a probe excepted, and before the prompt is cut. May write columns
+        and summaries.
         """
 
     def on_prefill(self, kv: KVView) -> None:

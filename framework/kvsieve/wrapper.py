@@ -128,6 +128,9 @@ class Wrapper(Policy):
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         self.inner.on_attend(kv, mass)
 
+    def on_surprise(self, kv: KVView, surprise: torch.Tensor, new: NewTokens) -> None:
+        self.inner.on_surprise(kv, surprise, new)
+
     def on_prefill(self, kv: KVView) -> None:
         self.inner.on_prefill(kv)
 

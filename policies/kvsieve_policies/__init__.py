@@ -20,6 +20,7 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .pyramidkv import PyramidKV
     from .quest import Quest
     from .refresh import Refresh
+    from .sirllm import SirLLM
     from .snapkv import SnapKV
     from .sparq import SparQ
     from .streaming_llm import StreamingLLM
@@ -28,6 +29,17 @@ def register_policies(register: Callable[[type], None]) -> None:
 
     # The base class itself is dense attention: reads everything, keeps everything.
     reading = (SparQ, Quest, DoubleSparsity, Loki)
-    keeping = (H2O, LocalWindow, StreamingLLM, TOVA, SnapKV, PyramidKV, AdaKV, ExpectedAttention, AnLLM)
+    keeping = (
+        H2O,
+        LocalWindow,
+        StreamingLLM,
+        TOVA,
+        SnapKV,
+        PyramidKV,
+        AdaKV,
+        ExpectedAttention,
+        AnLLM,
+        SirLLM,
+    )
     for policy in (Policy, *reading, *keeping, DenseLayers, Refresh, Twilight):
         register(policy)

@@ -100,6 +100,7 @@ class KVView:
         # Of the pass of a prompt that runs, or was the last one: see reading.py.
         self._probing = False
         self._span: torch.Tensor | None = None
+        self._room: torch.Tensor | None = None
         self._pass_starts: torch.Tensor | None = None
         self._static = Static({}, traffic)
         self._versions: dict[str, int] = {}  # of columns and summaries when they were last counted
@@ -162,7 +163,15 @@ class KVView:
     @property
     def span(self) -> torch.Tensor:
         """`[B, 2]` int64: `first` and `last` of the pass that runs; both 0 in a row that is not in it."""
-        return self.seen.new_zeros(len(self.seen), 2) if self._span is None else self._span
+        if self._span is None:
+            return self.seen.new_zeros(len(self.seen), 2)
+        return self._span.to(self.seen.device)
+
+    @property
+    def room(self) -> torch.Tensor:
+        """`[B]` int64: slots that are to stay, while `priority` is asked to make room before a pass."""
+        assert self._room is not None, "no pass makes room"
+        return self._room
 
     def fresh(self) -> torch.Tensor:
         """`[B, K, T]` bool: slots of the tokens that a row's running or last pass has brought."""
@@ -332,7 +341,9 @@ class KVView:
 
     def _count_change(self, name: str) -> None:
         found = self._find(name)
-        if found._version != self._versions.get(name, found._version) and self._traffic.first_write(name):
+        if name not in self._versions or found._version == self._versions[name]:
+            return
+        if self._traffic.first_write(name):
             self._traffic.written(*self._extent(name, found))
 
     def _find(self, name: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .forward import Forward
 from .layer import LayerCache
 from .rotary import rotary_of
 from .slots import Checkpoint
-from .watch import watch
+from .watch import surprise, watch
 from .windows import WindowLayer
 
 ATTENTION = "kvsieve"  # our name among transformers' attention implementations
@@ -235,6 +235,24 @@ class KVCache(Cache):
         for layer in self.policy_layers:
             layer.ids = ids if Wants.IDS in layer.policy.wants else None
 
+    def take_logits(self, logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> None:
+        """Tell the layers the surprise of a forward's tokens, from its logits `[B, Q, V]`.
+
+        `ids [B, Q]`; `real [B, Q]` bool: those that are not padding.
+        """
+        first = self.policy_layers[0]
+        if first.kv.probing:
+            return
+        if first.last_logits is None or first.last_logits.shape != logits[:, 0].shape:
+            with torch.inference_mode(False):  # reset() may be called outside of it
+                first.last_logits = torch.full_like(logits[:, 0], torch.nan)
+        told = surprise(logits, ids, real, first.last_logits)
+        last = real.long().cumsum(1).argmax(1)  # column of a row's last token
+        newest = logits[torch.arange(len(last), device=last.device), last]
+        first.last_logits.copy_(torch.where(real.any(1)[:, None], newest, first.last_logits))
+        for layer in self.policy_layers:
+            layer.take_surprise(told)
+
     def places_of(self, real: torch.Tensor) -> torch.Tensor:
         """The places `[B, Q]` in the cache that the `real [B, Q]` new tokens of a forward will have.
 
@@ -311,7 +329,9 @@ class KVCache(Cache):
 
     def places(self) -> list[tuple[int, torch.Size]]:
         """Address and shape of everything that a step reads and writes: a captured step depends on them."""
-        return [place for layer in self.policy_layers for place in layer.slots.places()]
+        places = [place for layer in self.policy_layers for place in layer.slots.places()]
+        logits = self.policy_layers[0].last_logits
+        return places if logits is None else [*places, (logits.data_ptr(), logits.shape)]
 
     def count_fed(self) -> None:
         """One more token was fed to every row while shapes were fixed."""

@@ -66,6 +66,10 @@ class LayerCache(CacheLayerMixin):
         self.forward = Forward.PROMPT  # the kind of the forward that is running
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not yet written
         self.ids: torch.Tensor | None = None  # [B, Q] of the incoming tokens, if the policy wants them
+        # [B, V] of each row's last token, NaN before the first: by them the next one is a surprise. They are
+        # the model's, held in one layer, because they move with the rows.
+        self.last_logits: torch.Tensor | None = None
+        self.arrived: NewTokens | None = None  # until their surprise is known, if the policy wants it
         self.visible: torch.Tensor | None = None  # [B, Q, T] bool: what the last prompt's tokens may see
         self.prompt: Prompt | None = None  # the last one written, for layers that borrow these slots
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
@@ -138,7 +142,7 @@ class LayerCache(CacheLayerMixin):
             self.traffic.steps(counts)
         if active is not None:
             keys, values = (t.masked_fill(~active[:, None, None, None], 0) for t in (keys, values))
-        return NewTokens(keys, values, counts, at[..., None], self._take_ids(counts))
+        return self._arrived(NewTokens(keys, values, counts, at[..., None], self._take_ids(counts)))
 
     def append_prompt(self, valid: torch.Tensor | None) -> NewTokens:
         """Write the incoming Q tokens of each row after its live slots.
@@ -172,7 +176,27 @@ class LayerCache(CacheLayerMixin):
         slots.lengths += counts[:, None]
         slots.used += new
         self.prompt = Prompt(starts, counts, order)
-        return NewTokens(keys, values, counts, at, self._take_ids(counts, order))
+        return self._arrived(NewTokens(keys, values, counts, at, self._take_ids(counts, order)))
+
+    def _arrived(self, new: NewTokens) -> NewTokens:
+        self.arrived = new if Wants.SURPRISE in self.policy.wants else None
+        return new
+
+    def take_surprise(self, surprise: torch.Tensor) -> None:
+        """Tell the policy the surprise `[B, Q]` of the tokens of the last forward; end the prompt, if it was
+        its end.
+        """
+        if self.arrived is None:
+            return
+        new, self.arrived = self.arrived, None
+        in_step = self.forward is Forward.STEP
+        self.traffic.begin(transfer.current() if in_step else None, self.active)
+        self.policy.on_surprise(self.kv, surprise.to(self.device), new)
+        if in_step:
+            self.kv._count_changes()
+        self.traffic.begin(None, None)
+        if self.forward is Forward.PROMPT:
+            self.end_prompt()
 
     def end_prompt(self) -> None:
         """The prompt is complete: tell the policy, ask it who stays, and drop the others.
@@ -256,7 +280,9 @@ class LayerCache(CacheLayerMixin):
         most, drops = torch.stack([counts.max(), (counts < lengths).any()]).tolist()
         if not drops:
             return
+        self.kv._room = rooms.to(lengths.device)
         order = self._priority().masked_fill(~self.slots.live(), -torch.inf)
+        self.kv._room = None
         order = order.argsort(dim=2, descending=True, stable=True)
         among = torch.arange(self.slots.used, device=lengths.device) < counts[..., None]
         self.slots.keep_where(torch.zeros_like(among).scatter_(2, order, among), most)
@@ -264,10 +290,10 @@ class LayerCache(CacheLayerMixin):
     def begin_pass(self, kind: Forward, rows: torch.Tensor, spans: torch.Tensor) -> None:
         """The rows marked `[B]` begin a pass over tokens `spans [B, 2]` of their prompts."""
         kv, slots = self.kv, self.slots
-        kv._probing = kind is Forward.PROBE
+        kv._probing, kv._span = kind is Forward.PROBE, spans
         if not self.is_initialized:
             return
-        kv._span, lengths = spans.to(slots.device), slots.lengths
+        lengths = slots.lengths
         earlier = torch.zeros_like(lengths) if kv._pass_starts is None else kv._pass_starts
         kv._pass_starts = torch.where(rows.to(slots.device)[:, None], lengths, earlier)
         if kv._probing:
@@ -420,7 +446,9 @@ class LayerCache(CacheLayerMixin):
         """Forget all tokens. The storage stays for the next batch, if it has as many rows."""
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
-        self.ids, self.visible = None, None
+        self.ids, self.visible, self.arrived = None, None, None
+        if self.last_logits is not None:
+            self.last_logits.fill_(torch.nan)
         self.must_drop, self.unpacked, self.pending_cut = False, False, None
         self.expected, self.before_probe = None, None
         self.kv._forget_prompt()
@@ -436,6 +464,9 @@ class LayerCache(CacheLayerMixin):
         """Make row i what row `indices[i]` was."""
         if self.is_initialized:
             self.slots.reorder(indices)
+        if self.last_logits is not None:
+            with torch.inference_mode(False):
+                self.last_logits = self.last_logits.index_select(0, indices.to(self.last_logits.device))
         if self.pending_cut is not None:
             stays = self.pending_cut.stays.index_select(0, indices.to(self.device))
             counts = [self.pending_cut.counts[row] for row in indices.tolist()]

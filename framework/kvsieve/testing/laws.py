@@ -13,6 +13,7 @@ import torch
 
 from .. import contract, specs, transfer
 from ..attention import decode_step, prefill
+from ..cache.forward import Forward
 from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
 from ..cache.rotary import Rotary
@@ -29,8 +30,8 @@ _ROTARY = Rotary.of_theta(_THETA, 16)
 
 
 def rollout(policy: Policy, *inputs: Any, **how: Any) -> torch.Tensor:
-    """Run `Inputs`, with rotary embeddings and token ids for policies that want them."""
-    how |= {"rope_theta": _THETA, "ids": _ids(inputs[2])}
+    """Run `Inputs`, with rotary embeddings, token ids and surprise for policies that want them."""
+    how |= {"rope_theta": _THETA, "ids": _ids(inputs[2]), "surprise": _surprise(inputs[2])}
     return plain_rollout(policy, *inputs, **how)
 
 
@@ -39,8 +40,16 @@ def _ids(keys: torch.Tensor) -> torch.Tensor:
     return (keys[:, 0, :, 0].abs() * 1000).long() % 5
 
 
+def _surprise(keys: torch.Tensor) -> torch.Tensor:
+    """Surprise `[B, T]` of tokens with random keys `[B, K, T, D]`."""
+    return keys[:, 0, :, 1].abs()
+
+
 def _feed(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+    if layer.fed == 0:
+        layer.expected = Forward.PROMPT
     layer.update(keys, values)
+    layer.expected = None
     layer.ids = _ids(keys)
 
 
@@ -105,6 +114,7 @@ def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
         _feed(layer, inputs.keys[:, :, :prompt], inputs.values[:, :, :prompt])
         valid = torch.arange(prompt) < inputs.lengths[:, None]
         prefill(layer, inputs.prefill_queries.unflatten(1, (2, 2)), valid)
+        layer.take_surprise(_surprise(inputs.keys[:, :, :prompt]))
         kv, (chosen,) = layer.kv, spy.notes.cuts
         most = prompt if policy.keeps is None else policy.keeps
         for b, k in _heads(kv.lengths):
@@ -135,9 +145,10 @@ def memory_is_for_what_is_held(tight: Policy, loose: Policy) -> None:
     for given in (tight, loose):
         policy = given.for_layer(0, 1)
         layer = _layer(policy)
-        layer.update(keys, values)
+        _feed(layer, keys, values)
         valid = torch.arange(prompt) < inputs.lengths[:, None]
         prefill(layer, inputs.prefill_queries.unflatten(1, (2, 2)), valid)
+        layer.take_surprise(_surprise(keys))
         lengths = layer.kv.lengths
         storage = Slots(policy.key_layout, policy.columns, policy.summaries)
         storage.allocate(keys, values, int(lengths.max()))
@@ -188,6 +199,7 @@ def padding_side_does_not_matter(tight: Policy, loose: Policy) -> None:
     valid = torch.arange(prompt) >= torch.tensor(shifts)[:, None]
     _feed(layer, left(inputs.keys), left(inputs.values))
     prefill(layer, left(inputs.prefill_queries).unflatten(1, (2, 2)), valid)
+    layer.take_surprise(_surprise(inputs.keys[:, :, :prompt]))
     new = slice(prompt, prompt + 1)
     token = inputs.step_queries[:, :, 0], inputs.keys[:, :, new], inputs.values[:, :, new]
     layer.ids = _ids(inputs.keys[:, :, new])

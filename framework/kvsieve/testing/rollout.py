@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..attention import decode_step, prefill
+from ..cache.forward import Forward
 from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
 from ..cache.rotary import Rotary
@@ -26,6 +27,7 @@ def rollout(
     prefill_chunk: int | None = None,
     rope_theta: float | None = None,
     ids: torch.Tensor | None = None,
+    surprise: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention outputs `[B, H, N, D]` of N decode steps of one layer under a policy.
 
@@ -40,11 +42,11 @@ def rollout(
         prefill_chunk: feed the prompt in pieces of this many tokens.
         rope_theta: queries and keys come rotated with it (half-split), at the positions of their row's text;
             for policies that turn them. None: for those that do not.
-        ids: token ids `[B, P + N]`, laid out as the keys, for policies that want them.
+        ids, surprise: `[B, P + N]`, laid out as the keys, for policies that want token ids or surprise.
 
     Raises: UserError: shapes that do not fit together, or no prefill queries for a policy that observes
-        the attention of the prompt, no rope_theta for one that turns queries or keys, or no ids for one
-        that wants them.
+        the attention of the prompt, no rope_theta for one that turns queries or keys, or no ids or
+        surprise for one that wants them.
     """
     rows, heads, steps, size = step_queries.shape
     kv_heads, prompt = keys.shape[1], keys.shape[2] - steps
@@ -72,19 +74,29 @@ def rollout(
     def grouped(query: torch.Tensor) -> torch.Tensor:
         return query.unflatten(1, (kv_heads, heads // kv_heads))
 
-    layer.prompt_end = prompt
     for first in range(0, prompt, prefill_chunk or prompt):
         piece = slice(first, min(first + (prefill_chunk or prompt), prompt))
+        layer.expected = Forward.CHUNK if piece.stop < prompt else Forward.PROMPT
         layer.update(keys[:, :, piece], values[:, :, piece])
         layer.ids = None if ids is None else ids[:, piece]
         real = None if valid is None else valid[:, piece]
         prefill(layer, grouped(prefill_queries[:, :, piece]), real)
+        _tell(layer, surprise, piece)
+    layer.expected = None
     outputs = []
     for step in range(steps):
         at = slice(prompt + step, prompt + step + 1)
         layer.ids = None if ids is None else ids[:, at]
         outputs.append(one_step(layer, step_queries[:, :, step], keys[:, :, at], values[:, :, at], rotary))
+        _tell(layer, surprise, at)
     return torch.stack(outputs, 3).flatten(1, 2)
+
+
+def _tell(layer: LayerCache, surprise: torch.Tensor | None, tokens: slice) -> None:
+    if layer.arrived is not None:
+        if surprise is None:
+            raise UserError(f"{layer.policy.name} wants the surprise of tokens: give it")
+        layer.take_surprise(surprise[:, tokens])
 
 
 def one_step(

@@ -79,6 +79,9 @@ class Spy(Wrapper):
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         self._watched(kv, "on_attend", lambda: self.inner.on_attend(kv, mass))
 
+    def on_surprise(self, kv: KVView, surprise: torch.Tensor, new: NewTokens) -> None:
+        self._watched(kv, "on_surprise", lambda: self.inner.on_surprise(kv, surprise, new))
+
     def for_layer(self, layer: int, layers: int) -> Policy:
         return self
 
