@@ -122,6 +122,21 @@ CASES = {
         {"inner": {"sparq": {"r": 4, "k": 12, "local": 2}}, "p": 0.5, "group_score": "mean"},
         {"inner": {"sparq": {"r": 4, "k": 64}}, "p": 1.0, "group_score": "mean"},
     ),
+    "hip": Case(
+        "hip",
+        {"k": 4, "sinks": 2, "window": 5, "refresh": 3},
+        {"k": 30, "sinks": 0, "window": 16},
+    ),
+    "hip_every_step": Case(
+        "hip",
+        {"k": 6, "sinks": 0, "window": 0, "refresh": 1, "group_score": "mean"},
+        {"k": 1, "sinks": 46, "window": 0, "refresh": 1},
+    ),
+    "infllm": Case(
+        "infllm",
+        {"window": 9, "sinks": 2, "blocks": 2, "block": 4, "representatives": 2},
+        {"window": 46},
+    ),
     "refresh_quest": Case(
         "refresh",
         {"inner": {"quest": {"pages": 3, "page": 4}}, "every": 3},

@@ -15,6 +15,8 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .double_sparsity import DoubleSparsity
     from .expected_attention import ExpectedAttention
     from .h2o import H2O
+    from .hip import HiP
+    from .infllm import InfLLM
     from .local_window import LocalWindow
     from .loki import Loki
     from .pyramidkv import PyramidKV
@@ -28,7 +30,7 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .twilight import Twilight
 
     # The base class itself is dense attention: reads everything, keeps everything.
-    reading = (SparQ, Quest, DoubleSparsity, Loki)
+    reading = (SparQ, Quest, DoubleSparsity, Loki, HiP, InfLLM)
     keeping = (
         H2O,
         LocalWindow,

@@ -24,6 +24,8 @@ POLICIES = [
     ("loki", {"calibration": CALIBRATION, "r": 5, "k": 12}),
     ("loki", {"calibration": CALIBRATION, "r": 5, "k": 0.25}),
     ("refresh", {"inner": {"sparq": {"r": 8, "k": 12, "local": 3}}, "every": 2}),
+    ("hip", {"k": 5, "sinks": 2, "window": 6, "refresh": 2}),
+    ("infllm", {"window": 9, "sinks": 2, "blocks": 2, "block": 4, "representatives": 2}),
     ("h2o", {"budget": 17, "recent": 4}),
     ("local_window", {"budget": 17, "sinks": 2}),
     ("streaming_llm", {"budget": 17, "sinks": 2}),

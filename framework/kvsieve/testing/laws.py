@@ -128,6 +128,9 @@ def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
                 # Turned forth to their places; turned back, they are what they were.
                 back = _ROTARY.turned(keys, torch.tensor(held) - torch.arange(len(held)))
                 _same(back, own, f"{policy}: keys are not those of their tokens at their places")
+            elif policy.positions is Positions.OWN:
+                # Turned as it pleases the policy, which leaves their lengths.
+                _same(keys.norm(dim=-1), own.norm(dim=-1), f"{policy}: tokens have other tokens' keys")
             else:
                 assert torch.equal(keys, own), f"{policy}: tokens have other tokens' keys"
         largest = int(kv.lengths.max())

@@ -42,9 +42,7 @@ class Spy(Wrapper):
     notes: Notes = dataclasses.field(default_factory=Notes, compare=False)
 
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
-        before = _direct(kv)
         selection = self._watched(kv, "select", lambda: self.inner.select(query, kv), question=True)
-        self.notes.direct_reads += _direct(kv) - before
         self.notes.selections.append(selection)
         self.notes.lengths.append(kv.lengths.clone())
         if selection is not None:
@@ -87,12 +85,14 @@ class Spy(Wrapper):
 
     def _watched(self, kv: KVView, hook: str, ask: Callable[[], Answer], question: bool = False) -> Answer:
         before = {name: tensor.clone() for name, tensor in kv._slots.stored().items()} if question else {}
+        counted = _direct(kv)
         if kv._traffic.meter is None:
             answer = ask()
         else:
             with _FindsUnmetered(kv) as reads:
                 answer = ask()
             self.notes.unmetered += [f"{hook} touches {what} behind the meter" for what in reads.found]
+        self.notes.direct_reads += _direct(kv) - counted
         for name, tensor in before.items():
             if not torch.equal(tensor, kv._slots.stored()[name]):
                 self.notes.changes.append(f"{hook} changed {name!r}")
