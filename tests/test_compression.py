@@ -18,7 +18,11 @@ BESIDE = {
     "twilight": {"inner": "quest", "p": 1.0},  # at p = 1 it prunes nothing
     "refresh": {"inner": "sparq"},
 }
-IMPOSSIBLE = {("twilight", Fraction(1, 16)): "1/16"}  # Quest's, of what the 4-bit keys leave
+IMPOSSIBLE = {
+    ("twilight", Fraction(1, 16)): "1/16",  # Quest's, of what the 4-bit keys leave
+    ("infllm", Fraction(1, 16)): "1/8",  # the representatives of all blocks, and one block
+}
+HEADS = {"infllm": 8}  # its compression is for 4 query heads per KV head
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,8 @@ def asked(name, ratio, calibration, **given):
 
 
 def share(policy, dtype=torch.bfloat16, rows=1):
-    """Of dense attention's bytes, what the first step over CONTEXT tokens a row reads.
+    """Of dense attention's bytes, what a step over CONTEXT tokens a row reads: the first, or where steps are
+    not alike the average of some.
 
     But for summaries: SparQ's mean value, whose 4 D bytes do not grow with the context.
     """
@@ -59,8 +64,11 @@ def share(policy, dtype=torch.bfloat16, rows=1):
     def normal(heads, tokens):
         return torch.randn(rows, heads, tokens, SIZE, generator=random).to(dtype)
 
+    steps = {"hip": 8, "infllm": getattr(policy, "block", 1)}.get(policy.name, 1)
+    queries = normal(HEADS.get(policy.name, 4), CONTEXT - 1 + steps).split([CONTEXT - 1, steps], 2)
+    tokens = normal(2, CONTEXT - 1 + steps), normal(2, CONTEXT - 1 + steps)
     with transfer.measure() as meter:
-        rollout(policy, None, normal(4, 1), normal(2, CONTEXT), normal(2, CONTEXT))
+        rollout(policy, *queries, *tokens, rope_theta=10_000.0)
     return (meter.read - meter.by_kind.get("summaries", 0)) / meter.dense_read
 
 
@@ -105,7 +113,7 @@ def test_wider_numbers_and_more_rows_read_no_larger_share(name, calibration):
     assert share(policy, rows=2) <= 1 / 8
 
 
-@pytest.mark.parametrize("name", ["quest", "double_sparsity", "loki", "refresh"])
+@pytest.mark.parametrize("name", ["quest", "double_sparsity", "loki", "hip", "infllm", "refresh"])
 def test_the_smallest_compression_that_an_error_names_can_be_had(name, calibration):
     given = {"inner": "quest"} if name == "refresh" else {}
     with pytest.raises(UserError, match="of dense attention's .* bytes at least") as error:

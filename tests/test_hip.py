@@ -109,18 +109,6 @@ def test_what_twilight_leaves_of_it_is_what_is_read_until_the_next_search():
         assert sets[step] <= sets[0] | {0, 1, *range(36, 45)}
 
 
-@pytest.mark.parametrize("ratio", [1 / 2, 1 / 4, 1 / 8, 1 / 16])
-def test_a_compression_counts_the_search(ratio):
-    made = make_policy("hip", compression=ratio, head_size=64, context=4096)
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, 1, 4096 + 7, 64)
-    keys, values = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
-    query = torch.randn(1, 1, 8, 64, generator=generator).bfloat16()
-    with transfer.measure() as meter:
-        rollout(made, None, query, keys[:, :, -4104:], values[:, :, -4104:])
-    assert meter.read / meter.dense_read == pytest.approx(ratio, rel=0.06)
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -154,16 +154,6 @@ def test_a_step_moves_what_the_formula_says(dtype, length):
     assert meter.written == 2 * (2 * key + key + 9 * 4 * group + due * group * key + 8)
 
 
-@pytest.mark.parametrize("ratio", [1 / 2, 1 / 4, 1 / 8, 1 / 16])
-def test_a_compression_counts_the_representatives_too(ratio):
-    made = make_policy("infllm", compression=ratio, head_size=128, context=32_768)
-    side = -(-32_768 // made.block) * 4 / 2 + made.window * 4 / 128
-    tokens = made.window + made.sinks + made.blocks * made.block + made.block / 2
-    assert tokens + side == pytest.approx(ratio * 32_768, rel=0.05)
-    with pytest.raises(UserError, match="representatives of all blocks leave nothing"):
-        make_policy("infllm", compression="1/64", head_size=128, context=512)
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

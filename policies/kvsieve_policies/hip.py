@@ -14,7 +14,7 @@ tree is of tokens, as in the paper's definition: their kernels keep blocks of ke
 queries.
 
 Deviations: the paper searches per query head. Here a query group reads one set, and `group_score` says how it
-judges a key: by its largest or mean logit. The prompt is attended densely; the paper searches for blocks of
+judges a key: by its largest or mean product. The prompt is attended densely; the paper searches for blocks of
 its queries, too. The paper leaves the first layers dense: see `dense_layers`. With `refresh` above 1, steps
 are not alike: they run from Python, and the search is really left out. With 1, a step can be a CUDA graph.
 """
@@ -27,7 +27,9 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
-from kvsieve import KVView, Policy, Selection, Shape, UserError, ops
+from kvsieve import KVView, Policy, Selection, Shape, UserError
+
+from . import budgets
 
 
 @dataclass(frozen=True)
@@ -109,26 +111,30 @@ class HiP(Policy):
         order = (~asked).to(torch.uint8).argsort(dim=2, stable=True)
         first, size, counts = first.gather(2, order), size.gather(2, order), asked.sum(2)
         keys = kv.at("keys", first + size // 2, counts)
-        logits = ops.vector_scores(query, keys, kv, counts)
-        score = logits.amax(2) if self.group_score == "max" else logits.mean(2)
-        score = score.clamp(min=torch.finfo(torch.float32).min).masked_fill(size == 0, -torch.inf)
+        products = torch.matmul(query.float(), keys.float().transpose(2, 3))
+        score = products.amax(2) if self.group_score == "max" else products.mean(2)
+        score = score.masked_fill(size == 0, -torch.inf)
         best = score.topk(self.k, dim=2).indices
         return first.gather(2, best), size.gather(2, best)
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        """Spend a quarter on the window, and what the search leaves on k; numbers of 16 bits.
+        """Spend a quarter on the window, and what the search leaves on k.
 
-        Counted are the keys asked, over `refresh` steps, and the list that is read between, 4 k bytes.
+        Counted are the keys asked, over `refresh` steps, and the list that is read between, 4 k + 4 bytes.
         """
-        budget = max(2, round(ratio * context))
-        window, refresh = budget // 4, 8
-        sinks = min(16, budget // 8)
+        vector, whole = budgets.vector(head_size), budgets.dense(head_size, context)
+        budget, refresh = int(ratio * context), cls.refresh
+        window, sinks = budget // 4, min(cls.sinks, budget // 16)
 
-        def tokens(k: int) -> float:  # a token is a key and a value
-            levels = 1 + max(0, math.ceil(math.log2((context - sinks - window) / (2 * k))))
-            listed = k / head_size * (refresh - 1) / refresh
-            return sinks + k + window + 2 * k * levels / 2 / refresh + listed
+        def read(k: int, always: int) -> int:
+            """Bytes of a step."""
+            levels = 1 + max(0, math.ceil(math.log2((context - always) / (2 * k))))
+            asked, listed = 2 * k * levels * vector, (4 * k + 4) * (refresh - 1)
+            return math.ceil((asked + listed) / refresh) + 2 * (always + k) * vector
 
-        k = bisect.bisect_right(range(1, budget), budget, key=tokens)
-        return cls(k=max(1, k), sinks=sinks, window=window, refresh=refresh)
+        most = range(1, max(1, budget) + 1)
+        k = bisect.bisect_right(most, ratio * whole, key=lambda k: read(k, sinks + window))
+        if k < 1:
+            raise budgets.too_small("hip", read(1, 0), whole)
+        return cls(k=k, sinks=sinks, window=window, refresh=refresh)

@@ -43,8 +43,11 @@ from kvsieve import (
     UserError,
 )
 
+from . import budgets
+
 _AT_ONCE = 4096  # keys that are turned at once around a prompt
-_GROUP = 4  # query heads per KV head that a compression assumes
+# What a compression assumes: query heads per KV head; and the sizes of blocks that it tries.
+_GROUP, _SIZES = 4, (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -179,24 +182,28 @@ class InfLLM(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        """Spend a quarter on the window, a sixteenth on sinks, the rest on blocks and their representatives.
+        """Spend on blocks, a window of a third of that, and some sinks what the representatives leave.
 
-        All that a step reads is counted, for groups of 4 query heads and numbers of 16 bits. Blocks are of
-        the size, up to 128 tokens, that leaves the most to be read in them.
+        All that a step reads is counted, on average, for groups of 4 query heads. Blocks are of the size, up
+        to 128 tokens, that leaves the most to be read in them.
         """
-        budget = ratio * context
-        window, sinks = max(1, int(budget / 4)), int(budget / 16)
-        mass = _GROUP / head_size  # of a token near, in tokens: a key and a value
-        around = sinks + window * (1 + mass) + 1 + mass  # one key is turned; one of a block is represented
+        vector, whole = budgets.vector(head_size), budgets.dense(head_size, context)
+        near = 2 * vector + 4 * _GROUP  # bytes of a token in the window
 
-        def blocks(block: int) -> int:
-            rest = (block + 1) / 2  # fill no block yet
-            return int((budget - around - rest - math.ceil(context / block) * _GROUP / 2) / block)
+        def beside(block: int) -> float:
+            """Bytes of representatives, of tokens that fill no block yet, and to make representatives."""
+            made = 2 * vector + 4 * _GROUP
+            return _GROUP * vector * math.ceil(context / block) + (block + 1) * vector + made
 
-        block = max((128, 64, 32, 16, 8), key=lambda block: block * blocks(block))
-        if blocks(block) < 1:
-            raise UserError(
-                f"infllm cannot read {ratio:g} of {context} tokens: the representatives of all blocks leave "
-                "nothing for a block; give its parameters instead"
-            )
-        return cls(window=window, sinks=sinks, blocks=blocks(block), block=block)
+        def shared(block: int) -> Self | None:
+            tokens = (ratio * whole - beside(block)) / (2 * vector)
+            blocks = max(1, int(tokens * 11 / 16 / block))
+            sinks = min(cls.sinks, max(0, int((tokens - blocks * block) / 5)))
+            window = int((tokens - blocks * block - sinks) * 2 * vector / near)
+            return None if window < 1 else cls(window=window, sinks=sinks, blocks=blocks, block=block)
+
+        found = [made for made in map(shared, _SIZES) if made is not None]
+        if not found:
+            least = min(beside(block) + 2 * vector * block + near for block in _SIZES)
+            raise budgets.too_small("infllm", math.ceil(least), whole)
+        return max(found, key=lambda made: made.blocks * made.block)
