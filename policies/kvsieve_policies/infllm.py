@@ -202,7 +202,7 @@ class InfLLM(Policy):
             window = int((tokens - blocks * block - sinks) * 2 * vector / near)
             return None if window < 1 else cls(window=window, sinks=sinks, blocks=blocks, block=block)
 
-        found = [made for made in map(shared, _SIZES) if made is not None]
+        found = [made for size in _SIZES if (made := shared(size)) is not None]
         if not found:
             least = min(beside(block) + 2 * vector * block + near for block in _SIZES)
             raise budgets.too_small("infllm", math.ceil(least), whole)
