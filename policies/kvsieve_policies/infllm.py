@@ -195,15 +195,16 @@ class InfLLM(Policy):
             made = 2 * vector + 4 * _GROUP
             return _GROUP * vector * math.ceil(context / block) + (block + 1) * vector + made
 
-        def shared(block: int) -> Self | None:
+        def shared(block: int) -> tuple[int, int, int]:
+            """The window, sinks and blocks; no window: it is too little."""
             tokens = (ratio * whole - beside(block)) / (2 * vector)
             blocks = max(1, int(tokens * 11 / 16 / block))
             sinks = min(cls.sinks, max(0, int((tokens - blocks * block) / 5)))
-            window = int((tokens - blocks * block - sinks) * 2 * vector / near)
-            return None if window < 1 else cls(window=window, sinks=sinks, blocks=blocks, block=block)
+            return int((tokens - blocks * block - sinks) * 2 * vector / near), sinks, blocks
 
-        found = [made for size in _SIZES if (made := shared(size)) is not None]
-        if not found:
+        block = max(_SIZES, key=lambda block: shared(block)[2] * block if shared(block)[0] > 0 else 0)
+        window, sinks, blocks = shared(block)
+        if window < 1:
             least = min(beside(block) + 2 * vector * block + near for block in _SIZES)
             raise budgets.too_small("infllm", math.ceil(least), whole)
-        return max(found, key=lambda made: made.blocks * made.block)
+        return cls(window=window, sinks=sinks, blocks=blocks, block=block)
