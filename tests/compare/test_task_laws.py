@@ -1,12 +1,14 @@
 """Every task that ships obeys the laws of kvsieve.testing, and each law can be broken."""
 
 import dataclasses
+import typing
 
 import pytest
 
 import kvsieve
 from kvsieve import plugins
-from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition
+from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition, Retrieval
+from kvsieve.compare.tasks.retrieval import Kind
 from kvsieve.testing import TASK_LAWS, check_task, tokenizers
 
 CASES = {
@@ -14,6 +16,9 @@ CASES = {
     "repetition": Repetition(400),
     "perplexity": Perplexity(300, tokens=20),
     "key_value": KeyValue(300),
+    **{f"retrieval {kind}": Retrieval(1200, kind=kind) for kind in typing.get_args(Kind)},
+    "retrieval uuids": Retrieval(1200, kind="multikey", values="uuids", haystack="statements"),
+    "retrieval noise": Retrieval(1200, kind="multivalue", haystack="noise"),
 }
 
 

@@ -8,11 +8,12 @@ from .key_value import KeyValue
 from .needle import Needle
 from .perplexity import Perplexity
 from .repetition import Repetition
+from .retrieval import Retrieval
 
-__all__ = ["Answer", "KeyValue", "Needle", "Perplexity", "Repetition", "Sample", "Task"]
+__all__ = ["Answer", "KeyValue", "Needle", "Perplexity", "Repetition", "Retrieval", "Sample", "Task"]
 
 
 @hookimpl
 def register_tasks(register: Callable[[type[Task]], None]) -> None:
-    for task in (Needle, Repetition, Perplexity, KeyValue):
+    for task in (Needle, Repetition, Perplexity, KeyValue, Retrieval):
         register(task)
