@@ -24,7 +24,7 @@ POLICIES = {
     name: TIGHT[name]
     for name in (
         *("dense", "sparq", "sparq_logits", "sparq_double", "sparq_blocked", "h2o", "local_window"),
-        *("tova", "snapkv", "streaming_llm", "anllm", "sirllm"),
+        *("tova", "snapkv", "streaming_llm", "anllm", "sirllm", "hip_every_step", "infllm"),
     )
 }
 POLICIES["dense_layers"] = FIRST_LAYER_DENSE

@@ -154,7 +154,7 @@ def memory_is_for_what_is_held(tight: Policy, loose: Policy) -> None:
         layer.take_surprise(_surprise(keys))
         lengths = layer.kv.lengths
         storage = Slots(policy.key_layout, policy.columns, policy.summaries)
-        storage.allocate(keys, values, int(lengths.max()))
+        storage.allocate(keys, values, int(lengths.max()), layer.group)
         most = storage.memory()
         if layer.packs and bool((lengths != lengths[:, :1]).any()):
             free = int((lengths.max() - lengths).sum())
