@@ -250,7 +250,6 @@ class Calibrated(enum.StrEnum):
     """Methods that read by a calibration."""
 
     double_sparsity = "double_sparsity"
-    duo_attention = "duo_attention"
     loki = "loki"
 
 
@@ -278,11 +277,7 @@ def calibrate(
     revision: Annotated[str | None, typer.Option(help="of a model on the hub")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure what double_sparsity, duo_attention or loki goes by, once for a model, on some text.
-
-    For duo_attention, scores of the heads: the end of each piece repeats a passage of it, and a head that
-    attends to where that stood first retrieves.
-    """
+    """Measure what double_sparsity or loki reads by, once for a model, on some text."""
     from . import calibration, corpus
     from .hf import models
 
@@ -302,8 +297,6 @@ def calibrate(
 
     if method is Calibrated.loki:
         tensors = calibration.measure_basis(loaded, pieces, progress)
-    elif method is Calibrated.duo_attention:
-        tensors = calibration.measure_retrieval(loaded, pieces, progress)
     else:
         tensors = calibration.measure_channels(loaded, pieces, by.value, progress)
     calibration.write(out, tensors, loaded, corpus.digest(words))
@@ -380,7 +373,7 @@ def _stream(
     from .compare.tasks.text import continuation
 
     (ids,) = prompts.token_lists(model, [prompt])
-    policy = spec.build(head_size(model), len(ids) + max_new_tokens)
+    policy = spec.build(head_size(model), len(ids) + max_new_tokens, model.dtype.itemsize)
     cache = KVCache(model, policy, capacity=len(ids) + max_new_tokens)
     said: list[int] = []
     shown = 0

@@ -26,6 +26,7 @@ if typing.TYPE_CHECKING:
     from .policy import Policy
 
 Made = TypeVar("Made")
+_ITEMSIZE = "itemsize"  # an argument of `for_compression`, beside parameters
 
 
 def make_policy(
@@ -102,21 +103,26 @@ class PolicySpec:
         nested = [value for value in self.parameters.values() if isinstance(value, PolicySpec)]
         return self.compression is not None or any(spec.needs_context for spec in nested)
 
-    def build(self, head_size: int, context: int) -> Policy:
-        """The policy itself; a spec that needs no context takes anything for both.
+    def build(self, head_size: int, context: int, itemsize: int = 2) -> Policy:
+        """The policy itself; a spec that needs no context takes anything for all three.
+
+        `itemsize`: bytes of a number in the cache, for methods whose share depends on it.
 
         Raises:
             UserError: the parameters do not go together, or none give this compression here.
         """
+        from .policy import Policy
+
         given = {
-            name: value.build(head_size, context) if isinstance(value, PolicySpec) else value
+            name: value.build(head_size, context, itemsize) if isinstance(value, PolicySpec) else value
             for name, value in self.parameters.items()
         }
         if self.compression is None:
             return _make(functools.partial(self.cls, **given))
         asked = inspect.signature(self.cls.for_compression).parameters
-        told = {name: value for name, value in given.items() if name in asked}
-        shares = {name: self._share(name, head_size, context) for name in told if self._is_policy(name)}
+        told = {name: value for name, value in (given | {_ITEMSIZE: itemsize}).items() if name in asked}
+        nested = [name for name in told if isinstance(given.get(name), Policy)]
+        shares = {name: self._share(name, head_size, context, itemsize) for name in nested}
         try:
             compressed = functools.partial(self.cls.for_compression, float(self.compression))
             policy = _make(functools.partial(compressed, head_size, context, **told | shares))
@@ -126,12 +132,7 @@ class PolicySpec:
             shown = self.compression.limit_denominator(10_000)
             raise UserError(f"compression {shown} at context {context}: {error}") from None
 
-    def _is_policy(self, name: str) -> bool:
-        from .policy import Policy
-
-        return isinstance(self.parameters[name], Policy | PolicySpec)
-
-    def _share(self, name: str, head_size: int, context: int) -> Callable[[float], Policy]:
+    def _share(self, name: str, head_size: int, context: int, itemsize: int) -> Callable[[float], Policy]:
         """A nested policy as a function of the fraction of dense attention's bytes that it may read.
 
         Raises:
@@ -142,7 +143,8 @@ class PolicySpec:
         def policy(share: float) -> Policy:
             if not isinstance(inner, PolicySpec):
                 return cast("Policy", inner)  # an object: its parameters are given
-            return dataclasses.replace(inner, compression=Fraction(share)).build(head_size, context)
+            spec = dataclasses.replace(inner, compression=Fraction(share))
+            return spec.build(head_size, context, itemsize)
 
         if isinstance(inner, PolicySpec) and inner.compression is not None:
             raise UserError(f"{self.name} and {self.name}.{name} have a compression each: give one of them")

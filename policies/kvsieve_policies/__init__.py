@@ -13,7 +13,6 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .anllm import AnLLM
     from .dense_layers import DenseLayers
     from .double_sparsity import DoubleSparsity
-    from .duo_attention import DuoAttention
     from .expected_attention import ExpectedAttention
     from .h2o import H2O
     from .hip import HiP
@@ -43,7 +42,6 @@ def register_policies(register: Callable[[type], None]) -> None:
         ExpectedAttention,
         AnLLM,
         SirLLM,
-        DuoAttention,
     )
     for policy in (Policy, *reading, *keeping, DenseLayers, Refresh, Twilight):
         register(policy)

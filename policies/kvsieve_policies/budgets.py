@@ -1,35 +1,41 @@
 """Tokens that a share of dense attention's bytes buys, once what a method reads to choose them is paid.
 
-Reckoned for one row and a cache of 16-bit numbers: where numbers are wider, or rows share static data, a
-method reads less than was asked for.
+Reckoned for one row, and for numbers of `itemsize` bytes: 2 where nothing is said. Where rows share static
+data, a method reads less than was asked for.
 """
 
 import math
 
 from kvsieve import UserError
 
-BYTES = 2  # of a number in the cache
 
-
-def vector(head_size: int) -> int:
+def vector(head_size: int, itemsize: int = 2) -> int:
     """Bytes of a key, or of a value."""
-    return head_size * BYTES
+    return head_size * itemsize
 
 
-def dense(head_size: int, context: int) -> int:
+def dense(head_size: int, context: int, itemsize: int = 2) -> int:
     """Bytes that dense attention reads per KV head."""
-    return 2 * context * vector(head_size)
+    return 2 * context * vector(head_size, itemsize)
 
 
 def tokens(
-    method: str, ratio: float, head_size: int, context: int, *, beside: int, least: int, fewest: int = 1
+    method: str,
+    ratio: float,
+    head_size: int,
+    context: int,
+    itemsize: int = 2,
+    *,
+    beside: int,
+    least: int,
+    fewest: int = 1,
 ) -> int:
     """Tokens read whole for `ratio` of dense attention's bytes, of which `beside` go to the choice.
 
     Raises:
         UserError: fewer than `fewest`; it names the smallest ratio, at which the choice takes `least` bytes.
     """
-    whole, token = dense(head_size, context), 2 * vector(head_size)
+    whole, token = dense(head_size, context, itemsize), 2 * vector(head_size, itemsize)
     found = int((ratio * whole - beside) / token)
     if found < fewest:
         raise too_small(method, least + fewest * token, whole)

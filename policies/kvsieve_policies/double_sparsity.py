@@ -112,20 +112,28 @@ class DoubleSparsity(Calibrated):
 
     @classmethod
     def for_compression(
-        cls, ratio: float, head_size: int, context: int, r: int | None = None, bits: Literal[4, 16, 0] = 4
+        cls,
+        ratio: float,
+        head_size: int,
+        context: int,
+        r: int | None = None,
+        bits: Literal[4, 16, 0] = 4,
+        itemsize: int = 2,
     ) -> Self:
         """Spend half of the bytes on labels, or as little as labels can be, and the rest on tokens.
 
         The calibration stands beside the compression.
         """
-        half = ratio * budgets.vector(head_size)  # bytes of a label
+        half, fewest = ratio * budgets.vector(head_size, itemsize), 2 if bits == 4 else 1
         if r is None:
-            r = int(half - 2 * budgets.BYTES) * 2 if bits == 4 else int(half / budgets.BYTES)
-            r = max(2, min(r, head_size // 2 * 2)) if bits == 4 else max(1, r)
+            # Bytes of a label are r / 2 and its range with 4 bits, else r numbers.
+            r = int(half - 2 * itemsize) * 2 if bits == 4 else int(half / itemsize)
+            r = max(fewest, min(r, head_size // fewest * fewest))
 
         def beside(r: int) -> int:
-            label = r // 2 + 2 * budgets.BYTES if bits == 4 else r * budgets.BYTES
+            label = r // 2 + 2 * itemsize if bits == 4 else r * itemsize
             return context * label + 8 * r
 
-        given = {"beside": beside(r), "least": beside(2 if bits == 4 else 1)}
-        return cls(r=r, k=budgets.tokens("double_sparsity", ratio, head_size, context, **given), bits=bits)
+        given = {"beside": beside(r), "least": beside(fewest)}
+        k = budgets.tokens("double_sparsity", ratio, head_size, context, itemsize, **given)
+        return cls(r=r, k=k, bits=bits)

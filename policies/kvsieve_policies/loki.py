@@ -67,7 +67,9 @@ class Loki(Calibrated):
         return Selection(ranking.topk(max(1, most), 2).indices, counts)
 
     @classmethod
-    def for_compression(cls, ratio: float, head_size: int, context: int, r: int | None = None) -> Self:
+    def for_compression(
+        cls, ratio: float, head_size: int, context: int, r: int | None = None, itemsize: int = 2
+    ) -> Self:
         """Spend half of the bytes on the guess, the basis counted apart, and the rest on tokens.
 
         So r = D * ratio. The calibration stands beside the compression.
@@ -75,8 +77,8 @@ class Loki(Calibrated):
         r = r or max(1, round(head_size * ratio))
 
         def beside(r: int) -> int:
-            return context * r * budgets.BYTES + 4 * head_size * r
+            return context * r * itemsize + 4 * head_size * r
 
         # A k of 1 would be a share.
         given = {"beside": beside(r), "least": beside(1), "fewest": 2}
-        return cls(r=r, k=budgets.tokens("loki", ratio, head_size, context, **given))
+        return cls(r=r, k=budgets.tokens("loki", ratio, head_size, context, itemsize, **given))

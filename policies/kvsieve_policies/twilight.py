@@ -90,6 +90,7 @@ class Twilight(Wrapper):
         head_size: int,
         context: int,
         inner: Callable[[float], Policy] | None = None,
+        itemsize: int = 2,
     ) -> Self:
         """Read `ratio` where the attention is flat, and else less.
 
@@ -97,7 +98,7 @@ class Twilight(Wrapper):
         """
         if inner is None:
             raise UserError("twilight needs the policy `inner` to be asked for a compression")
-        codes = (head_size // 2 + 2 * budgets.BYTES) / (2 * budgets.vector(head_size))
+        codes = (head_size // 2 + 2 * itemsize) / (2 * budgets.vector(head_size, itemsize))
         try:
             return cls(inner(ratio / (1 + codes)))
         except UserError as error:

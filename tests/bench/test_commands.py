@@ -6,9 +6,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kvsieve import plugins
 from kvsieve.bench import attention_speed, decode_speed, memory
 from kvsieve.bench.layer_step import ROOM
 from kvsieve.cli import app
+from kvsieve.entries import can_compress
 
 ATTENTION = [
     "bench",
@@ -205,6 +207,40 @@ def test_a_dense_attention_that_fails_is_noted_not_fatal(monkeypatch, tmp_path):
     (cell,) = record["cells"]
     assert cell["dense"]["sdpa broken"] == {"not_run": "RuntimeError: no kernel for this"}
     assert cell["best_dense"]["name"] == "kvsieve"
+
+
+def test_by_default_every_policy_that_fits_is_measured(tmp_path):
+    sizes = ["--context", "256", "--layout", "double", "--no-plot", "--seconds", "0"]
+    record, output, path = run([*ATTENTION[:4], *sizes], tmp_path)
+    (cell,) = record["cells"]
+    names = {row["policy"].split()[0] for row in cell["rows"]}
+    assert {"dense", "sparq", "quest", "double_sparsity", "loki", "refresh", "h2o", "streaming_llm"} <= names
+    for name, entry in plugins.policies().items():
+        told = f"left out at T=256: compression 1/8 at context 256: {name}" in output
+        told |= any(other.startswith(name) for other in cell["not_run"])
+        assert name in names or told or name == "dense_layers" or not can_compress(entry.cls)
+    assert "twilight.inner, at" in output  # Quest's bounds and 4-bit keys are more than an eighth of 256
+    assert str(tmp_path) not in path.read_text()
+    assert "random calibration" in path.read_text()
+
+
+def test_a_policy_that_fails_costs_no_other_and_rows_are_written_as_they_come(monkeypatch, tmp_path):
+    measure = attention_speed._row
+
+    def exhausted(plan, contender, *others):
+        held = json.loads(next(tmp_path.glob("*.json")).read_text())["cells"][0]["rows"]
+        rows.append(len(held))
+        if contender.policy.name == "sparq":
+            raise torch.OutOfMemoryError("no room\nfor it")
+        return measure(plan, contender, *others)
+
+    rows = []
+    monkeypatch.setattr(attention_speed, "_row", exhausted)
+    given = [*ATTENTION[:4], "--context", "64", "--seconds", "0", *POLICIES, "--policy", "dense", "--no-plot"]
+    record, output, _ = run(given, tmp_path)
+    assert rows == [0, 0, 1]
+    assert "was not measured: OutOfMemoryError: no room" in output
+    assert [row["policy"].split()[0] for row in record["cells"][0]["rows"]] == ["h2o", "dense"]
 
 
 def test_a_cell_that_fails_costs_no_other(monkeypatch, tmp_path):

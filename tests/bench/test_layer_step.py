@@ -11,8 +11,7 @@ from kvsieve.bench.shapes import Heads
 from tests.policies import TIGHT
 
 HEADS = Heads(4, 2, 16)
-NAMES = ("dense", "sparq_double", "sparq_blocked", "h2o", "local_window", "streaming_llm", "hip", "infllm")
-POLICIES = [TIGHT[name] for name in NAMES]
+POLICIES = [TIGHT[name] for name in ("dense", "sparq_double", "sparq_blocked", "h2o", "local_window")]
 
 
 @pytest.fixture

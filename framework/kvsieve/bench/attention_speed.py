@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +15,13 @@ import torch
 from .. import ops, specs
 from ..errors import UserError
 from . import baselines, memory
-from .contenders import Contender, contenders, default_policies
+from .contenders import Contender, contenders, every_policy, random_calibration
 from .layer_step import ROOM, PolicyStep, Tokens
 from .shapes import Heads
 from .timing import (
     Bandwidth,
     Measure,
     Stopwatch,
-    attempt,
     captured,
     describe_failure,
     interleave,
@@ -40,10 +42,10 @@ class AttentionPlan:
     heads: Sequence[Heads]
     batches: Sequence[int]
     contexts: Sequence[int]
-    policies: Sequence[str]  # as on the command line; none: the defaults
+    policies: Sequence[str]  # as on the command line; none: all that fit
     layouts: Sequence[str]
     dense: Sequence[str]  # families of dense attention; none: all that run here
-    seconds: float  # of timing, for each cell
+    seconds: float  # of timing, for each row
     graphs: bool  # capture each step as a CUDA graph
     implementation: str | None  # of the ops; None: the device's
     skip_too_large: bool  # cells that do not fit are left out and said so, else an error
@@ -61,102 +63,152 @@ class Sizes(NamedTuple):
 
 
 def run(plan: AttentionPlan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Measure every cell of the plan; one record a cell, as soon as it is there.
+    """Measure every cell of the plan: its record, again after each row, as soon as that is there.
 
     Raises:
         UserError: before anything is allocated, for settings that do not exist or do not fit.
     """
     families = baselines.families(plan.device, list(plan.dense))
     cells = [Sizes(h, b, t) for h in plan.heads for b in plan.batches for t in plan.contexts]
-    todo = []
-    for cell in cells:
-        if cell.context < 2:
-            raise UserError(f"--context must be at least 2 tokens (one cached, one new), not {cell.context}")
-        field = _contenders(plan, cell)
-        try:
-            memory.check(_need(plan, cell, field, families), plan.device, f"the cell {cell}")
-        except UserError as error:
-            if not plan.skip_too_large:
-                raise
-            say(f"left out: {error}")
-        else:
-            todo.append((cell, field))
-    with ops.use(plan.implementation) if plan.implementation else contextlib.nullcontext():
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        todo = []
+        for cell in cells:
+            if cell.context < 2:
+                raise UserError(
+                    f"--context must be at least 2 tokens (one cached, one new), not {cell.context}"
+                )
+            field = _contenders(plan, cell, Path(folder), say)
+            try:
+                memory.check(_need(plan, cell, field, families), plan.device, f"the cell {cell}")
+            except UserError as error:
+                if not plan.skip_too_large:
+                    raise
+                say(f"left out: {error}")
+            else:
+                todo.append((cell, field))
+        if plan.implementation:
+            stack.enter_context(ops.use(plan.implementation))
         watch = Stopwatch(plan.device)
         for cell, field in todo:
             say(f"{cell} ...")
             sizes = {"batch": cell.batch, "context": cell.context, "heads": cell.heads._asdict()}
-            yield sizes | attempt(lambda: _measure(plan, cell, field, families, watch))  # noqa: B023
+            try:
+                for found in _measure(plan, cell, field, families, watch, say):
+                    yield sizes | found
+            except Exception as error:
+                gc.collect()  # frees the tensors of an exhausted memory
+                yield sizes | {"failed": describe_failure(error)["not_run"], "rows": []}
 
 
-def _contenders(plan: AttentionPlan, cell: Sizes) -> list[Contender]:
+def _contenders(
+    plan: AttentionPlan, cell: Sizes, folder: Path, say: Callable[[str], None]
+) -> list[Contender]:
     size = cell.heads.size
-    return contenders(plan.policies or default_policies(size), plan.layouts, size, cell.context)
+    given = plan.layouts, size, cell.context, plan.dtype.itemsize
+    found = contenders(plan.policies, *given)
+    if plan.policies:
+        return found
+    for policy in every_policy(size, random_calibration(folder, cell.heads)):
+        try:
+            found += contenders([policy], *given)
+        except UserError as error:
+            say(f"left out at T={cell.context}: {error}")
+    return found
 
 
 def _need(plan: AttentionPlan, cell: Sizes, field: Sequence[Contender], families: Sequence[str]) -> int:
     plain = memory.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
     slots = cell.context + ROOM
-    held = [memory.cache_bytes(c.policy, cell.batch, slots, cell.heads, plan.dtype) for c in field]
+    held = max(memory.cache_bytes(c.policy, cell.batch, slots, cell.heads, plan.dtype) for c in field)
     # A policy with a budget holds the whole context for a moment, when it is filled.
     filling = 2 * plain
     ours = plain if baselines.OURS in families else 0
     others = plain * sum(name in ("flashinfer", "flash-attn") for name in families)
-    return plain + sum(held) + filling + ours + others + 2**31
+    return plain + held + filling + ours + others + 2**31
 
 
 def _measure(
-    plan: AttentionPlan, cell: Sizes, field: Sequence[Contender], families: Sequence[str], watch: Stopwatch
-) -> dict[str, Any]:
+    plan: AttentionPlan,
+    cell: Sizes,
+    field: Sequence[Contender],
+    families: Sequence[str],
+    watch: Stopwatch,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """The record of a cell: of the dense attentions first, then with one more row each time.
+
+    One policy after the other is timed, in the same rounds as the best dense attention: caches of all at once
+    would not fit.
+    """
     tokens = Tokens.random(cell.batch, cell.context, cell.heads, plan.dtype, plan.device)
-    graphs_run = plan.graphs and plan.device.type == "cuda"
-    steps = {contender.name: PolicyStep(contender.policy, tokens, fixed=graphs_run) for contender in field}
-    graphs = {name: _Capture(plan, step.run, step.prepare) for name, step in steps.items()}
-    measures = {name: watch.measure(graphs[name].run, step.prepare) for name, step in steps.items()}
-    reference = PolicyStep(specs.make_policy("dense"), tokens, fixed=graphs_run)
+    reference = PolicyStep(specs.make_policy("dense"), tokens, fixed=_graphs(plan))
     candidates, notes = _dense_candidates(plan, cell, families, tokens, reference, watch)
     bandwidth = Bandwidth(watch)
-    times = interleave({**measures, **candidates, **bandwidth.measures}, plan.seconds)
+    times = interleave(candidates | bandwidth.measures, plan.seconds)
     notes |= {name: summary(times[name]) | notes[name] for name in candidates}
     best = min(candidates, key=lambda name: notes[name]["median"])
-    speeds = bandwidth.found(times)
     base = reference.traffic()
-    rows = []
-    for contender in field:
-        step = steps[contender.name]
-        traffic = step.traffic()
-        moved, dense_moved = traffic["read"] + traffic["written"], base["read"] + base["written"]
-        speedup, limit = ratio(times[contender.name], times[best]), dense_moved / moved
-        found = summary(times[contender.name])
-        rows.append(
-            {
-                "policy": contender.label,
-                "parameters": contender.policy.spec(),
-                "layout": contender.layout,
-                "seconds": found,
-                "bytes": traffic,
-                "bytes_held": step.layer.slots.memory(),
-                "bytes_per_second": moved / found["median"],
-                "share_of_copy_bandwidth": moved / found["median"] / speeds["copy"],
-                "best_dense": best,
-                "speedup": speedup,
-                "speedup_of_minima": notes[best]["min"] / found["min"],
-                "limit": limit,
-                "share_of_limit": speedup / limit,
-                "graph": graphs[contender.name].note,
-            }
-        )
-    return {
+    dense_moved = base["read"] + base["written"]
+    found: dict[str, Any] = {
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "bandwidth": speeds,
+        "bandwidth": bandwidth.found(times),
         "best_dense": {
             "name": best,
             "seconds": notes[best],
-            "bytes_per_second": (base["read"] + base["written"]) / notes[best]["median"],
+            "bytes_per_second": dense_moved / notes[best]["median"],
         },
         "dense": notes,
-        "rows": rows,
+        "rows": [],
+        "not_run": {},
     }
+    yield found
+    for contender in field:
+        try:
+            row = _row(plan, contender, tokens, watch, candidates[best], dense_moved)
+        except Exception as error:  # of one policy, which costs the others nothing
+            gc.collect()
+            found["not_run"][contender.name] = describe_failure(error)["not_run"]
+            say(f"  {contender.name} was not measured: {found['not_run'][contender.name]}")
+        else:
+            say(f"  {contender.name}: {row['speedup']:.2f}x of {row['limit']:.2f}x")
+            row |= {"best_dense": best}
+            row["share_of_copy_bandwidth"] = row["bytes_per_second"] / found["bandwidth"]["copy"]
+            found["rows"].append(row)
+        yield found
+
+
+def _row(
+    plan: AttentionPlan,
+    contender: Contender,
+    tokens: Tokens,
+    watch: Stopwatch,
+    dense: Measure,
+    dense_moved: int,
+) -> dict[str, Any]:
+    step = PolicyStep(contender.policy, tokens, fixed=_graphs(plan))
+    graph = _Capture(plan, step.run, step.prepare)
+    times = interleave({"policy": watch.measure(graph.run, step.prepare), "dense": dense}, plan.seconds)
+    traffic, seconds, against = step.traffic(), summary(times["policy"]), summary(times["dense"])
+    moved = traffic["read"] + traffic["written"]
+    speedup, limit = ratio(times["policy"], times["dense"]), dense_moved / moved
+    return {
+        "policy": contender.label,
+        "parameters": contender.parameters,
+        "layout": contender.layout,
+        "seconds": seconds,
+        "bytes": traffic,
+        "bytes_held": step.layer.slots.memory(),
+        "bytes_per_second": moved / seconds["median"],
+        "speedup": speedup,
+        "speedup_of_minima": against["min"] / seconds["min"],
+        "limit": limit,
+        "share_of_limit": speedup / limit,
+        "graph": graph.note,
+    }
+
+
+def _graphs(plan: AttentionPlan) -> bool:
+    return plan.graphs and plan.device.type == "cuda"
 
 
 def _dense_candidates(
@@ -207,7 +259,7 @@ class _Capture:
 
     def __init__(self, plan: AttentionPlan, run: Callable[[], object], prepare: Callable[[], None]) -> None:
         self.run, self.note = run, "no GPU" if plan.device.type != "cuda" else "--eager"
-        if plan.device.type != "cuda" or not plan.graphs:
+        if not _graphs(plan):
             return
         try:
             self.run, self.note = captured(run, prepare, plan.device), "captured"

@@ -25,14 +25,16 @@ Context = Annotated[str | None, typer.Option(help="tokens attended to, such as 4
 Policies = Annotated[
     list[str] | None,
     typer.Option(
-        "--policy", help="a name, or with parameters, as in a config: 'sparq: {r: 32, k: 128}'; repeatable"
+        "--policy",
+        help="a name, or with parameters, as in a config: 'sparq: {r: 32, k: 128}'; repeatable. "
+        "Default of attention: all registered that fit, at 1/8",
     ),
 ]
 Layout = Annotated[str, typer.Option(help="of the keys, for policies that can choose")]
 Dtype = Annotated[str | None, typer.Option(help="default: bfloat16 on a GPU, float32 on a CPU")]
 Device = Annotated[str | None, typer.Option(help="default: the first GPU, else cpu")]
 Threads = Annotated[int | None, typer.Option(min=1, help="of torch on the CPU; default: torch's own choice")]
-Seconds = Annotated[float, typer.Option(min=0, help="of timing for each cell; at least 7 rounds in any case")]
+Seconds = Annotated[float, typer.Option(min=0, help="of timing for each row; at least 7 rounds in any case")]
 Eager = Annotated[bool, typer.Option("--eager", help="no CUDA graphs")]
 Ops = Annotated[str | None, typer.Option(help="implementation of the ops; default: the device's")]
 Out = Annotated[Path, typer.Option(help="folder for the JSON file and the plot")]
@@ -58,7 +60,7 @@ def attention(
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
-    seconds: Seconds = 5.0,
+    seconds: Seconds = 2.0,
     eager: Eager = False,
     ops: Ops = None,
     out: Out = RESULTS,
@@ -185,13 +187,22 @@ def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
     path, settings = record.new_file(out, benchmark, plan.device), _settings(plan)
     console = Console(highlight=False)
     cells: list[dict[str, Any]] = []
-    for cell in run(plan, lambda line: typer.echo(line, err=True)):
-        cells.append(cell)
-        record.write(path, benchmark, plan.device, settings, cells)
+
+    def show(cell: dict[str, Any]) -> None:
         if "failed" in cell:
             typer.echo(f"B={cell['batch']} T={cell['context']} failed: {cell['failed']}", err=True)
         for table in tables(benchmark, [cell]):
             console.print(table, end="\n\n")
+
+    for cell in run(plan, lambda line: typer.echo(line, err=True)):
+        if cells and all(cell.get(size) == cells[-1].get(size) for size in ("batch", "context", "heads")):
+            cells.pop()  # it has grown by a row
+        elif cells:
+            show(cells[-1])
+        cells.append(cell)
+        record.write(path, benchmark, plan.device, settings, cells)
+    if cells:
+        show(cells[-1])
     if not cells:
         raise UserError("nothing was measured: no cell fits in memory; take a smaller --batch or --context")
     typer.echo(f"numbers: {path}")

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
+from safetensors.torch import save_file
+
+from .. import plugins
 from ..cache.layouts import KINDS, KeyLayout
 from ..compare.sweep import policies_from_option
+from ..entries import can_compress, fields
 from ..errors import UserError, unknown
 from ..policy import Policy
+from .shapes import Heads
+
+RANDOM = "random calibration"  # the name of the file
 
 
 class Contender(NamedTuple):
@@ -22,6 +32,15 @@ class Contender(NamedTuple):
     def name(self) -> str:
         return f"{self.label} [{self.layout}]"
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The policy's spec, without the place of a random calibration."""
+        spec = self.policy.spec()
+        for values in spec.values():
+            if Path(str(values.get("calibration", ""))).name == RANDOM:
+                values["calibration"] = RANDOM
+        return spec
+
 
 DEFAULT_LAYOUTS = ("double", "blocked", "single")
 
@@ -32,8 +51,42 @@ def default_policies(head_size: int) -> list[str]:
     return ["dense", sparq, "h2o: {compression: 1/8}", "local_window: {compression: 1/8}"]
 
 
+# Beside a compression of 1/8; None: no compression. What is not named here needs nothing.
+_BESIDE: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "dense_layers": None,
+    "twilight": {"inner": "quest"},
+    "refresh": {"inner": "sparq"},
+}
+
+
+def every_policy(head_size: int, calibration: Path) -> list[str]:
+    """Every registered policy that can be asked for a compression, at 1/8; those of the default as there."""
+    default = {text.partition(":")[0]: text for text in default_policies(head_size)}
+    found = dict(default)
+    for name, entry in plugins.policies().items():
+        beside = _BESIDE.get(name, {})
+        if name in default or beside is None or not can_compress(entry.cls):
+            continue
+        if "calibration" in fields(entry.cls):
+            beside = {"calibration": str(calibration)} | beside
+        found[name] = json.dumps({name: {"compression": "1/8"} | beside})  # JSON is YAML
+    return list(found.values())
+
+
+def random_calibration(folder: Path, heads: Heads) -> Path:
+    """Write channels and a basis for the heads of one layer: they decide nothing about speed."""
+    path = folder / str(heads) / RANDOM
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        channels = torch.stack([torch.randperm(heads.size) for _ in range(heads.kv)]).short()
+        basis = torch.eye(heads.size).repeat(heads.kv, 1, 1)
+        save_file({"layers.0.channels": channels, "layers.0.basis": basis}, path)
+    return path
+
+
 def contenders(
-    policies: Sequence[str], layouts: Sequence[str], head_size: int, context: int
+    policies: Sequence[str], layouts: Sequence[str], head_size: int, context: int, itemsize: int = 2
 ) -> list[Contender]:
     """Every policy in every layout that it can take; a policy without a parameter `layout` once.
 
@@ -46,7 +99,7 @@ def contenders(
     found: dict[str, Contender] = {}
     for text in policies:
         for spec in policies_from_option(text):
-            policy, entry = spec.build(head_size, context), spec.entry()
+            policy, entry = spec.build(head_size, context, itemsize), spec.entry()
             policy.check(head_size)
             for version in _versions(policy, layouts, entry):
                 contender = Contender(_label(entry), version, version.key_layout.kind)
@@ -65,5 +118,5 @@ def _label(entry: Any) -> str:
     if isinstance(entry, str):
         return entry
     ((name, values),) = entry.items()
-    shown = [f"{key}={value}" for key, value in values.items() if key != "layout"]
+    shown = [f"{key}={value}" for key, value in values.items() if key not in ("layout", "calibration")]
     return " ".join([name, *shown])

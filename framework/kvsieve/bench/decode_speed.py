@@ -88,7 +88,8 @@ def _planned(plan: DecodePlan, config: Any, batch: int, context: int) -> Sizes:
         raise UserError(f"--context must be at least 2 tokens (one cached, one new), not {context}")
     heads, layers = heads_of(config), config.num_hidden_layers
     dense = Contender("dense", specs.make_policy("dense"), "single")
-    field = contenders(plan.policies or default_policies(heads.size), plan.layouts, heads.size, context)
+    chosen = plan.policies or default_policies(heads.size)
+    field = contenders(chosen, plan.layouts, heads.size, context, plan.dtype.itemsize)
     field = [dense, *(contender for contender in field if contender != dense)]
     slots = context + plan.steps + 5
     held = [

@@ -45,20 +45,14 @@ def fill(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
     """
     layer.update(keys, values)
     policy, kv = layer.policy, layer.kv
-    if policy.positions is not Positions.TEXT:
-        layer.turn_by(Rotary.of_theta(10_000.0, keys.shape[3]))
     new = layer.append_prompt(None)
+    if policy.positions is not Positions.TEXT:
+        kv._rotary = Rotary.of_theta(10_000.0, kv.head_size)
     policy.on_append(kv, new)
     if policy.positions is not Positions.TEXT:
         policy.on_queries(kv, torch.randn_like(keys)[:, :, None], new)
-    if policy.observes in (Observe.MASS, Observe.HEADS):
-        rows, heads, slots = kv.positions.shape
-        shape = (
-            (rows, heads, layer.group or 1, slots)
-            if policy.observes is Observe.HEADS
-            else (rows, heads, slots)
-        )
-        policy.on_attend(kv, torch.rand(shape, device=keys.device))
+    if policy.observes is Observe.MASS:
+        policy.on_attend(kv, torch.rand(kv.positions.shape, device=keys.device))
     if policy.last_queries:
         query = torch.randn_like(keys[:, :, None, -policy.last_queries :])
         counts = torch.full((len(keys),), query.shape[3], device=keys.device)

@@ -102,7 +102,7 @@ def expand(config: Config, model: PreTrainedModel, shared: identity.Fields | Non
     for task in tasks:
         for choice in config.policies:
             try:
-                policy = choice.build(size, task.context)
+                policy = choice.build(size, task.context, model.dtype.itemsize)
                 policy.check(size)
             except UserError as error:
                 mistakes.append(Mistake(choice.loc, str(error)))

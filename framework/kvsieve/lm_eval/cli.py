@@ -79,12 +79,14 @@ def lm_eval(
     loaded = models.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    size = head_size(loaded)
+    size, itemsize = head_size(loaded), loaded.dtype.itemsize
     with graph.capturing(not eager):
         outcome = run.evaluate(
             loaded,
             [name.strip() for name in tasks.split(",") if name.strip()],
-            (lambda tokens: spec.build(size, tokens)) if spec.needs_context else spec.build(size, 0),
+            (lambda tokens: spec.build(size, tokens, itemsize))
+            if spec.needs_context
+            else spec.build(size, 0),
             include_path=include_path,
             limit=limit,
             num_fewshot=num_fewshot,

@@ -262,12 +262,17 @@ def top_p(weights: torch.Tensor, counts: torch.Tensor, p: float) -> tuple[torch.
     them if they never do. Returns the union over the heads: places `[B, K, S]`, those taken first, and how
     many they are `[B, K]`.
     """
-    live = below(counts, weights.shape[3])
-    weights = weights.masked_fill(~live[:, :, None], 0)
-    ordered = weights.sort(-1, descending=True).values
+    weights = weights.masked_fill(~below(counts, weights.shape[3])[:, :, None], 0)
+    return holding(p, weights, weights.sort(-1, descending=True).values, counts)
+
+
+def holding(
+    p: float, weights: torch.Tensor, ordered: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top_p` of weights that are zero from the count on, and that are given in falling order too."""
     missing = ordered.cumsum(-1) - ordered < p  # those before do not sum to p
     last = missing.sum(-1, keepdim=True).clamp(min=1) - 1
-    taken = (weights >= ordered.gather(-1, last)).any(2) & live
+    taken = (weights >= ordered.gather(-1, last)).any(2) & below(counts, weights.shape[3])
     return (~taken).to(torch.uint8).argsort(dim=2, stable=True), taken.sum(2)
 
 
