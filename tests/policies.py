@@ -82,6 +82,18 @@ CASES = {
         {"sinks": 2, "surprising": 10, "recent": 2, "decay": 0.7},
         {"sinks": 0, "surprising": 64},
     ),
+    "citrus": Case(
+        "citrus", {"kept": 8, "chunk": 6, "instruction": 4}, {"kept": 46, "chunk": 16, "instruction": 5}
+    ),
+    "citrus_chunk": Case(
+        "citrus",
+        {"kept": 5, "chunk": 9, "score": "chunk", "instruction": 1},
+        {"kept": 40, "chunk": 40, "score": "chunk"},
+    ),
+    "kvzip": Case(
+        "kvzip", {"ratio": 0.3, "chunk": 16, "overlap": 4, "sinks": 2}, {"ratio": 1.0, "chunk": 16}
+    ),
+    "kvzip_budget": Case("kvzip", {"budget": 12, "sinks": 1}, {"budget": 46, "chunk": 8, "overlap": 0}),
     "double_sparsity": Case(
         "double_sparsity",
         {"calibration": CALIBRATION, "r": 4, "k": 8},

@@ -18,8 +18,8 @@ from .cache.kv_cache import KVCache
 from .cache.layer import LayerCache
 from .errors import UserError
 from .policy import Policy
-from .prompts import Prompts, check_lengths, end_tokens, pad_token, token_lists
-from .reading import Reading, Segments
+from .prompts import Prompts, end_tokens, pad_token, token_lists
+from .reading import Reading, Segments, check_positions
 from .sampling import Given, Sampler
 
 
@@ -72,7 +72,7 @@ def decode(
     rows = token_lists(model, prompts)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens!r}")
-    check_lengths(model, rows, max_new_tokens)
+    check_positions(model, rows, max_new_tokens, policy_of(policy, cache))
     ends = end_tokens(model, eos_token_id)
     pad = pad_token(model, ends)
     sampler = Sampler(temperature, top_k, top_p, seed, logits_processor, rows, model.device, ends, pad)
@@ -182,17 +182,16 @@ class Runner:
     ) -> None:
         before = None if cache is None else cache.tokens_read()
         if before is not None:
-            _check_continuation(model, rows, before, max_new_tokens, segments)
+            _check_continuation(rows, before, segments)
+            check_positions(model, rows, max_new_tokens, policy_of(policy, cache), max(before))
         if cache is not None and policy is not None and cache.policy != policy:
             raise UserError(f"the cache was made for the policy {cache.policy}, not for {policy}")
-        plans = policy or (Policy() if cache is None else cache.policy)
         self.model, self.rows = model, rows
-        self.reading = Reading(model, rows, plans, segments, prefill_chunk, before=before)
+        self.reading = Reading(model, rows, policy_of(policy, cache), segments, prefill_chunk, before=before)
         needed = max(self.reading.peak, self.reading.held + max_new_tokens)
         self.cache = cache if cache is not None else KVCache(model, policy, capacity=needed)
         self.cache.check_free()
-        self.cache.check_room(needed + self.cache.slots_in_use())
-        self.reading.check_cache(self.cache)
+        self.reading.check_cache(self.cache, max_new_tokens)
         # Token columns of the prompts, and with those that follow.
         columns = self.cache.get_seq_length() + self.reading.columns
         self.room = columns + max_new_tokens
@@ -230,13 +229,12 @@ class Runner:
         return logits[:, -1]
 
 
-def _check_continuation(
-    model: PreTrainedModel,
-    rows: list[list[int]],
-    before: list[int],
-    max_new_tokens: int,
-    segments: Segments | None,
-) -> None:
+def policy_of(policy: Policy | None, cache: KVCache | None) -> Policy:
+    """Return the policy of a decode that was given these."""
+    return policy or (Policy() if cache is None else cache.policy)
+
+
+def _check_continuation(rows: list[list[int]], before: list[int], segments: Segments | None) -> None:
     """Raise UserError for prompts that cannot follow what was read: tokens `before` of each row."""
     if len(rows) != len(before):
         raise UserError(
@@ -245,4 +243,3 @@ def _check_continuation(
         )
     if segments is not None:
         raise UserError("what continues a text that was read has no segments: they are for kvsieve.read")
-    check_lengths(model, rows, max_new_tokens, max(before))

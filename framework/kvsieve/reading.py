@@ -7,7 +7,9 @@ dropping tokens before a pass and taking a probe back after it, is done for all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -17,7 +19,7 @@ from .cache.forward import Forward
 from .cache.kv_cache import KVCache
 from .cache.layer import LayerCache
 from .errors import UserError
-from .policy import Pass, Policy
+from .policy import Pass, Policy, Positions
 from .prompts import Prompts, check_lengths, token_lists
 
 Segments = Sequence[Sequence[int]]
@@ -54,12 +56,22 @@ def read(
     for b, row in enumerate(rows):
         if len(row) <= leave:
             raise UserError(f"prompt {b} has {len(row)} tokens: with leave={leave} nothing is left to read")
-    check_lengths(model, rows, 0)
+    check_positions(model, rows, 0, cache.policy)
     cache.check_empty()
     reading = Reading(model, rows, cache.policy, segments, prefill_chunk, leave)
     reading.check_cache(cache)
     reading.run(cache)
     cache.mark_read()
+
+
+def check_positions(
+    model: PreTrainedModel, rows: list[list[int]], new_tokens: int, policy: Policy, before: int = 0
+) -> None:
+    """Raise UserError if texts are longer than the model has positions, where the policy counts those of the
+    text.
+    """
+    if policy.positions is not Positions.CACHE:
+        check_lengths(model, rows, new_tokens, before)
 
 
 class Stage(NamedTuple):
@@ -71,6 +83,12 @@ class Stage(NamedTuple):
     spans: list[tuple[int, int]]  # `first` and `last` of the pass
     rooms: list[int | None]
     completes: bool = False  # afterwards the prompts, so far as they were read, are complete
+
+    def rooms_of(self, device: torch.device) -> torch.Tensor | None:
+        """`[B]`: the slots that stay before it; None: all in every row."""
+        if all(room is None for room in self.rooms):
+            return None
+        return torch.tensor([2**62 if room is None else room for room in self.rooms], device=device)
 
 
 class Reading:
@@ -104,9 +122,9 @@ class Reading:
         self.segments = _checked_segments(segments, rows)
         plans = [policy.plan(each) if before is None else None for each in self.segments]
         self.planned = any(plan is not None for plan in plans)
-        checked = [_checked_plan(plan, len(row), policy) for plan, row in zip(plans, rows, strict=True)]
+        checked = [checked_plan(plan, len(row), policy) for plan, row in zip(plans, rows, strict=True)]
         self.before = before or [0] * len(rows)
-        self.stages = _schedule(model, rows, checked, leave, self.before)
+        self.stages = schedule(rows, checked, functools.partial(_encoded, model), leave, self.before)
         # Columns of token ids as whoever comes later sees them: padded on the left.
         self.sizes = [len(row) - leave for row in rows]
         self.columns, self.leave = max(self.sizes), leave
@@ -115,9 +133,17 @@ class Reading:
         self.peak, self.held = _slots_needed(self.stages)
         self.ragged = any(size < self.columns for size in self.sizes)
 
-    def check_cache(self, cache: KVCache) -> None:
-        """Raise UserError if this cache cannot be read into so."""
-        cache.check_room(self.peak + cache.slots_in_use())
+    def check_cache(self, cache: KVCache, new_tokens: int = 0) -> None:
+        """Raise UserError if this cache cannot be read into so, or not hold as many new tokens then."""
+        needed = max(self.peak, self.held + new_tokens) + cache.slots_in_use()
+        cache.check_room(needed)
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if self.policy.positions is Positions.CACHE and limit is not None and needed > limit:
+            raise UserError(
+                f"policy {self.policy.name} holds up to {needed} tokens at once, and "
+                f"{type(self.model).__name__} has {limit} positions (max_position_embeddings): let it hold "
+                "fewer"
+            )
         others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, LayerCache)}
         who = f"{type(self.model).__name__} has layers that are not the policy's ({', '.join(others)})"
         if others and any(stage.kind is Forward.PROBE for stage in self.stages):
@@ -147,7 +173,7 @@ class Reading:
         logits = torch.empty(0, device=device)
         for stage in self.stages:
             for layer in obeys:
-                layer.make_way(self._rooms(stage))
+                layer.make_way(stage.rooms_of(device))
             if any(stage.tokens):
                 found, mask = self._feed(cache, stage, mask)
                 if stage.kind is not Forward.PROBE:
@@ -185,21 +211,26 @@ class Reading:
         cache.end_pass(ragged and (len(self.stages) > 1 or any(self.before)))
         return logits[:, -1], mask if stage.kind is Forward.PROBE else columns
 
-    def _rooms(self, stage: Stage) -> torch.Tensor | None:
-        if all(room is None for room in stage.rooms):
-            return None
-        return self._row([2**62 if room is None else room for room in stage.rooms])
-
     def _row(self, values: Sequence[object]) -> torch.Tensor:
         return torch.tensor(values, device=self.model.device)
 
 
-def _schedule(
-    model: PreTrainedModel, rows: list[list[int]], plans: list[list[Pass]], leave: int, before: list[int]
+def schedule(
+    rows: list[list[int]],
+    plans: list[list[Pass]],
+    encode: Callable[[str | tuple[int, ...]], list[int]],
+    leave: int = 0,
+    before: list[int] | None = None,
 ) -> list[Stage]:
-    """The stages of all rows, which end together."""
+    """Make the stages of all rows, which end together.
+
+    `encode` gives the token ids of what a probe feeds beside the prompt's tokens.
+
+    Raises:
+        UserError: plans that do not fit each other.
+    """
     stages: list[Stage] = []
-    ends = list(before)  # of each row, the position of its next token
+    ends = list(before or [0] * len(rows))  # of each row, the position of its next token
     for turn in range(-max(map(len, plans)), 0):
         due = {b: plan[turn] for b, plan in enumerate(plans) if -turn <= len(plan)}
         cuts = {each.cut for each in due.values()} | {False for _ in range(len(due), len(rows))}
@@ -218,7 +249,8 @@ def _schedule(
             for b, row in enumerate(rows):
                 each = now.get(b, Pass(0, 0))
                 last = min(each.last, len(row) - leave) if each.stays else each.last
-                stage.tokens.append([*_tokens_before(model, each, row), *row[each.first : last]])
+                parts = [row[p.start : p.stop] if isinstance(p, range) else encode(p) for p in each.before]
+                stage.tokens.append([*itertools.chain(*parts), *row[each.first : last]])
                 stage.spans.append((each.first, each.last))
                 stage.rooms.append(each.room)
                 ends[b] += len(stage.tokens[b]) if each.stays else 0
@@ -254,17 +286,9 @@ def _kind(each: Pass) -> Forward:
     return Forward.STEP if each.step else Forward.CHUNK
 
 
-def _tokens_before(model: PreTrainedModel, each: Pass, row: list[int]) -> list[int]:
-    """Token ids of what is fed before a probe's own tokens."""
-    tokens: list[int] = []
-    for part in each.before:
-        if isinstance(part, str):
-            tokens += token_lists(model, [part], "text of a probe")[0] if part else []
-        elif isinstance(part, range):
-            tokens += row[part.start : part.stop]
-        else:
-            tokens += part
-    return tokens
+def _encoded(model: PreTrainedModel, part: str | tuple[int, ...]) -> list[int]:
+    """Token ids of text, without those that begin a text, or checked ids."""
+    return token_lists(model, cast(Prompts, [part]), "part of a probe")[0] if part else []
 
 
 # -------------------------------------------------------------------- what is refused
@@ -284,8 +308,12 @@ def _checked_segments(segments: Segments | None, rows: list[list[int]]) -> list[
     return checked
 
 
-def _checked_plan(plan: object, size: int, policy: Policy) -> list[Pass]:
-    """A plan that can be followed for a prompt of `size` tokens."""
+def checked_plan(plan: object, size: int, policy: Policy) -> list[Pass]:
+    """Return a plan that can be followed for a prompt of `size` tokens; of None, one pass.
+
+    Raises:
+        UserError: naming the policy, and what cannot be.
+    """
     if plan is None:
         return [Pass(0, size)]
 

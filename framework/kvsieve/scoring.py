@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from .cache.kv_cache import KVCache
 from .errors import UserError
-from .loop import Decoding, Runner
+from .loop import Decoding, Runner, policy_of
 from .policy import Policy
-from .prompts import Prompts, check_lengths, token_lists
-from .reading import Segments
+from .prompts import Prompts, token_lists
+from .reading import Segments, check_positions
 from .sampling import Given
 
 
@@ -87,7 +87,8 @@ class Scoring:
         if len(rows) != len(self.continuations):
             raise UserError(f"{len(rows)} prompts, but {len(self.continuations)} continuations")
         self.steps = max(map(len, self.continuations))
-        check_lengths(model, rows, self.steps - 1)  # the last token is predicted, and takes no position
+        # The last token is predicted, and takes no position.
+        check_positions(model, rows, self.steps - 1, policy_of(policy, cache))
         runner = Runner(model, rows, policy, self.steps, prefill_chunk, cache, segments)
         self.decoding = Decoding(runner, Given(self.continuations, model.device), eager)
         self._steps = self._run()

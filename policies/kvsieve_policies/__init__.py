@@ -11,12 +11,14 @@ def register_policies(register: Callable[[type], None]) -> None:
 
     from .adakv import AdaKV
     from .anllm import AnLLM
+    from .citrus import CItruS
     from .dense_layers import DenseLayers
     from .double_sparsity import DoubleSparsity
     from .expected_attention import ExpectedAttention
     from .h2o import H2O
     from .hip import HiP
     from .infllm import InfLLM
+    from .kvzip import KVzip
     from .local_window import LocalWindow
     from .loki import Loki
     from .pyramidkv import PyramidKV
@@ -40,6 +42,8 @@ def register_policies(register: Callable[[type], None]) -> None:
         PyramidKV,
         AdaKV,
         ExpectedAttention,
+        KVzip,
+        CItruS,
         AnLLM,
         SirLLM,
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from ..attention import decode_step, prefill
+from ..attention import attend, decode_step
 from ..cache.forward import Forward
 from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
 from ..cache.rotary import Rotary
 from ..errors import UserError
 from ..policy import Observe, Policy, Positions
+from ..reading import checked_plan, schedule
 
 
 def rollout(
@@ -28,6 +30,7 @@ def rollout(
     rope_theta: float | None = None,
     ids: torch.Tensor | None = None,
     surprise: torch.Tensor | None = None,
+    segments: Sequence[Sequence[int]] | None = None,
 ) -> torch.Tensor:
     """Attention outputs `[B, H, N, D]` of N decode steps of one layer under a policy.
 
@@ -43,6 +46,8 @@ def rollout(
         rope_theta: queries and keys come rotated with it (half-split), at the positions of their row's text;
             for policies that turn them. None: for those that do not.
         ids, surprise: `[B, P + N]`, laid out as the keys, for policies that want token ids or surprise.
+        segments: of each row's prompt, for policies that read it by a plan. Of a probe, text and token ids
+            are left out: they have no keys here.
 
     Raises: UserError: shapes that do not fit together, or no prefill queries for a policy that observes
         the attention of the prompt, no rope_theta for one that turns queries or keys, or no ids or
@@ -67,36 +72,103 @@ def rollout(
         if rotary is None:
             raise UserError(f"{policy.name} turns queries or keys: give the rope_theta they are rotated with")
         layer.turn_by(rotary)
-    valid = None
-    if lengths is not None:
-        valid = torch.arange(prompt, device=keys.device) < lengths.to(keys.device)[:, None]
-
-    def grouped(query: torch.Tensor) -> torch.Tensor:
-        return query.unflatten(1, (kv_heads, heads // kv_heads))
-
-    for first in range(0, prompt, prefill_chunk or prompt):
-        piece = slice(first, min(first + (prefill_chunk or prompt), prompt))
-        layer.expected = Forward.CHUNK if piece.stop < prompt else Forward.PROMPT
-        layer.update(keys[:, :, piece], values[:, :, piece])
-        layer.ids = None if ids is None else ids[:, piece]
-        real = None if valid is None else valid[:, piece]
-        prefill(layer, grouped(prefill_queries[:, :, piece]), real)
-        _tell(layer, surprise, piece)
-    layer.expected = None
+    prompts = prefill_queries, keys[:, :, :prompt], values[:, :, :prompt]
+    sizes = [prompt] * rows if lengths is None else lengths.tolist()
+    read_prompts(layer, *prompts, sizes, segments, ids, surprise, prefill_chunk, rotary)
     outputs = []
     for step in range(steps):
         at = slice(prompt + step, prompt + step + 1)
         layer.ids = None if ids is None else ids[:, at]
         outputs.append(one_step(layer, step_queries[:, :, step], keys[:, :, at], values[:, :, at], rotary))
-        _tell(layer, surprise, at)
+        _tell(layer, None if surprise is None else surprise[:, at])
     return torch.stack(outputs, 3).flatten(1, 2)
 
 
-def _tell(layer: LayerCache, surprise: torch.Tensor | None, tokens: slice) -> None:
+def _tell(layer: LayerCache, surprise: torch.Tensor | None) -> None:
     if layer.arrived is not None:
         if surprise is None:
             raise UserError(f"{layer.policy.name} wants the surprise of tokens: give it")
-        layer.take_surprise(surprise[:, tokens])
+        layer.take_surprise(surprise)
+
+
+def read_prompts(
+    layer: LayerCache,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: list[int],
+    segments: Sequence[Sequence[int]] | None = None,
+    ids: torch.Tensor | None = None,
+    surprise: torch.Tensor | None = None,
+    chunk: int | None = None,
+    rotary: Rotary | None = None,
+    pad_left: bool = False,
+) -> None:
+    """Read one layer's prompts as its policy plans it: `queries [B, H, P, D]`, `keys`, `values [B, K, P, D]`.
+
+    Row b's prompt is its first `lengths[b]` tokens.
+    """
+    policy, device = layer.policy, keys.device
+    parts = segments or [[length] for length in lengths]
+    plans = [checked_plan(policy.plan(part), n, policy) for part, n in zip(parts, lengths, strict=True)]
+    # A token's id is its number in the prompt.
+    for stage in schedule([list(range(length)) for length in lengths], plans, lambda part: []):
+        layer.make_way(stage.rooms_of(device))
+        counts = torch.tensor([len(tokens) for tokens in stage.tokens], device=device)
+        size = int(counts.max())
+        if size:
+            layer.begin_pass(stage.kind, counts > 0, torch.tensor(stage.spans, device=device))
+            fill = [[0] * (size - len(tokens)) for tokens in stage.tokens]
+            rows = zip(stage.tokens, fill, strict=True)
+            index = torch.tensor(
+                [rest + row if pad_left else row + rest for row, rest in rows], device=device
+            )
+            place = torch.arange(size, device=device) - (size - counts[:, None] if pad_left else 0)
+            turns = None
+            if policy.positions is Positions.CACHE or (stage.kind is Forward.PROBE and rotary is not None):
+                held = layer.kv.lengths[:, :1] if layer.is_initialized else 0
+                cached = policy.positions is Positions.CACHE
+                begins = held if cached else torch.tensor(stage.begins, device=device)[:, None]
+                turns = begins + place - index
+            given = _taken((queries, keys, values), index, turns, rotary)
+            named = [None if each is None else each.gather(1, index) for each in (ids, surprise)]
+            _feed(layer, stage.kind, given, named, (place >= 0) & (place < counts[:, None]), chunk)
+        if stage.completes and stage.kind is not Forward.PROMPT:
+            layer.end_prompt()
+
+
+def _taken(
+    tensors: Sequence[torch.Tensor], index: torch.Tensor, turns: torch.Tensor | None, rotary: Rotary | None
+) -> list[torch.Tensor]:
+    """Queries, keys and values of tokens `index [B, Q]`; the first two `turns [B, Q]` positions later."""
+    taken = [t.gather(2, index[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in tensors]
+    if turns is not None:
+        assert rotary is not None
+        taken[:2] = [rotary.turned(t, turns[:, None]).to(t) for t in taken[:2]]
+    return taken
+
+
+def _feed(
+    layer: LayerCache,
+    kind: Forward,
+    given: list[torch.Tensor],
+    named: list[torch.Tensor | None],
+    real: torch.Tensor,
+    chunk: int | None,
+) -> None:
+    """One stage of a reading, in pieces of `chunk` tokens."""
+    size = real.shape[1]
+    for first in range(0, size, chunk or size):
+        piece = slice(first, min(first + (chunk or size), size))
+        query, key, value = (tensor[:, :, piece] for tensor in given)
+        layer.expected = Forward.CHUNK if piece.stop < size and kind is Forward.PROMPT else kind
+        layer.update(key, value)
+        ids, surprise = (None if each is None else each[:, piece] for each in named)
+        layer.ids = ids
+        attend(layer, query.unflatten(1, (key.shape[1], -1)), real[:, piece])
+        real_first = (~real[:, piece]).to(torch.uint8).argsort(dim=1, stable=True)
+        _tell(layer, None if surprise is None else surprise.gather(1, real_first))
+    layer.end_pass(ragged=True)
 
 
 def one_step(

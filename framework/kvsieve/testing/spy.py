@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -54,13 +54,15 @@ class Spy(Wrapper):
 
     def cut(self, kv: KVView) -> torch.Tensor | None:
         stays = self._watched(kv, "cut", lambda: self.inner.cut(kv), question=True)
-        held = kv.positions
-        self.notes.cuts.append(
-            None
-            if stays is None
-            else [[held[b, k][stays[b, k]].tolist() for k in range(held.shape[1])] for b in range(len(held))]
-        )
+        self.notes.cuts.append(_chosen(kv, stays))
         return stays
+
+    def cut_together(self, layers: Sequence[KVView]) -> Sequence[torch.Tensor | None]:
+        answers = self._watched(
+            layers[0], "cut_together", lambda: self.inner.cut_together(layers), question=True
+        )
+        self.notes.cuts += [_chosen(kv, stays) for kv, stays in zip(layers, answers, strict=True)]
+        return answers
 
     def sees(self, kv: KVView, new: NewTokens) -> torch.Tensor | None:
         return self._watched(kv, "sees", lambda: self.inner.sees(kv, new), question=True)
@@ -123,6 +125,14 @@ class Spy(Wrapper):
 def parts(selection: Selection) -> list[Selection | Far]:
     """The slots that are read by the step's query, and those by another."""
     return [selection] if selection.far is None else [selection, selection.far]
+
+
+def _chosen(kv: KVView, stays: torch.Tensor | None) -> list[list[list[int]]] | None:
+    """The positions that a cut chose, by row and head."""
+    held = kv.positions
+    if stays is None:
+        return None
+    return [[held[b, k][stays[b, k]].tolist() for k in range(held.shape[1])] for b in range(len(held))]
 
 
 def _direct(kv: KVView) -> int:
