@@ -181,7 +181,7 @@ class Reading:
                     logits = found if len(logits) == 0 else torch.where(among[:, None], found, logits)
             if stage.completes and stage.kind is not Forward.PROMPT:
                 cache.complete_prompt()
-        cache.end_reading(fed + self.columns, self.leave)
+        cache.end_reading(fed + self.columns, self.leave, trim=len(self.stages) > 1)
         return logits
 
     def _feed(self, cache: KVCache, stage: Stage, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

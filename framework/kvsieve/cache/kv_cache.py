@@ -313,12 +313,17 @@ class KVCache(Cache):
             if layer.must_drop:  # it lends, and nobody reads now
                 layer.drop_beyond_budget()
 
-    def end_reading(self, columns: int, leave: int) -> None:
-        """All was read but the last `leave` columns of the prompts: as if in so many columns of tokens."""
+    def end_reading(self, columns: int, leave: int, trim: bool) -> None:
+        """All was read but the last `leave` columns of the prompts: as if in so many columns of tokens.
+
+        `trim`: storage that only passes and probes needed is given back.
+        """
         self._read = 0
         for layer in self.policy_layers:
             layer.fed = columns
             layer.kv._end_reading()
+            if trim:
+                layer.slots.trim()
         if leave:
             self.expect_prompt(columns + leave)
 

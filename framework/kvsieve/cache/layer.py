@@ -352,7 +352,9 @@ class LayerCache(CacheLayerMixin):
             self.check_room(needed)
             at_most = self._most
             if at_most is None and self.asked_capacity is not None:
-                at_most = needed + self.asked_capacity - self.fed  # what is still to come, no more
+                to_come = self.asked_capacity - self.fed
+                # No more than is still to come; below 0 where a plan has dropped tokens of a longer text.
+                at_most = needed + to_come if to_come >= 0 else self.asked_capacity
             self.slots.make_room(needed, at_most)
 
     # ---------------------------------------------------------------- transformers' protocol

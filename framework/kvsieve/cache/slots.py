@@ -314,6 +314,11 @@ class Slots:
         self._home = self._stores if self.packing is None else {}
         self.used, self.fixed = self.capacity, True
 
+    def trim(self) -> None:
+        """Give back the storage beyond the slots in use."""
+        if self.packing is None and self.capacity > self.used:
+            self.keep(torch.arange(self.used, device=self.device).expand(*self.lengths.shape, -1))
+
     def keep_where(self, stays: torch.Tensor, most: int) -> None:
         """Keep the slots where `stays [B, K, T]`, in their order; `most`: of the head that keeps most.
 

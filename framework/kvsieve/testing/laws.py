@@ -56,7 +56,13 @@ def _read(layer: LayerCache, inputs: Inputs, pad_left: bool = False) -> None:
     prompt = inputs.prefill_queries.shape[2]
     prompts = inputs.prefill_queries, inputs.keys[:, :, :prompt], inputs.values[:, :, :prompt]
     read_prompts(
-        layer, *prompts, inputs.lengths.tolist(), ids=_ids(prompts[1]), rotary=_ROTARY, pad_left=pad_left
+        layer,
+        *prompts,
+        inputs.lengths.tolist(),
+        ids=_ids(prompts[1]),
+        surprise=_surprise(prompts[1]),
+        rotary=_ROTARY,
+        pad_left=pad_left,
     )
 
 
@@ -133,12 +139,7 @@ def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
             else:
                 assert torch.equal(keys, own), f"{policy}: tokens have other tokens' keys"
         largest = int(kv.lengths.max())
-        dropped = int(kv.lengths.sum()) < int(inputs.lengths.sum()) * kv.lengths.shape[1]
-        # A probe needs room too, and only a cut gives it back.
-        probed = policy.plan([prompt]) is not None and not dropped
-        assert makes_room or probed or layer.slots.capacity == largest, (
-            f"{policy} has storage for {layer.slots.capacity} tokens"
-        )
+        assert layer.slots.capacity == largest, f"{policy} has storage for {layer.slots.capacity} tokens"
 
 
 def memory_is_for_what_is_held(tight: Policy, loose: Policy) -> None:
@@ -152,10 +153,7 @@ def memory_is_for_what_is_held(tight: Policy, loose: Policy) -> None:
     for given in (tight, loose):
         policy = given.for_layer(0, 1)
         layer = _layer(policy)
-        _feed(layer, keys, values)
-        valid = torch.arange(prompt) < inputs.lengths[:, None]
-        prefill(layer, inputs.prefill_queries.unflatten(1, (2, 2)), valid)
-        layer.take_surprise(_surprise(keys))
+        _read(layer, inputs)
         lengths = layer.kv.lengths
         storage = Slots(policy.key_layout, policy.columns, policy.summaries)
         storage.allocate(keys, values, int(lengths.max()), layer.group)

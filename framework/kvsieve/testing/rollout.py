@@ -112,7 +112,8 @@ def read_prompts(
     parts = segments or [[length] for length in lengths]
     plans = [checked_plan(policy.plan(part), n, policy) for part, n in zip(parts, lengths, strict=True)]
     # A token's id is its number in the prompt.
-    for stage in schedule([list(range(length)) for length in lengths], plans, lambda part: []):
+    stages = schedule([list(range(length)) for length in lengths], plans, lambda part: [])
+    for stage in stages:
         layer.make_way(stage.rooms_of(device))
         counts = torch.tensor([len(tokens) for tokens in stage.tokens], device=device)
         size = int(counts.max())
@@ -135,6 +136,8 @@ def read_prompts(
             _feed(layer, stage.kind, given, named, (place >= 0) & (place < counts[:, None]), chunk)
         if stage.completes and stage.kind is not Forward.PROMPT:
             layer.end_prompt()
+    if len(stages) > 1:
+        layer.slots.trim()
 
 
 def _taken(
