@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from kvsieve import make_policy
 
 CALIBRATION = str(Path(__file__).parent / "data/calibration.safetensors")  # for layer 0 of the laws' shape
+HEAD_SCORES = str(Path(__file__).parent / "data/head_scores.safetensors")  # 0.9 and 0.1, of that layer
 
 
 class Case(NamedTuple):
@@ -61,6 +62,21 @@ CASES = {
         "adakv",
         {"budget": 12, "window": 3, "floor": 0.0, "normalize": True},
         {"budget": 64, "normalize": True},
+    ),
+    "duo_attention": Case(
+        "duo_attention",
+        {"full_heads": [[1]], "sinks": 2, "recent": 9},
+        {"full_heads": [[1]], "sinks": 5, "recent": 41},
+    ),
+    "duo_attention_streaming": Case(
+        "duo_attention",
+        {"full_heads": [[]], "sinks": 0, "recent": 12},
+        {"full_heads": [[0, 1]], "sinks": 0, "recent": 1},
+    ),
+    "duo_attention_by_scores": Case(
+        "duo_attention",
+        {"full_heads": HEAD_SCORES, "sinks": 4, "recent": 5},
+        {"full_heads": HEAD_SCORES, "sinks": 4, "recent": 5, "share": 1.0},
     ),
     "quest": Case("quest", {"pages": 3, "page": 4}, {"pages": 12, "page": 4}),
     "quest_mean": Case(

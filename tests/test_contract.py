@@ -74,6 +74,10 @@ def step(made, **given):
             {"keeps": 8, "cut": lambda self, kv: None},
             "no `priority.*new token overwrites.*`overwrites = False`",
         ),
+        (
+            {"keeps_per_head": lambda self, layer, heads: [8] * len(heads), "cut": lambda self, kv: None},
+            "has `keeps_per_head`, which needs `cut`, .* and `priority`",
+        ),
         ({"last_queries": 8}, "declares `last_queries`, but has neither `cut` nor `on_prefill`"),
         ({"last_queries": -1, "cut": lambda self, kv: None}, "last_queries must be .* 0 or more, not -1"),
         ({"last_queries": True, "cut": lambda self, kv: None}, "last_queries must be .* not True"),
@@ -356,6 +360,25 @@ def test_heads_may_keep_different_numbers_and_the_cache_then_grows():
     assert layer.kv.lengths.tolist() == [[5 + 6, 6 + 6], [5 + 6, 6 + 6], [3 + 6, 3 + 6]]
     assert layer.kv.positions[0, 1, :12].tolist() == [0, *range(35, 46)]
     assert layer.slots.capacity == 6 + 6  # as the largest head needs, and what was still to come
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([8], "keeps_per_head must return a list for 2 KV heads, or None, not .8."),
+        ([8, 0], "keeps_per_head must return numbers of tokens of at least 1, or None, not 0"),
+        ([8, True], "at least 1, or None, not True"),
+        ([None, 7], "cut keeps 8 slots in row 0, KV head 1, but the policy declares keeps = 7"),
+    ],
+)
+def test_what_heads_keep_is_checked(answer, message):
+    made = policy(
+        keeps_per_head=lambda self, layer, heads: answer,
+        cut=lambda self, kv: kv.newest(8),
+        priority=lambda self, kv: kv.positions.float(),
+    )
+    with pytest.raises(UserError, match=message):
+        step(made)
 
 
 def test_a_full_cache_overwrites_after_a_cut_of_the_policys_own():

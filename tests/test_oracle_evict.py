@@ -225,6 +225,15 @@ def test_expected_attention_in_a_model(prefill_chunk):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["mha", "gqa", "short"])
+def test_duo_attention(name, way):
+    case, params = read("duo_attention", name)
+    full = [head for head, score in enumerate(params["full_attention_heads"]) if score > 0.5]
+    policy = make_policy("duo_attention", full_heads=[full], sinks=params["sink"], recent=params["recent"])
+    check_all_ways(way, policy, case, current_dropped=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["mha", "gqa", "short"])
 def test_streaming_llm(name, way):
     case, params = read("streaming_llm", name)
     policy = make_policy(

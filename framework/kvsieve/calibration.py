@@ -1,25 +1,26 @@
 """Calibration files: numbers per layer and KV head, measured once on some text, that a policy reads by.
 
 A file is safetensors: `layers.N.channels [K, >= r]` (Double Sparsity: the channels of a key, the most
-telling first) or `layers.N.basis [K, >= r, D]` (Loki: directions of falling variance), and metadata: `model`,
-its name; `digest`, the `fingerprint` of its shape and all its weights; `text`, the digest of the text. A file
-without a digest serves any model of its shape. Those of the model that ships are found as `reference`.
+telling first), `layers.N.basis [K, >= r, D]` (Loki: directions of falling variance) or `layers.N.retrieval
+[K, 1]` (DuoAttention: the higher, the more a head needs what is far back), and metadata: `model`, its name;
+`digest`, the `fingerprint` of its shape and all its weights; `text`, the digest of the text. A file without a
+digest serves any model of its shape. Those of the model that ships are found as `reference`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from . import reference_model
+from . import ops, reference_model
 from .errors import UserError
 from .fingerprint import fingerprint, same
 from .hf import interface
@@ -116,18 +117,25 @@ def write(path: Path, tensors: dict[str, torch.Tensor], model: PreTrainedModel, 
 
 
 # -------------------------------------------------------------------- measuring
-Note = Callable[[int, torch.Tensor, torch.Tensor], None]
+Note = Callable[[int, torch.Tensor, torch.Tensor, Mapping[str, Any]], None]
 
 
 @contextlib.contextmanager
 def _noting(note: Note) -> Iterator[None]:
-    """Call `note(layer, query [B, H, Q, D], key [B, K, Q, D])`, both rotated, for every attention inside.
+    """Call `note(layer, query [B, H, Q, D], key [B, K, Q, D], scoring)` for every attention inside.
 
-    For all models in this process.
+    Both are rotated; `scoring` has the `scale`, `softcap` and `sinks` of the model, as the ops take them. For
+    all models in this process.
     """
 
     def attention(module, query, key, *args, **kwargs):  # type: ignore[no-untyped-def]
-        note(module.layer_idx, query, key)
+        scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+        scoring = {
+            "scale": query.shape[3] ** -0.5 if scale is None else scale,
+            "softcap": kwargs.get("softcap"),
+            "sinks": None if sinks is None else sinks.view(key.shape[1], -1),
+        }
+        note(module.layer_idx, query, key, scoring)
         return interface.attention_forward(module, query, key, *args, **kwargs)
 
     interface.register(attention)
@@ -168,7 +176,7 @@ def measure_channels(
     """
     sums: dict[int, torch.Tensor] = {}
 
-    def note(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
+    def note(layer: int, query: torch.Tensor, key: torch.Tensor, _: Mapping[str, Any]) -> None:
         q = query.float().abs().unflatten(1, (key.shape[1], -1)).mean(2)
         k = key.float().abs()
         total = {"q": q, "k": k, "qk": q * k}[by].sum((0, 2))
@@ -194,7 +202,7 @@ def measure_basis(
     sums: dict[int, torch.Tensor] = {}
     products: dict[int, torch.Tensor] = {}
 
-    def note(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
+    def note(layer: int, query: torch.Tensor, key: torch.Tensor, _: Mapping[str, Any]) -> None:
         k = key.double().transpose(0, 1).flatten(1, 2)  # [K, tokens, D]
         many[layer] = many.get(layer, 0) + k.shape[1]
         sums[layer] = sums.get(layer, 0) + k.sum(1)
@@ -207,6 +215,48 @@ def measure_basis(
 
     _read_texts(model, texts, note, progress)
     return {f"layers.{layer}.basis": basis(layer) for layer in sorted(sums)}
+
+
+def measure_retrieval(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    progress: Callable[[int], None] = lambda read: None,
+) -> dict[str, torch.Tensor]:
+    """Score every KV head by how much it retrieves: `layers.N.retrieval [K, 1]` float32, from 0 to 1.
+
+    The last eighth of each text is replaced by a repetition of what stands a third into it. The score is the
+    share of their attention that the repeated tokens pay to where they stood first, on average; of a query
+    group, its largest. `progress` is told how many texts were read.
+    """
+    sums: dict[int, torch.Tensor] = {}
+    passages = [repeating(text) for text in texts]
+
+    def note(layer: int, query: torch.Tensor, key: torch.Tensor, scoring: Mapping[str, Any]) -> None:
+        total = key.shape[2]
+        first, many = _passage(total)
+        last = query[:, :, -many:].unflatten(1, (key.shape[1], -1))
+        lengths = torch.full(key.shape[:2], total, device=key.device)
+        counts = torch.full((1,), many, device=key.device)
+        weights = ops.reference.window_weights(last, key, lengths, counts, **scoring)
+        share = weights[..., first : first + many].sum(3) / many
+        sums[layer] = sums.get(layer, 0) + share[0].cpu()
+
+    _read_texts(model, passages, note, progress)
+    return {
+        f"layers.{layer}.retrieval": (total / len(texts)).amax(1, keepdim=True)
+        for layer, total in sorted(sums.items())
+    }
+
+
+def repeating(text: Sequence[int]) -> list[int]:
+    """The text as a retrieval prompt: its end is replaced by a passage that it has already said."""
+    first, many = _passage(len(text))
+    return [*text[: len(text) - many], *text[first : first + many]]
+
+
+def _passage(length: int) -> tuple[int, int]:
+    """Where the passage that is repeated begins, and how many tokens it has."""
+    return length // 3, max(1, length // 8)
 
 
 def _read_texts(

@@ -250,6 +250,7 @@ class Calibrated(enum.StrEnum):
     """Methods that read by a calibration."""
 
     double_sparsity = "double_sparsity"
+    duo_attention = "duo_attention"
     loki = "loki"
 
 
@@ -277,7 +278,11 @@ def calibrate(
     revision: Annotated[str | None, typer.Option(help="of a model on the hub")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure what double_sparsity or loki reads by, once for a model, on some text."""
+    """Measure what double_sparsity, duo_attention or loki goes by, once for a model, on some text.
+
+    For duo_attention, scores of the heads: the end of each piece repeats a passage of it, and a head that
+    attends to where that stood first retrieves.
+    """
     from . import calibration, corpus
     from .hf import models
 
@@ -297,6 +302,8 @@ def calibrate(
 
     if method is Calibrated.loki:
         tensors = calibration.measure_basis(loaded, pieces, progress)
+    elif method is Calibrated.duo_attention:
+        tensors = calibration.measure_retrieval(loaded, pieces, progress)
     else:
         tensors = calibration.measure_channels(loaded, pieces, by.value, progress)
     calibration.write(out, tensors, loaded, corpus.digest(words))

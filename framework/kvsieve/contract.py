@@ -64,7 +64,13 @@ def check_class(cls: Any) -> None:
             _check_names(kind, known)
     ranks, keeps = cls.priority is not Policy.priority, cls.keeps is not Policy.keeps
     cuts = cls.cut is not Policy.cut or cls.cut_together is not Policy.cut_together
-    if ranks and not keeps and cls.plan is Policy.plan:
+    per_head = cls.keeps_per_head is not Policy.keeps_per_head
+    if per_head and not (ranks and cuts):
+        raise UserError(
+            f"{name} has `keeps_per_head`, which needs `cut`, to say who stays of a prompt, and `priority`, "
+            "to say which token a full head overwrites"
+        )
+    if ranks and not keeps and not per_head and cls.plan is Policy.plan:
         raise UserError(
             f"{name} has `priority`, but does not declare how many tokens it `keeps`, so it would never be "
             "asked: add `keeps`, a property (or class attribute) that is the number of tokens, such as its "
@@ -253,6 +259,23 @@ def checked_static(
     return answer
 
 
+def checked_limits(answer: Any, policy: Policy, layer: int, heads: int) -> list[int | None]:
+    """Return the most that each of so many KV heads ever holds, as `keeps_per_head` answered; None: it grows.
+
+    Raises:
+        UserError: naming policy and layer, what came and what was expected.
+    """
+    if answer is None:
+        return [policy.keeps if policy.overwrites else None] * heads
+    who = f"policy {policy.name}, layer {layer}: keeps_per_head"
+    if not isinstance(answer, Sequence) or len(answer) != heads:
+        raise UserError(f"{who} must return a list for {heads} KV heads, or None, not {answer!r}")
+    for keeps in answer:
+        if keeps is not None and (isinstance(keeps, bool) or not isinstance(keeps, int) or keeps < 1):
+            raise UserError(f"{who} must return numbers of tokens of at least 1, or None, not {keeps!r}")
+    return list(answer)
+
+
 def checked_selection(
     answer: Any, policy: Policy, layer: int, slots: Slots, query: torch.Tensor
 ) -> Selection | None:
@@ -352,8 +375,12 @@ def check_answers(answers: Any, policy: Policy, layers: int) -> None:
         )
 
 
-def checked_cut(answer: Any, policy: Policy, layer: int, slots: Slots) -> Cut | None:
-    """Return what `cut` answered. Waits for the device: a layer's one look at it per prompt.
+def checked_cut(
+    answer: Any, policy: Policy, layer: int, slots: Slots, limits: Sequence[int | None]
+) -> Cut | None:
+    """Return what `cut` answered; `limits`: the most that each KV head ever holds.
+
+    Waits for the device: a layer's one look at it per prompt.
 
     Raises:
         UserError: as `checked_selection`; always checked slot by slot.
@@ -383,12 +410,14 @@ def checked_cut(answer: Any, policy: Policy, layer: int, slots: Slots) -> Cut | 
             f"{who} keeps {counts[uneven][0].tolist()} slots in the KV heads of a row; places in the "
             "cache (Positions.CACHE) are those of all heads: keep as many in each"
         )
-    if policy.keeps is not None and max(kept) > policy.keeps:
-        b, k = (counts > policy.keeps).nonzero()[0].tolist()
-        raise UserError(
-            f"{who} keeps {int(counts[b, k])} slots in row {b}, KV head {k}, but the policy declares "
-            f"keeps = {policy.keeps}"
-        )
+    for b, row in enumerate(cut.counts):
+        for k, (count, limit) in enumerate(zip(row, limits, strict=True)):
+            most = policy.keeps if limit is None else limit
+            if most is not None and count > most:
+                raise UserError(
+                    f"{who} keeps {count} slots in row {b}, KV head {k}, but the policy declares "
+                    f"keeps = {most}"
+                )
     return cut
 
 

@@ -213,6 +213,15 @@ class Policy:
         """Whether a step has constant shapes and never waits for the device: it can then be a CUDA graph."""
         return True
 
+    def keeps_per_head(self, layer: int, heads: range) -> Sequence[int | None] | None:
+        """Return the tokens that each KV head ever holds, None: no limit; or None: heads are alike.
+
+        Asked once, when the layer's storage is made, of the model's KV heads `heads` that this process has. A
+        head with a limit overwrites, by `priority`, once it holds so many; one without grows. `cut` says who
+        stays of a prompt.
+        """
+        return None
+
     def bind(
         self, layer: int, heads: range, head_size: int, device: torch.device
     ) -> Mapping[str, torch.Tensor]:

@@ -93,6 +93,9 @@ class Wrapper(Policy):
     def capturable(self) -> bool:
         return self.inner.capturable
 
+    def keeps_per_head(self, layer: int, heads: range) -> Sequence[int | None] | None:
+        return self.inner.keeps_per_head(layer, heads)
+
     def bind(
         self, layer: int, heads: range, head_size: int, device: torch.device
     ) -> Mapping[str, torch.Tensor]:

@@ -14,6 +14,7 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .citrus import CItruS
     from .dense_layers import DenseLayers
     from .double_sparsity import DoubleSparsity
+    from .duo_attention import DuoAttention
     from .expected_attention import ExpectedAttention
     from .h2o import H2O
     from .hip import HiP
@@ -46,6 +47,7 @@ def register_policies(register: Callable[[type], None]) -> None:
         CItruS,
         AnLLM,
         SirLLM,
+        DuoAttention,
     )
     for policy in (Policy, *reading, *keeping, DenseLayers, Refresh, Twilight):
         register(policy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,6 +15,8 @@ from .kv import KVView, LastQueries, NewTokens, Scoring, Static
 from .rotary import Rotary
 from .slots import Checkpoint, Slots
 from .traffic import Traffic
+
+_NO_LIMIT = torch.iinfo(torch.int64).max
 
 
 class Prompt(NamedTuple):
@@ -58,6 +59,9 @@ class LayerCache(CacheLayerMixin):
         self.traffic = Traffic()
         self.packs = contract.packs(policy)  # heads that keep different numbers
         self.overwrites = policy.keeps is not None and policy.overwrites
+        # The most that each KV head ever holds; None: it grows. One for all until their number is known.
+        self.limits: list[int | None] = [policy.keeps if self.overwrites else None]
+        self._limits: torch.Tensor | None = None  # [K] int64, where heads differ
         self.kv = KVView(self.slots, self.traffic, in_order=not self.overwrites)
         self.asked_capacity = capacity
         self.fed = 0  # token columns so far, padding included: what transformers calls the sequence length
@@ -124,15 +128,15 @@ class LayerCache(CacheLayerMixin):
         counts = slots.ones if active is None else active.long()
         slots.seen += counts
         tokens = (slots.seen - 1)[:, None, None].expand(*slots.lengths.shape, 1)
-        most = self._most
-        if most is not None and slots.used >= most:
-            at = self._slot_to_overwrite(most)
+        limits = [limit for limit in self.limits if limit is not None]
+        if limits and slots.used >= min(limits):
+            at = self._slot_to_overwrite(max(limits))
             grown = counts[:, None] * (at == slots.lengths)
         else:
             at, grown = slots.lengths.clone(), counts[:, None]
-            if not slots.fixed:
-                self._make_room(slots.used + 1)
-                slots.used += 1
+        if not slots.fixed and (self._most is None or slots.used < self._most):
+            self._make_room(slots.used + 1)
+            slots.used += 1
         slots.write(keys, values, tokens, at[..., None], active)
         slots.lengths += grown
         written = counts[:, None].expand_as(slots.lengths)
@@ -215,7 +219,7 @@ class LayerCache(CacheLayerMixin):
     def _end(self, answer: torch.Tensor | None) -> None:
         if answer is None and self.unpacked and self.policy.keeps is None:  # all stay, packed again
             answer = self.slots.live()
-        self.pending_cut = contract.checked_cut(answer, self.policy, self.index, self.slots)
+        self.pending_cut = contract.checked_cut(answer, self.policy, self.index, self.slots, self.limits)
         self.kv._forget_prompt()
         self.must_drop = True
         if not self.lends:
@@ -227,8 +231,8 @@ class LayerCache(CacheLayerMixin):
         self.must_drop = self.unpacked = False
         if self.pending_cut is not None:
             cut, self.pending_cut = self.pending_cut, None
-            if self.packs and self._most is None and cut.heads_differ:
-                slots.pack(cut.stays, cut.counts, [None] * slots.lengths.shape[1])
+            if self.packs and (self._limits is not None or (self._most is None and cut.heads_differ)):
+                slots.pack(cut.stays, cut.counts, self.limits)
             elif cut.drops or slots.used > cut.most:
                 slots.keep_where(cut.stays, cut.most)
             return
@@ -260,10 +264,18 @@ class LayerCache(CacheLayerMixin):
             ids = ids.gather(1, order)
         return ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= counts[:, None], -1)
 
-    def _slot_to_overwrite(self, keeps: int) -> torch.Tensor:
-        """`[B, K]`: the first free slot where there is one, else the slot with the lowest priority."""
-        lowest = self._priority().masked_fill(~self.slots.live(), torch.inf).argmin(2)
-        return torch.where(self.slots.lengths < keeps, self.slots.lengths, lowest)
+    def _slot_to_overwrite(self, most: int) -> torch.Tensor:
+        """`[B, K]`: the first free slot where there is one, else the slot with the lowest priority.
+
+        No head that overwrites holds more than `most`: the slots beyond, of heads that grow, are not ranked.
+        """
+        slots = self.slots
+        used, slots.used = slots.used, min(slots.used, most)
+        lowest = self._priority().masked_fill(~slots.live(), torch.inf).argmin(2)
+        slots.used = used
+        return torch.where(
+            slots.lengths < (most if self._limits is None else self._limits), slots.lengths, lowest
+        )
 
     def _priority(self) -> torch.Tensor:
         answer = contract.checked_priority(self.policy.priority(self.kv), self.policy, self.index, self.slots)
@@ -337,15 +349,19 @@ class LayerCache(CacheLayerMixin):
         """Bytes that each row would hold alone, with room for `room [B]` tokens; its prompt is complete."""
         slots = self.slots
         room = room.to(slots.device)
-        slots_of_rows = (
-            slots.lengths.amax(1) + room - slots.seen if self._most is None else room.clamp(max=self._most)
-        )
+        ends = slots.lengths + (room - slots.seen)[:, None]
+        if slots.packing is not None:
+            slots_of_rows = (
+                ends if self._limits is None else self._limits.where(self._limits < _NO_LIMIT, ends)
+            ).sum(1)
+        else:
+            slots_of_rows = ends.amax(1) if self._most is None else room.clamp(max=self._most)
         return [slots.memory_of(n) for n in slots_of_rows.tolist()]
 
     @property
     def _most(self) -> int | None:
         """Slots that are ever in use once the prompt is complete."""
-        return self.policy.keeps if self.overwrites else None
+        return None if None in self.limits else max(filter(None, self.limits))
 
     def _make_room(self, needed: int) -> None:
         if needed > self.slots.capacity:
@@ -369,16 +385,25 @@ class LayerCache(CacheLayerMixin):
             self.group,
         )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.kv._static = Static(self._bound(key_states), self.traffic)
+        self._bind(key_states)
         self.is_initialized = True
 
-    def _bound(self, keys: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """The policy's static data for the KV heads of these keys `[B, K, Q, D]`."""
-        heads, size = keys.shape[1], keys.shape[3]
-        split = self.model_heads is not None and heads < self.model_heads
-        first = processes.rank() * heads if split else 0
-        answer = self.policy.bind(self.index, range(first, first + heads), size, keys.device)
-        return contract.checked_static(answer, self.policy, self.index, heads, keys.device)
+    def _bind(self, keys: torch.Tensor) -> None:
+        """Ask the policy for its static data and limits, for the KV heads of these keys `[B, K, Q, D]`."""
+        policy, many, size = self.policy, keys.shape[1], keys.shape[3]
+        split = self.model_heads is not None and many < self.model_heads
+        first = processes.rank() * many if split else 0
+        heads = range(first, first + many)
+        static = policy.bind(self.index, heads, size, keys.device)
+        self.kv._static = Static(
+            contract.checked_static(static, policy, self.index, many, keys.device), self.traffic
+        )
+        answer = policy.keeps_per_head(self.index, heads)
+        self.limits = contract.checked_limits(answer, policy, self.index, many)
+        self.kv._in_order = all(limit is None for limit in self.limits)
+        if len(set(self.limits)) > 1:
+            numbers = [_NO_LIMIT if limit is None else limit for limit in self.limits]
+            self._limits = torch.tensor(numbers, device=keys.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -452,7 +452,7 @@ class Slots:
         return sum(t.numel() * t.element_size() for t in [*held, *self.summaries.values()])
 
     def memory_of(self, slots: int) -> int:
-        """Of that, the bytes of one row with room for so many slots."""
+        """Of that, the bytes of one row with room for so many slots: packed ones of all heads."""
         held = [
             layouts.resized(name, store[:1].to("meta"), self.entries(name, slots))
             for name, store in self._stores.items()

@@ -16,6 +16,7 @@ def main() -> None:
     calibration.SHIPPED.mkdir(exist_ok=True)
     for method, tensors in (
         ("double_sparsity", calibration.measure_channels(model, pieces, "qk")),
+        ("duo_attention", calibration.measure_retrieval(model, pieces)),
         ("loki", calibration.measure_basis(model, pieces)),
     ):
         file = calibration.SHIPPED / f"{method}.safetensors"

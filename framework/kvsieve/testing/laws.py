@@ -158,8 +158,13 @@ def memory_is_for_what_is_held(tight: Policy, loose: Policy) -> None:
         storage = Slots(policy.key_layout, policy.columns, policy.summaries)
         storage.allocate(keys, values, int(lengths.max()), layer.group)
         most = storage.memory()
-        if layer.packs and bool((lengths != lengths[:, :1]).any()):
-            free = int((lengths.max() - lengths).sum())
+        if layer.packs and (len(set(layer.limits)) > 1 or bool((lengths != lengths[:, :1]).any())):
+            rooms = sum(
+                limit or length
+                for row in lengths.tolist()
+                for length, limit in zip(row, layer.limits, strict=True)
+            )
+            free = lengths.numel() * int(lengths.max()) - rooms
             most -= free * 2 * values.shape[3] * values.element_size()
         held = layer.slots.memory()
         assert held <= most, f"{given} holds {held} bytes for tokens (and what goes with them) of {most}"
