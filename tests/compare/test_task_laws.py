@@ -7,7 +7,7 @@ import pytest
 
 import kvsieve
 from kvsieve import plugins
-from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition, Retrieval
+from kvsieve.compare.tasks import KeyValue, Needle, Passkey, Perplexity, Repetition, Retrieval
 from kvsieve.compare.tasks.retrieval import Kind
 from kvsieve.testing import TASK_LAWS, check_task, tokenizers
 
@@ -18,6 +18,9 @@ CASES = {
     "key_value": KeyValue(300),
     **{f"retrieval {kind}": Retrieval(1200, kind=kind) for kind in typing.get_args(Kind)},
     "retrieval uuids": Retrieval(1200, kind="multikey", values="uuids", haystack="statements"),
+    "key_value uuids": KeyValue(600, words="uuids"),
+    "passkey": Passkey(500),
+    "number_string": Passkey(500, kind="number_string"),
     "retrieval noise": Retrieval(1200, kind="multivalue", haystack="noise"),
 }
 

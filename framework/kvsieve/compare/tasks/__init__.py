@@ -6,14 +6,25 @@ from ...hooks import hookimpl
 from .base import Answer, Sample, Task
 from .key_value import KeyValue
 from .needle import Needle
+from .passkey import Passkey
 from .perplexity import Perplexity
 from .repetition import Repetition
 from .retrieval import Retrieval
 
-__all__ = ["Answer", "KeyValue", "Needle", "Perplexity", "Repetition", "Retrieval", "Sample", "Task"]
+__all__ = [
+    "Answer",
+    "KeyValue",
+    "Needle",
+    "Passkey",
+    "Perplexity",
+    "Repetition",
+    "Retrieval",
+    "Sample",
+    "Task",
+]
 
 
 @hookimpl
 def register_tasks(register: Callable[[type[Task]], None]) -> None:
-    for task in (Needle, Repetition, Perplexity, KeyValue, Retrieval):
+    for task in (Needle, Repetition, Perplexity, KeyValue, Retrieval, Passkey):
         register(task)

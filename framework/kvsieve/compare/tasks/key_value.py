@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from ...errors import UserError
 from . import text
@@ -12,24 +14,26 @@ from .base import Answer, Sample, Task, spread
 
 @dataclasses.dataclass(frozen=True)
 class KeyValue(Task):
-    """Share of the values, eight hexadecimal digits each, that are found again."""
+    """Share of the values, eight hexadecimal digits or a UUID each, that are found again."""
 
     name = "key_value"
     metric = "exact match"
     chance = 0.0
 
+    words: Literal["hexadecimal", "uuids"] = "hexadecimal"  # keys and values
+
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         rng = self.random(seed, index)
         before = text.beginning(tokenizer)
         separator, end = text.encode(tokenizer, ",\n "), text.encode(tokenizer, "}\n")
-        key, value = _word(rng), _word(rng)
+        key, value = self._word(rng), self._word(rng)
         question = text.encode(tokenizer, f'\n{{"{key}": "')
         asked = text.encode(tokenizer, f'"{key}": "{value}"')
         before += text.encode(tokenizer, "{")
         room = self.context - len(before) - len(asked) - len(end) - len(question)
         pairs: list[list[int]] = []
         while True:
-            pair = text.encode(tokenizer, f'"{_word(rng)}": "{_word(rng)}"')
+            pair = text.encode(tokenizer, f'"{self._word(rng)}": "{self._word(rng)}"')
             if len(pair) + len(separator) > room:
                 break
             pairs.append(pair)
@@ -45,15 +49,14 @@ class KeyValue(Task):
         # What is left of the context are line breaks before the question.
         blank = text.encode(tokenizer, "\n")[-1:] * room
         prompt = before + lines + end + blank + question
-        return Sample(prompt, [value], characters=8, facts={"depth": depth, "pairs": len(pairs)})
+        return Sample(prompt, [value], characters=len(value), facts={"depth": depth, "pairs": len(pairs)})
 
     @property
     def limits(self) -> tuple[float, float]:
         return 0.0, 1.0
 
     def score(self, sample: Sample, answer: Answer) -> float:
-        return float(answer.text[:8] == sample.reference)
+        return float(answer.text[: len(sample.reference)] == sample.reference)
 
-
-def _word(rng: Any) -> str:
-    return f"{rng.integers(0, 2**32):08x}"
+    def _word(self, rng: np.random.Generator) -> str:
+        return text.uuid(rng) if self.words == "uuids" else f"{rng.integers(0, 2**32):08x}"

@@ -133,10 +133,7 @@ class Retrieval(Task):
         )
 
     def _value(self, rng: np.random.Generator) -> str:
-        if self.values == "numbers":
-            return str(rng.integers(10**6, 10**7))
-        digits = rng.bytes(16).hex()
-        return "-".join(digits[a:b] for a, b in itertools.pairwise((0, 8, 12, 16, 20, 32)))
+        return text.uuid(rng) if self.values == "uuids" else str(rng.integers(10**6, 10**7))
 
     def _chain(self, rng: np.random.Generator) -> Draft:
         """A number is assigned to a name, that to another, and so on; all names are asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,12 @@ def passage(tokenizer: Any, path: str | None, size: int, rng: np.random.Generato
             name = path or "the standard library's held-out text"
             raise UserError(f"{name} is too short: {len(ids)} tokens, and a prompt needs {size} of it")
         characters *= 2
+
+
+def uuid(rng: np.random.Generator) -> str:
+    """Draw 32 hexadecimal digits in five groups."""
+    digits = rng.bytes(16).hex()
+    return "-".join(digits[a:b] for a, b in itertools.pairwise((0, 8, 12, 16, 20, 32)))
 
 
 def continuation(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:

@@ -1,0 +1,61 @@
+"""A pass key, or a string of digits with repeats, hidden in noise (after InfiniteBench, arXiv:2402.13718).
+
+Deviations: the noise is our own, a prompt has exactly `context` tokens, places are spread evenly over the
+depth however many samples there are, and the beginning of the answer is given to chat models, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+from . import haystack as hay
+from . import metrics, text
+from .base import Answer, Sample, Task, spread
+
+_NAMES = {"passkey": "pass key", "number_string": "sequence of digits"}
+_INTRODUCTION = "Something important is hidden in a lot of noise. Find it and remember it.\n"
+_DIGITS = 5
+_SPARE = 4  # new tokens beyond the digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Passkey(Task):
+    """Share of the keys, five digits each (number_string: ten), that are the first number of an answer."""
+
+    name = "passkey"
+    metric = "exact match"
+    chance = 0.0
+
+    kind: Literal["passkey", "number_string"] = "passkey"
+
+    @property
+    def title(self) -> str:
+        return self.kind
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
+        what, key = _NAMES[self.kind], self._key(self.random(seed, index))
+        before = text.beginning(tokenizer) + text.encode(tokenizer, _INTRODUCTION)
+        said = f"The {what} is {key}. Remember it. {key} is the {what}.\n"
+        hidden = [(spread(index), text.encode(tokenizer, said))]
+        after = text.encode(tokenizer, f"\nWhat is the {what}?\nThe {what} is")
+        prompt = hay.hide(self.title, self.context, before, hay.noise(tokenizer), hidden, after)
+        new_tokens = len(text.encode(tokenizer, f" {key}")) + _SPARE
+        return Sample(prompt, [key], new_tokens=new_tokens, facts={"depth": spread(index)})
+
+    def score(self, sample: Sample, answer: Answer) -> float:
+        return float(metrics.first_number(answer.text) == sample.reference)
+
+    def _key(self, rng: np.random.Generator) -> str:
+        """Five digits; in a number string, five times one of them is doubled where it stands."""
+        digits = [str(digit) for digit in rng.integers(10, size=_DIGITS)]
+        for _ in range(_DIGITS if self.kind == "number_string" else 0):
+            place = int(rng.integers(len(digits)))
+            digits.insert(place, digits[place])
+        return "".join(digits)
