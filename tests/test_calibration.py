@@ -256,6 +256,7 @@ def test_calibrate_from_the_command_line(method, tmp_path):
     assert len(load_file(out)) == 4  # layers of the reference model
     metadata = calibration.read(str(out)).metadata
     assert set(metadata) == {"model", "digest", "text"}
+    assert metadata["model"] == "reference"
     assert metadata["text"] == kvsieve.corpus.digest(text.read_text())
 
 

@@ -40,7 +40,7 @@ def test_attend_over_all_slots():
 
 @pytest.mark.parametrize("layout", KINDS)
 @pytest.mark.parametrize("capacity", [70, 9000])
-@pytest.mark.parametrize("group_score", ["softmax", "logits"])
+@pytest.mark.parametrize("group_score", ["softmax", "logits", "max"])
 @pytest.mark.parametrize("extras", [{}, {"softcap": 3.0, "sinks": torch.tensor([[0.5, -1, 2], [0, 1, 0]])}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_top_by_channels(layout, capacity, group_score, extras, dtype):

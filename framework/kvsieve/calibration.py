@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from . import ops, reference_model
@@ -110,9 +110,11 @@ def _read(path: str, changed: int) -> Calibration:
 
 def write(path: Path, tensors: dict[str, torch.Tensor], model: PreTrainedModel, text: str) -> None:
     """Write a calibration file, whole or not at all."""
-    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    source = Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__))
+    local = reference_model.NAME if source == reference_model.FOLDER else source.name
+    name = local if source.is_dir() else str(source)  # no one's folders
     unfinished = path.with_name(path.name + ".part")
-    save_file(tensors, unfinished, {"model": name, "digest": fingerprint(model), "text": text})
+    unfinished.write_bytes(save(tensors, {"model": name, "digest": fingerprint(model), "text": text}))
     unfinished.replace(path)
 
 

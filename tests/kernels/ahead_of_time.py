@@ -108,6 +108,9 @@ def selecting_calls(
         "top by channels, double": lambda: ops.top_by_channels(
             query, by_channel, lengths, channels, S, newest=32, **given
         ),
+        "top by channels, largest": lambda: ops.top_by_channels(
+            query, keys, lengths, channels, S, group_score="max", **given
+        ),
         "top by channels, blocked": lambda: ops.top_by_channels(
             query, blocked, lengths, channels, S, group_score="logits", sinks=sinks, **given
         ),

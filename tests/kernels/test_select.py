@@ -1,5 +1,7 @@
 """Top-k is exact on every path: ragged rows, ties, chunks that keep all or few, newest forced in."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -74,8 +76,10 @@ def test_long_rows(total, k):
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("layout", ["single", "double", "blocked"])
-@pytest.mark.parametrize("group_score", ["softmax", "logits"])
+@pytest.mark.parametrize(
+    ("layout", "group_score"),
+    [*product(["single", "double", "blocked"], ["softmax", "logits"]), ("single", "max")],
+)
 @pytest.mark.parametrize(
     ("dtype", "group", "sinks", "softcap"),
     [
@@ -119,7 +123,7 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("group_score", ["softmax", "logits"])
+@pytest.mark.parametrize("group_score", ["softmax", "logits", "max"])
 def test_scores_beyond_half_precision_still_give_slots(group_score):
     lengths = torch.tensor([[150, 70]], device=DEVICE)
     query, keys = normal(1, 2, 2, 64, dtype=torch.float16), normal(1, 2, 150, 64, dtype=torch.float16, seed=1)
