@@ -9,6 +9,7 @@ from kvsieve.compare.cells import Cell
 from kvsieve.compare.execute.cell import Measurement
 from kvsieve.compare.execute.said import Said
 from kvsieve.reference_model.tokenizer import EOS, byte_tokenizer
+from kvsieve.testing.spy import Spy
 
 TEXT = [*kvsieve.corpus.held_out_text()[:400].encode()]
 SIZES = ((90, 9), (150, 30), (40, 3))  # of the prompts, and of their answers
@@ -62,6 +63,17 @@ def test_a_row_of_a_ragged_batch_is_charged_as_if_alone(model, policy, forced):
     assert together == records(model, policy, [[0], [1], [2]], forced)
     assert [record["steps"] for record in together] == [new - 1 for _, new in SIZES]
     assert together[0]["kv_bytes"] < together[1]["kv_bytes"] or policy.keeps == 32
+
+
+def test_the_slots_of_a_record_are_the_kept_sets_and_what_was_said(model):
+    spy = Spy(kvsieve.make_policy("adakv", budget=32, window=8))
+    found = records(model, spy, [[0, 1, 2]])
+    kept = [
+        sum(len(head) for layer in spy.notes.cuts for head in layer[row])
+        / sum(len(layer[row]) for layer in spy.notes.cuts)
+        for row in range(3)
+    ]
+    assert [record["slots"] - record["steps"] for record in found] == kept
 
 
 def test_rows_that_end_apart_share_a_captured_step(recorded, model):

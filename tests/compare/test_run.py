@@ -40,7 +40,8 @@ def test_a_run_writes_all_that_it_promises(compare):
     rows = lines(outcome.folder)
     promised = {
         "model", "task", "context", "policy", "parameters", "compression", "score", "score_low", "score_high",
-        "samples", "bytes_per_step", "bytes_ratio", "kv_bytes", "tokens_per_second", "ran_eagerly",
+        "samples", "bytes_per_step", "bytes_ratio", "kv_bytes", "slots_per_head", "tokens_per_second",
+        "ran_eagerly",
     }  # fmt: skip
     assert promised <= set(rows[0])
     assert [(r["task"], r["context"], r["policy"]) for r in rows] == [
@@ -74,6 +75,7 @@ def test_bytes_are_those_of_the_paper_per_step_and_sequence(compare):
     assert all(0.2 < float(r["bytes_ratio"]) < 0.3 for r in rows if r["policy"] != "dense")
     assert float(rows[0]["kv_bytes"]) == token * (120 + 7)
     assert float(rows[2]["kv_bytes"]) < 0.3 * float(rows[0]["kv_bytes"])
+    assert [float(row["slots_per_head"]) for row in rows[:3]] == [120 + 6, 120 + 6, 30]
 
 
 def test_nothing_is_measured_twice_and_more_samples_are_added(compare):

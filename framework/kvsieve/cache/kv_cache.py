@@ -393,6 +393,12 @@ class KVCache(Cache):
         by_layer = [layer.memory_by_row(torch.tensor(room)) for layer in self.policy_layers]
         return [shared + sum(of_row) for of_row in zip(*by_layer, strict=True)]
 
+    def slots_by_row(self) -> list[float]:
+        """The slots that each row holds per KV head: the mean over all layers on which the policy acts."""
+        held = [layer.slots.lengths.double().mean(1).cpu() for layer in self.policy_layers]
+        mean: list[float] = torch.stack(held).mean(0).tolist()
+        return mean
+
 
 def _nothing_to_do(model: PreTrainedModel, layers: list[Any]) -> str:
     """Why a policy would never act on this model, and what can be done."""

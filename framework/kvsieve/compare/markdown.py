@@ -12,7 +12,7 @@ MEANING = (
     "(Benjamini-Hochberg); `few`: too few samples to say."
 )
 _HEADINGS = ["context", "policy", "score", "95 % interval", "against dense", "answers", "bytes read / dense",
-             "KV MB", "tokens/s"]  # fmt: skip
+             "KV MB", "slots a head", "tokens/s"]  # fmt: skip
 
 
 def markdown(results: Results, failures: Sequence[str]) -> str:
@@ -22,7 +22,10 @@ def markdown(results: Results, failures: Sequence[str]) -> str:
         groups = [group for group in results.groups if group.task == task]
         better = "higher" if groups[0].higher_is_better else "lower"
         lines += [f"## {task}: {groups[0].metric} ({better} is better)", ""]
-        empty = {"answers"} - {"answers" for group in groups for row in group.rows if row.changes}
+        rows = [row for group in groups for row in group.rows]
+        empty = set() if any(row.changes for row in rows) else {"answers"}
+        if all(row.slots_per_head is None for row in rows):
+            empty.add("slots a head")
         kept = [i for i, heading in enumerate(_HEADINGS) if heading not in empty]
         lines.append(_line([_HEADINGS[i] for i in kept]))
         lines.append("|" + "|".join("---" if _HEADINGS[i] == "policy" else "---:" for i in kept) + "|")
@@ -46,12 +49,18 @@ def _cells(group: Group, row: Row) -> list[str]:
     ratio = MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}"
     return [
         str(row.context), row.policy_label, group.text(row.score), group.interval(row) or MISSING, against,
-        row.changes, ratio, megabytes(row.kv_bytes), speed(row.tokens_per_second) + " noisy" * row.noisy,
+        row.changes, ratio, megabytes(row.kv_bytes), slots(row.slots_per_head),
+        speed(row.tokens_per_second) + " noisy" * row.noisy,
     ]  # fmt: skip
 
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def slots(value: float | None) -> str:
+    """Slots that a KV head holds, on average."""
+    return MISSING if value is None else f"{value:,.1f}".removesuffix(".0")
 
 
 def megabytes(value: float | None) -> str:

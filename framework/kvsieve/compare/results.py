@@ -64,6 +64,7 @@ class Row(Subject):
     bytes_ratio: float | None = None  # of what dense attention would have read
     bytes_written_per_step: float | None = None
     kv_bytes: float | None = None  # held per sequence
+    slots_per_head: float | None = None  # held at the end, mean over KV heads, layers and samples
     tokens_per_second: float | None = None  # median over the full batches
     tokens_per_second_min: float | None = None
     tokens_per_second_max: float | None = None

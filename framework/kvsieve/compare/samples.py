@@ -43,6 +43,7 @@ class _Fields(pydantic.BaseModel):
     bytes_written: pydantic.FiniteFloat
     bytes_dense: pydantic.FiniteFloat
     kv_bytes: pydantic.FiniteFloat
+    slots: pydantic.FiniteFloat | None = None  # not in version 0.1
     tokens_per_second: list[pydantic.FiniteFloat] | pydantic.FiniteFloat | None  # one number in version 0.1
 
 

@@ -66,6 +66,7 @@ def _row(entry: Entry, records: Sequence[Record]) -> Row:
     steps = total["steps"]
     full = max(record.get("rows", 1) for record in records)
     speeds = [speed for record in records if record.get("rows", 1) == full for speed in _speeds(record)]
+    slots = [record["slots"] for record in records if record.get("slots") is not None]
     low, high = interval or (None, None)
     return Row(
         **{field.name: getattr(entry, field.name) for field in dataclasses.fields(Subject)},
@@ -77,6 +78,7 @@ def _row(entry: Entry, records: Sequence[Record]) -> Row:
         bytes_ratio=total["bytes_read"] / total["bytes_dense"] if total["bytes_dense"] else None,
         bytes_written_per_step=total["bytes_written"] / steps if steps else None,
         kv_bytes=float(np.mean([record["kv_bytes"] for record in records])),
+        slots_per_head=float(np.mean(slots)) if slots else None,
         tokens_per_second=float(np.median(speeds)) if speeds else None,
         tokens_per_second_min=min(speeds, default=None),
         tokens_per_second_max=max(speeds, default=None),

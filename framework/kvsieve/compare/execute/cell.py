@@ -53,15 +53,16 @@ class Measurement:
             with transfer.measure(self.meter):
                 own = cell.task.answer(model, cell.policy, samples)
             if own is None:
-                answers, kv_bytes, speeds = self._answers(indexes, samples)
+                answers, kv_bytes, slots, speeds = self._answers(indexes, samples)
             else:
                 answers, kv_bytes, speeds = own[0], [own[1] / len(samples)] * len(samples), []
+                slots = [None] * len(samples)
         common = {
             "rows": len(samples),
             "tokens_per_second": speeds or None,
             "eager_because": why_eager if model.device.type == "cuda" else None,
         }
-        charges = self._charges(kv_bytes, by_row=own is None)
+        charges = self._charges(kv_bytes, slots, by_row=own is None)
         records = []
         for index, sample, answer, charge in zip(indexes, samples, answers, charges, strict=True):
             value = cell.task.score(sample, answer)
@@ -82,26 +83,31 @@ class Measurement:
             "facts": dict(sample.facts),
         }
 
-    def _charges(self, kv_bytes: Sequence[float], by_row: bool) -> list[Record]:
+    def _charges(
+        self, kv_bytes: Sequence[float], slots: Sequence[float | None], by_row: bool
+    ) -> list[Record]:
         """The fields of each row's record about steps, bytes and memory; not `by_row`: equal shares."""
         rows, meter = len(kv_bytes), self.meter
         if parallel.is_split(self.model):  # each process counts its own heads
             meter = meter.over_ranks()
             kv_bytes = [sum(of_row) for of_row in zip(*processes.gather(list(kv_bytes)), strict=True)]
+            if by_row:
+                slots = [sum(of_row) / len(of_row) for of_row in zip(*processes.gather(slots), strict=True)]
         if by_row:
             moved = [tuple(row) for row in meter.by_row(rows)]
         else:
             total = meter.steps, meter.read, meter.written, meter.dense_read
             moved = [tuple(amount / rows for amount in total)] * rows
-        names = ("steps", "bytes_read", "bytes_written", "bytes_dense", "kv_bytes")
-        return [
-            dict(zip(names, (*row, held), strict=True)) for row, held in zip(moved, kv_bytes, strict=True)
-        ]
+        names = ("steps", "bytes_read", "bytes_written", "bytes_dense", "kv_bytes", "slots")
+        held = zip(moved, kv_bytes, slots, strict=True)
+        return [dict(zip(names, (*row, *of_row), strict=True)) for row, *of_row in held]
 
     def _answers(
         self, indexes: Sequence[int], samples: Sequence[Sample]
-    ) -> tuple[Sequence[Answer], Sequence[float], list[float]]:
-        """The model's answers, metered; the bytes of KV cache held for each; speeds, without the meter."""
+    ) -> tuple[Sequence[Answer], Sequence[float], Sequence[float | None], list[float]]:
+        """The model's answers, metered; the bytes of KV cache and the slots per head held for each; speeds,
+        without the meter.
+        """
         prompts = [list(sample.prompt) for sample in samples]
         limit = max(sample.limit for sample in samples)
         cache = self._empty_cache(self.cell.task.context + limit)
@@ -111,7 +117,8 @@ class Measurement:
             else:
                 answers, decoding = self._decode(samples, prompts, limit, cache)
         held = cache.memory_by_row([len(sample.prompt) + sample.limit for sample in samples])
-        return answers, held, self.stopwatch.measure(decoding)
+        slots = cache.slots_by_row()
+        return answers, held, slots, self.stopwatch.measure(decoding)
 
     def _score(
         self, indexes: Sequence[int], samples: Sequence[Sample], prompts: list[list[int]], cache: KVCache

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from ..markdown import slots
 from ..results import DENSE, MISSING, Group, Results, Row, speed
 from ..statistics import FEW, WORSE
 from . import chart
@@ -34,7 +35,11 @@ HEADER = [
     Column(
         "Bytes ratio", "Bytes that attention read while decoding, over what dense attention would have read."
     ),
-    Column("KV memory", "Bytes held for keys, values and the policy's own data beside them."),
+    Column(
+        "KV memory",
+        "Bytes held for keys, values and the policy's own data beside them; and tokens that a KV head holds "
+        "at the end, on average over heads and layers.",
+    ),
     Column(
         "Tokens/s",
         "Decoded tokens a second on this machine, all rows of a batch together: the median of the batches. "
@@ -87,13 +92,14 @@ def _cells(group: Group, row: Row, best: dict[str, float | None]) -> list[Cell]:
         return "best" if value is not None and best.get(name) == value else ""
 
     per_step = () if row.bytes_per_step is None else (f"{_bytes(row.bytes_per_step)} a step",)
+    held = () if row.slots_per_head is None else (f"{slots(row.slots_per_head)} a head",)
     return [
         Cell(row.score, group.text(row.score), style("score"), _notes(group.interval(row))),
         _against(group, row),
         Cell(
             row.bytes_ratio, MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}", notes=per_step
         ),
-        Cell(row.kv_bytes, _bytes(row.kv_bytes), style("kv_bytes")),
+        Cell(row.kv_bytes, _bytes(row.kv_bytes), style("kv_bytes"), held),
         Cell(
             row.tokens_per_second,
             speed(row.tokens_per_second),
