@@ -13,6 +13,9 @@ from kvsieve import KEYS, KVCache, Observe, Policy, contract, make_policy, ops
 from kvsieve.attention import decode_step, prefill
 from kvsieve.cache.kv import Scoring
 from kvsieve.cache.layer import LayerCache
+from kvsieve.loop import Decoding, Runner
+from kvsieve.sampling import Sampler
+from kvsieve.testing import FindsWaits
 from tests.models import random_prompts, tiny_llama
 
 HEADS, SIZE, GROUP = 3, 8, 2
@@ -251,6 +254,39 @@ def test_a_turn_after_which_all_stay_is_packed_again():
     twins.prompt([2, 3])
     assert twins.packed.slots.packing.rooms == [[23, 14, 11], [16, 11, 9]]
     twins.step([True, True])
+
+
+PACKED = {
+    "adakv": POLICY,
+    "duo_attention": make_policy("duo_attention", full_heads=[[0], [1]], sinks=2, recent=7),
+}
+packed_policies = pytest.mark.parametrize("policy", PACKED.values(), ids=PACKED)
+
+
+@packed_policies
+def test_a_step_over_packed_heads_never_looks_at_the_device(policy):
+    model, prompts = tiny_llama(), random_prompts(24, 17)
+    sampler = Sampler(None, None, None, 0, None, prompts, model.device, [60])
+    made = Decoding(Runner(model, prompts, policy, 9), sampler, eager=True)
+    made.begin()
+    made.runner.cache.fix_shapes(made.runner.room)
+    # On a CPU a look costs nothing, and attention takes one; the reference stands for the kernels.
+    with ops.use("reference"), kvsieve.transfer.measure(), FindsWaits() as trace, torch.no_grad():
+        made.step()
+    assert trace.found == []
+
+
+@packed_policies
+def test_captured_steps_over_packed_heads_are_those_of_eager_ones(recorded, policy):
+    model = tiny_llama()
+    cache = KVCache(model, policy, capacity=50)
+    for seed, sizes in enumerate([(30, 21), (30, 21), (9, 26)]):
+        cache.reset()
+        prompts, how = random_prompts(*sizes, seed=seed), {"max_new_tokens": 20}
+        got = torch.stack(list(kvsieve.decode(model, prompts, cache=cache, **how)))
+        assert cache.eager_because is None
+        wanted = torch.stack(list(kvsieve.decode(model, prompts, policy, eager=True, **how)))
+        assert torch.equal(got, wanted)
 
 
 def test_a_full_cache_is_told_in_a_second_turn_too():

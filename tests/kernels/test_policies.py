@@ -32,6 +32,7 @@ POLICIES = [
     ("tova", {"budget": 17}),
     ("snapkv", {"budget": 17, "window": 4}),
     ("adakv", {"budget": 10, "window": 4}),
+    ("duo_attention", {"full_heads": [[1]], "sinks": 2, "recent": 9}),
 ]
 
 
