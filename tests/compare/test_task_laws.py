@@ -7,7 +7,7 @@ import pytest
 
 import kvsieve
 from kvsieve import plugins
-from kvsieve.compare.tasks import KeyValue, Needle, Passkey, Perplexity, Repetition, Retrieval
+from kvsieve.compare.tasks import Conversation, KeyValue, Needle, Passkey, Perplexity, Repetition, Retrieval
 from kvsieve.compare.tasks.retrieval import Kind
 from kvsieve.testing import TASK_LAWS, check_task, tokenizers
 
@@ -22,6 +22,9 @@ CASES = {
     "passkey": Passkey(500),
     "number_string": Passkey(500, kind="number_string"),
     "retrieval noise": Retrieval(1200, kind="multivalue", haystack="noise"),
+    "key_value_after": KeyValue(300, question="after"),
+    "needle_after": Needle(500, question="after", questions=3),
+    "conversation": Conversation(700, turns=8, told=3),
 }
 
 

@@ -1,5 +1,6 @@
 """Tasks: prompts of an exact length whose answer is in them, and scores."""
 
+import dataclasses
 import math
 import re
 
@@ -8,13 +9,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kvsieve import UserError, corpus
-from kvsieve.compare.tasks import Answer, KeyValue, Needle, Perplexity, Repetition, Sample
+from kvsieve.compare.tasks import (
+    Answer,
+    Conversation,
+    KeyValue,
+    Needle,
+    Passkey,
+    Perplexity,
+    Repetition,
+    Retrieval,
+    Sample,
+)
 from kvsieve.compare.tasks import text as texts
-from kvsieve.compare.tasks.needle import _NAMES
+from kvsieve.compare.tasks.needle import NAMES
 from kvsieve.reference_model.tokenizer import BOS, byte_tokenizer
 from kvsieve.reference_model.words import SYLLABLES
 
-TASKS = [Needle(300), Needle(400, distractors=3), Repetition(300), Perplexity(300, tokens=40), KeyValue(300)]
+TASKS = [Needle(300), Needle(400, distractors=3), Repetition(300), Perplexity(300, tokens=40), KeyValue(300),
+         Conversation(700, turns=8, told=3)]  # fmt: skip
 
 
 def bpe_tokenizer():
@@ -49,7 +61,7 @@ def test_prompts_are_exact_deterministic_and_different(task, tokenizer):
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.context}")
 def test_the_best_answer_gets_the_best_score(task, tokenizer):
     sample = task.sample(tokenizer, seed=0, index=1)
-    best = {"needle": 1, "repetition": 64, "perplexity": 0, "key_value": 1}[task.name]
+    best = {"needle": 1, "repetition": 64, "perplexity": 0, "key_value": 1, "conversation": 1}[task.name]
     answer = Answer(sample.reference, log_probabilities=[0.0] * len(sample.forced))
     assert task.score(sample, answer) == best
 
@@ -75,8 +87,8 @@ def test_needle_depths_are_spread():
 
 def test_needle_names_were_never_trained_on():
     made_up = re.compile(f"(?i:{'|'.join(SYLLABLES)})+")
-    assert [name for name in _NAMES if made_up.fullmatch(name)] == []
-    assert len(set(_NAMES)) == len(_NAMES)
+    assert [name for name in NAMES if made_up.fullmatch(name)] == []
+    assert len(set(NAMES)) == len(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -163,4 +175,74 @@ def test_own_text(tmp_path, tokenizer):
 )  # fmt: skip
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
+        wrong()
+
+
+@pytest.mark.parametrize(
+    "task",
+    [Needle(400, distractors=2), KeyValue(300), Passkey(500), Retrieval(1200, kind="multiquery"),
+     Retrieval(1200, kind="frequent_words")],
+    ids=lambda task: task.title,
+)  # fmt: skip
+def test_a_question_after_the_prompt_is_the_one_that_was_in_it(task, tokenizer):
+    after = dataclasses.replace(task, question="after")
+    for i in range(3):
+        inside, outside = task.sample(tokenizer, 0, i), after.sample(tokenizer, 0, i)
+        assert [*outside.prompt, *outside.questions[0]] == inside.prompt
+        assert inside.segments == (len(outside.prompt), len(outside.questions[0]))
+        assert (inside.references, inside.facts) == (outside.references, outside.facts)
+        assert outside.asked(0).prompt == inside.prompt
+    assert after.title == f"{task.title} asked after"
+
+
+def test_needle_asks_several_questions_about_one_text(tokenizer):
+    task = Needle(600, question="after", questions=4, distractors=1)
+    sample = task.sample(tokenizer, 0, 2)
+    prompt = texts.decode(tokenizer, sample.prompt)
+    for question, reference in zip(sample.questions, sample.references, strict=True):
+        assert prompt.count(texts.decode(tokenizer, list(question)) + reference) == 1
+    assert prompt.count("The secret number of") == 5
+    right, wrong = list(sample.references), [" 1", *sample.references[1:3], ""]
+    assert task.score(sample, Answer(texts=right)) == 1
+    assert task.score(sample, Answer(texts=wrong)) == 0.5
+    assert task.score(sample, Answer()) == 0
+    assert task.title == "needle 4 asked after"
+
+
+def test_a_conversation_tells_facts_in_some_turns_and_asks_for_one_in_the_last(tokenizer):
+    task = Conversation(900, turns=10, told=3)
+    asked_in = set()
+    for i in range(10):
+        sample = task.sample(tokenizer, 0, i)
+        ends = [sum(sample.segments[: n + 1]) for n in range(11)]
+        assert ends[-1] == len(sample.prompt) == 900
+        turns = [
+            texts.decode(tokenizer, sample.prompt[start:end])
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        assert turns[0].count("\nUser: ") == 1
+        assert all(turn.startswith("\nUser: ") for turn in turns[1:])
+        name = re.search(r"\nThe secret number of (\w+) is$", turns[10])[1]
+        told = [n for n, turn in enumerate(turns[:10]) if "The secret number of" in turn]
+        (there,) = [n for n in told if f"The secret number of {name} is{sample.reference}.\n" in turns[n]]
+        assert len(told) == 3
+        assert sample.facts["turns_ago"] == 10 - there
+        asked_in.add(there)
+    assert len(asked_in) >= 8  # any turn as often
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: Needle(question="later"), "question must be 'prefill' or 'after', not 'later'"),
+        (lambda: KeyValue(question="later"), "question must be 'prefill' or 'after', not 'later'"),
+        (lambda: Needle(questions=3), "3 questions cannot be in one prompt: give `question: after`"),
+        (lambda: Needle(question="after", questions=len(NAMES), distractors=1), "distractors must be 0 to"),
+        (lambda: Conversation(turns=3, told=4), "told must be at most 3, not 4"),
+        (lambda: Sample([1], ["a"], questions=[[1], [2]]), "2 questions have 1 references"),
+        (lambda: Sample([1, 2], ["a"], segments=[1]), r"the segments \[1\] of a prompt of 2 tokens"),
+    ],
+)
+def test_questions_and_segments_that_do_not_fit_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         wrong()

@@ -42,7 +42,7 @@ def a_perfect_answer_scores_full(task: Task) -> None:
 def an_empty_answer_does_not(task: Task) -> None:
     """Nothing said, or each token thought unlikely, scores worse than the perfect answer."""
     for name, sample in _each(task):
-        empty = Answer("", [-20.0] * len(sample.forced))
+        empty = Answer(log_probabilities=[-20.0] * len(sample.forced))
         better, worse = task.score(sample, _perfect(sample)), task.score(sample, empty)
         if not task.higher_is_better:
             better, worse = worse, better
@@ -60,15 +60,18 @@ def prompt_and_answer_fit(task: Task) -> None:
                 f"{task} with {name}: a token id outside the vocabulary of {known}"
             )
             text = _perfect(sample).text
-            needed = len(sample.forced) or _new_tokens(tokenizer, text)
+            longest = max(sample.references, key=len) if len(sample.questions) > 1 else text
+            needed = len(sample.forced) or _new_tokens(tokenizer, longest)
             assert needed <= sample.limit, (
                 f"{task} with {name}: {text!r} takes {needed} tokens, and new_tokens are {sample.limit}"
             )
             cut = [stop for stop in sample.stop if stop in text]
             assert not cut, f"{task} with {name}: {cut[0]!r} ends the perfect answer {text!r}"
-            whole = sample.characters is None or task.score(
-                sample, Answer(text[: sample.characters])
-            ) == task.score(sample, Answer(text))
+            whole = (
+                sample.characters is None
+                or len(sample.questions) > 1
+                or task.score(sample, Answer(text[: sample.characters])) == task.score(sample, Answer(text))
+            )
             assert whole, f"{task} with {name}: {sample.characters} characters are too few for {text!r}"
 
 
@@ -117,7 +120,8 @@ def _each(task: Task) -> Iterator[tuple[str, Sample]]:
 def _perfect(sample: Sample) -> Answer:
     """Any of the references, or all of them with commas between; certain of each forced token."""
     text = ", ".join(sample.references) if sample.needs == "all" else sample.reference
-    return Answer(text, [0.0] * len(sample.forced))
+    texts = sample.references if len(sample.questions) > 1 else ()
+    return Answer(text, texts=texts, log_probabilities=[0.0] * len(sample.forced))
 
 
 def _best(task: Task) -> float | None:

@@ -12,6 +12,7 @@ from ...cache.kv_cache import KVCache
 from ...hf import parallel
 from ...loop import Decoding, Runner
 from ...prompts import check_lengths, end_tokens
+from ...reading import read
 from ...sampling import Sampler
 from ...scoring import Scoring
 from ..cells import Cell
@@ -75,7 +76,8 @@ class Measurement:
     def _asked(self, sample: Sample) -> Record:
         """The fields of a record about its question."""
         # A character takes four tokens at most.
-        end = texts.decode(self.model.tokenizer, list(sample.prompt)[-4 * _SHOWN :])[-_SHOWN:]
+        asks = [token for question in sample.questions for token in question]
+        end = texts.decode(self.model.tokenizer, [*sample.prompt, *asks][-4 * _SHOWN :])[-_SHOWN:]
         return {
             "references": list(sample.references),
             "needs": sample.needs,
@@ -110,21 +112,33 @@ class Measurement:
         """
         prompts = [list(sample.prompt) for sample in samples]
         limit = max(sample.limit for sample in samples)
-        cache = self._empty_cache(self.cell.task.context + limit)
+        # Rows are padded to the longest prompt, and then to the longest question.
+        questions = [len(question) for sample in samples for question in sample.questions]
+        columns = max(map(len, prompts)) + max(questions, default=0)
+        cache = self._empty_cache(max(self.cell.task.context, columns) + limit)
+        segments = [list(sample.segments) or [len(sample.prompt)] for sample in samples]
         with transfer.measure(self.meter):
             if samples[0].forced:
-                answers, decoding = self._score(indexes, samples, prompts, cache)
+                answers, decoding = self._score(indexes, samples, prompts, segments, cache)
+            elif samples[0].questions:
+                answers, decoding = self._ask(samples, prompts, segments, limit, cache)
             else:
-                answers, decoding = self._decode(samples, prompts, limit, cache)
-        held = cache.memory_by_row([len(sample.prompt) + sample.limit for sample in samples])
+                texts_said, decoding = self._decode(samples, prompts, segments, limit, cache)
+                answers = [Answer(text) for text in texts_said]
+        held = cache.memory_by_row([_asked_last(sample) + sample.limit for sample in samples])
         slots = cache.slots_by_row()
         return answers, held, slots, self.stopwatch.measure(decoding)
 
     def _score(
-        self, indexes: Sequence[int], samples: Sequence[Sample], prompts: list[list[int]], cache: KVCache
+        self,
+        indexes: Sequence[int],
+        samples: Sequence[Sample],
+        prompts: list[list[int]],
+        segments: list[list[int]],
+        cache: KVCache,
     ) -> tuple[list[Answer], Decoding]:
         forced = [list(sample.forced) for sample in samples]
-        scoring = Scoring(self.model, prompts, forced, self.cell.policy, cache=cache)
+        scoring = Scoring(self.model, prompts, forced, self.cell.policy, segments=segments, cache=cache)
         for step, _ in enumerate(scoring):
             self.stopwatch.passed(step, scoring.decoding, scoring.steps)
         answers = []
@@ -134,15 +148,40 @@ class Measurement:
             answers.append(Answer(log_probabilities=row.log_probabilities.tolist()))
         return answers, scoring.decoding
 
-    def _decode(
-        self, samples: Sequence[Sample], prompts: list[list[int]], limit: int, cache: KVCache
+    def _ask(
+        self,
+        samples: Sequence[Sample],
+        prompts: list[list[int]],
+        segments: list[list[int]],
+        limit: int,
+        cache: KVCache,
     ) -> tuple[list[Answer], Decoding]:
+        """Read the prompts, let the policy decide who stays, and ask each question of a copy of that."""
+        read(self.model, prompts, cache, segments=segments, leave=0)
+        last, said = len(samples[0].questions) - 1, []
+        for number in range(last + 1):
+            rows = [list(sample.questions[number]) for sample in samples]
+            asked = [sample.asked(number) for sample in samples]
+            own = cache if number == last else cache.clone()
+            answers, decoding = self._decode(asked, rows, None, limit, own)
+            said.append(answers)
+        return [Answer(" | ".join(of_row), texts=of_row) for of_row in zip(*said, strict=True)], decoding
+
+    def _decode(
+        self,
+        samples: Sequence[Sample],
+        rows: list[list[int]],
+        segments: list[list[int]] | None,
+        limit: int,
+        cache: KVCache,
+    ) -> tuple[list[str], Decoding]:
+        """The texts that follow the token ids `rows`, the whole prompts of the samples or their ends."""
         model = self.model
-        for prompt, sample in zip(prompts, samples, strict=True):
-            check_lengths(model, [prompt], sample.limit)
-        runner = Runner(model, prompts, self.cell.policy, limit, cache=cache)
+        for sample in samples:
+            check_lengths(model, [list(sample.prompt)], sample.limit)
+        runner = Runner(model, rows, self.cell.policy, limit, cache=cache, segments=segments)
         several = len(samples) > 1
-        sampler = Sampler(None, None, None, 0, None, prompts, model.device, rows_end=several)
+        sampler = Sampler(None, None, None, 0, None, rows, model.device, rows_end=several)
         decoding = Decoding(runner, sampler, eager=False)
         ends = end_tokens(model, None)
         said = [Said(sample, model.tokenizer, ends) for sample in samples]
@@ -156,7 +195,7 @@ class Measurement:
             if complete:
                 decoding.end_rows(complete)
         decoding.end()
-        return [Answer(row.text) for row in said], decoding
+        return [row.text for row in said], decoding
 
     def _empty_cache(self, capacity: int) -> KVCache:
         if self.cache is None or self.capacity < capacity:
@@ -164,3 +203,8 @@ class Measurement:
         else:
             self.cache.reset()
         return self.cache
+
+
+def _asked_last(sample: Sample) -> int:
+    """Tokens of a sample with its last question."""
+    return len(sample.prompt) + (len(sample.questions[-1]) if sample.questions else 0)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ...hooks import hookimpl
 from .base import Answer, Sample, Task
+from .conversation import Conversation
 from .key_value import KeyValue
 from .needle import Needle
 from .passkey import Passkey
@@ -13,6 +14,7 @@ from .retrieval import Retrieval
 
 __all__ = [
     "Answer",
+    "Conversation",
     "KeyValue",
     "Needle",
     "Passkey",
@@ -26,5 +28,5 @@ __all__ = [
 
 @hookimpl
 def register_tasks(register: Callable[[type[Task]], None]) -> None:
-    for task in (Needle, Repetition, Perplexity, KeyValue, Retrieval, Passkey):
+    for task in (Needle, Repetition, Perplexity, KeyValue, Retrieval, Passkey, Conversation):
         register(task)

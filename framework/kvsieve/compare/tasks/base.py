@@ -22,7 +22,8 @@ class Sample:
     stands in it, or the model ends it, whichever comes first. `stop` and the end are no part of its text.
 
     Raises:
-        ValueError: `references` is a single text, or empty; `facts` are not plain data.
+        ValueError: `references` is a single text, empty, or not one for each question; `segments` do not add
+            up to the prompt; `facts` are not plain data.
     """
 
     prompt: Sequence[int]  # token ids, at most the task's context
@@ -32,6 +33,11 @@ class Sample:
     characters: int | None = None
     stop: Sequence[str] = ()
     forced: Sequence[int] = ()  # token ids to be scored one by one, instead of decoding freely
+    # Tokens of the prompt's parts: context and question, say, or turns. None: it is one.
+    segments: Sequence[int] = ()
+    # Token ids, asked once the policy has read the prompt and decided who stays, each of a copy of what was
+    # kept; of several, the right answer to each is the reference of its number. None: the prompt asks.
+    questions: Sequence[Sequence[int]] = ()
     # Plain data that is stored with the result, such as depth, level, document.
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -41,6 +47,10 @@ class Sample:
                 raise ValueError(f"{name} are a list of texts, not the text {getattr(self, name)[:40]!r}")
         if not self.references:
             raise ValueError("a sample needs a reference at least")
+        if len(self.questions) > 1 and len(self.questions) != len(self.references):
+            raise ValueError(f"{len(self.questions)} questions have {len(self.references)} references")
+        if self.segments and sum(self.segments) != len(self.prompt):
+            raise ValueError(f"the segments {list(self.segments)} of a prompt of {len(self.prompt)} tokens")
         try:
             json.dumps(self.facts, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -59,14 +69,24 @@ class Sample:
         if self.new_tokens is not None:
             return self.new_tokens
         sizes = [len(text.encode()) for text in self.references]
-        return max(1, max(sizes) if self.needs == "any" else sum(sizes) + 2 * (len(sizes) - 1))
+        one = self.needs == "any" or len(self.questions) > 1
+        return max(1, max(sizes) if one else sum(sizes) + 2 * (len(sizes) - 1))
+
+    def asked(self, number: int) -> Sample:
+        """Return the sample that question `number` after the prompt is."""
+        prompt = [*self.prompt, *self.questions[number]]
+        whole = dataclasses.replace(self, prompt=prompt, segments=(), questions=())
+        if len(self.questions) == 1:
+            return whole
+        return dataclasses.replace(whole, references=[self.references[number]], needs="any")
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """A model's answer to a sample."""
 
-    text: str = ""  # what was decoded, up to a stop text or the model's end
+    text: str = ""  # what was decoded, up to a stop text or the model's end; of several, with " | " between
+    texts: Sequence[str] = ()  # the answer to each of the sample's `questions`
     log_probabilities: Sequence[float] = ()  # natural log, of the sample's forced tokens
 
 
@@ -140,6 +160,33 @@ class Task:
     def random(self, seed: int, index: int) -> np.random.Generator:
         """The random numbers of one sample."""
         return np.random.default_rng([seed, index, *self.name.encode()])
+
+
+def ask(
+    context: Sequence[int],
+    questions: Sequence[Sequence[int]],
+    question: str,
+    references: Sequence[str],
+    **more: Any,
+) -> Sample:
+    """Make the sample that asks a question in its prompt ("prefill"), or questions after it ("after")."""
+    if question == "after":
+        return Sample(context, references, questions=questions, **more)
+    (only,) = questions
+    return Sample([*context, *only], references, segments=(len(context), len(only)), **more)
+
+
+def title_of(name: str, question: str, questions: int = 1) -> str:
+    """`needle`, `needle asked after`, or `needle 4 asked after`: cut without knowing the question."""
+    if question == "prefill":
+        return name
+    return f"{name} asked after" if questions == 1 else f"{name} {questions} asked after"
+
+
+def check_question(question: str) -> None:
+    """Raise ValueError unless it says where a question stands: "prefill" or "after"."""
+    if question not in ("prefill", "after"):
+        raise ValueError(f"question must be 'prefill' or 'after', not {question!r}")
 
 
 def check_range(name: str, value: int, least: int, most: int) -> None:

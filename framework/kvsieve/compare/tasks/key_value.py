@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import UserError
 from . import text
-from .base import Answer, Sample, Task, spread
+from .base import Answer, Sample, Task, ask, check_question, spread, title_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,11 @@ class KeyValue(Task):
     chance = 0.0
 
     words: Literal["hexadecimal", "uuids"] = "hexadecimal"  # keys and values
+    question: Literal["prefill", "after"] = "prefill"  # in the prompt, or after what stays was decided
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_question(self.question)
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         rng = self.random(seed, index)
@@ -48,8 +53,13 @@ class KeyValue(Task):
         lines = pairs[0] + [token for pair in pairs[1:] for token in separator + pair]
         # What is left of the context are line breaks before the question.
         blank = text.encode(tokenizer, "\n")[-1:] * room
-        prompt = before + lines + end + blank + question
-        return Sample(prompt, [value], characters=len(value), facts={"depth": depth, "pairs": len(pairs)})
+        facts = {"depth": depth, "pairs": len(pairs)}
+        read = before + lines + end + blank
+        return ask(read, [question], self.question, [value], characters=len(value), facts=facts)
+
+    @property
+    def title(self) -> str:
+        return title_of(self.name, self.question)
 
     @property
     def limits(self) -> tuple[float, float]:

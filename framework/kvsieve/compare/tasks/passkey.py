@@ -13,7 +13,7 @@ import numpy as np
 
 from . import haystack as hay
 from . import metrics, text
-from .base import Answer, Sample, Task, spread
+from .base import Answer, Sample, Task, ask, check_question, spread, title_of
 
 _NAMES = {"passkey": "pass key", "number_string": "sequence of digits"}
 _INTRODUCTION = "Something important is hidden in a lot of noise. Find it and remember it.\n"
@@ -30,10 +30,15 @@ class Passkey(Task):
     chance = 0.0
 
     kind: Literal["passkey", "number_string"] = "passkey"
+    question: Literal["prefill", "after"] = "prefill"  # in the prompt, or after what stays was decided
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_question(self.question)
 
     @property
     def title(self) -> str:
-        return self.kind
+        return title_of(self.kind, self.question)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -47,7 +52,8 @@ class Passkey(Task):
         after = text.encode(tokenizer, f"\nWhat is the {what}?\nThe {what} is")
         prompt = hay.hide(self.title, self.context, before, hay.noise(tokenizer), hidden, after)
         new_tokens = len(text.encode(tokenizer, f" {key}")) + _SPARE
-        return Sample(prompt, [key], new_tokens=new_tokens, facts={"depth": spread(index)})
+        read, facts = prompt[: -len(after)], {"depth": spread(index)}
+        return ask(read, [after], self.question, [key], new_tokens=new_tokens, facts=facts)
 
     def score(self, sample: Sample, answer: Answer) -> float:
         return float(metrics.first_number(answer.text) == sample.reference)

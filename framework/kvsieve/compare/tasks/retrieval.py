@@ -19,7 +19,7 @@ import numpy as np
 
 from . import haystack as hay
 from . import metrics, text, words
-from .base import Answer, Sample, Task, check_range, spread
+from .base import Answer, Sample, Task, ask, check_question, check_range, spread, title_of
 
 Kind = Literal["single", "multikey", "multivalue", "multiquery", "tracking", "common_words", "frequent_words"]
 _FACT = "The password for {key} is {value}."
@@ -52,15 +52,17 @@ class Retrieval(Task):
     values: Literal["numbers", "uuids"] = "numbers"
     # "statements": all of the text are other keys with their values.
     haystack: Literal["prose", "noise", "statements"] = "prose"
+    question: Literal["prefill", "after"] = "prefill"  # in the prompt, or after what stays was decided
     text: str | None = None  # a text file to hide statements in, in place of the haystack
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("parts", self.parts, 1, 1000)
+        check_question(self.question)
 
     @property
     def title(self) -> str:
-        return f"{self.name} {self.kind}"
+        return title_of(f"{self.name} {self.kind}", self.question)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -85,12 +87,16 @@ class Retrieval(Task):
         after = text.encode(tokenizer, draft.question)
         units = self._units(tokenizer, rng, draft)
         prompt = hay.hide(self.title, self.context, before, units, hidden, after)
-        return self._asked(tokenizer, prompt, draft)
+        return self._asked(tokenizer, prompt, after, draft)
 
-    def _asked(self, tokenizer: Any, prompt: list[int], draft: Draft) -> Sample:
-        new_tokens = len(text.encode(tokenizer, draft.wordy)) + _SPARE
-        facts = {"kind": self.kind} | draft.facts
-        return Sample(prompt, draft.references, "all", new_tokens=new_tokens, facts=facts)
+    def _asked(self, tokenizer: Any, prompt: list[int], after: list[int], draft: Draft) -> Sample:
+        """The sample of a prompt that ends with the question `after`."""
+        more: dict[str, Any] = {
+            "needs": "all",
+            "new_tokens": len(text.encode(tokenizer, draft.wordy)) + _SPARE,
+            "facts": {"kind": self.kind} | draft.facts,
+        }
+        return ask(prompt[: -len(after)], [after], self.question, draft.references, **more)
 
     def _units(self, tokenizer: Any, rng: np.random.Generator, draft: Draft) -> hay.Units:
         if self.text is not None:
@@ -169,7 +175,7 @@ class Retrieval(Task):
         blank = text.encode(tokenizer, "\n")[-1:] * (room - len(body))
         wordy = " ".join(f"{i}. {word}" for i, word in enumerate(references, start=1))
         draft = Draft([], question, references, wordy, {"words": len(items)})
-        return self._asked(tokenizer, before + body + blank + after, draft)
+        return self._asked(tokenizer, before + body + blank + after, after, draft)
 
     def _common(
         self, tokenizer: Any, rng: np.random.Generator, room: int
