@@ -469,3 +469,16 @@ def test_what_is_read_may_count_positions_within_the_cache():
     together = run(PROMPTS, policy)
     for row, prompt in zip(together, PROMPTS, strict=True):
         assert torch.equal(row, run([prompt], policy)[0])
+
+
+@pytest.mark.parametrize("policy", [Policy(), KeepsAcrossLayers()], ids=lambda policy: policy.name)
+def test_beams_follow_what_was_read(policy):
+    """The cache is repeated for them before, as for any conversation."""
+    model, (prompt,) = tiny_llama(), random_prompts(20)
+    ids = torch.tensor([prompt])
+    how = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    cache = KVCache(model, policy)
+    kvsieve.read(model, [prompt], cache)
+    cache.batch_repeat_interleave(3)
+    wanted = model.generate(ids, past_key_values=KVCache(model, policy), **how)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **how), wanted)

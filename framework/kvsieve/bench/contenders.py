@@ -91,7 +91,8 @@ def contenders(
     """Every policy in every layout that it can take; a policy without a parameter `layout` once.
 
     Raises:
-        UserError: an unknown policy, parameter or layout, or parameters that do not fit the head size.
+        UserError: an unknown policy, parameter or layout, parameters that do not fit the head size, or a
+            policy that reads prompts by a plan.
     """
     for layout in layouts:
         if layout not in KINDS:
@@ -101,6 +102,11 @@ def contenders(
         for spec in policies_from_option(text):
             policy, entry = spec.build(head_size, context, itemsize), spec.entry()
             policy.check(head_size)
+            if policy.plan([context]) is not None:
+                raise UserError(
+                    f"policy {policy.name} reads prompts by a plan, and here a prompt is random tokens that "
+                    "nobody reads: measure it by `kvsieve compare`"
+                )
             for version in _versions(policy, layouts, entry):
                 contender = Contender(_label(entry), version, version.key_layout.kind)
                 found.setdefault(contender.name, contender)
