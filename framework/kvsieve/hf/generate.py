@@ -115,7 +115,7 @@ def _check_continuation(cache: KVCache, mask: torch.Tensor, past: int) -> None:
             "to continue a conversation, pad the new tokens on the left: the last one of a row must be real"
         )
     earlier = mask[:, :past].int()
-    # For beams or several sequences the rows of the cache were repeated before; transformers repeats the rest.
+    # For beams or several sequences the rows of the cache were repeated before; transformers repeats these.
     times = max(1, cache.policy_layers[0].batch_size // len(earlier))
     cache.policy_layers[0].check_earlier(earlier.repeat_interleave(times, 0))
     if not all(isinstance(layer, LayerCache) for layer in cache.layers) and bool(
