@@ -160,4 +160,6 @@ def test_the_race_that_ships_runs(tmp_path):
     for row in outcome.rows:
         assert row.bytes_ratio is not None
         # One sample, the last step of which is a few tokens longer; SparQ's mean value is not in its share.
-        assert not row.compression or row.bytes_ratio <= 1.03 * float(Fraction(row.compression))
+        # HiP's search is paid for by 8 steps, and the answer has fewer.
+        most = 1.1 if row.policy == "hip" else 1.03
+        assert not row.compression or row.bytes_ratio <= most * float(Fraction(row.compression))

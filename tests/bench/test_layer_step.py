@@ -11,7 +11,8 @@ from kvsieve.bench.shapes import Heads
 from tests.policies import TIGHT
 
 HEADS = Heads(4, 2, 16)
-POLICIES = [TIGHT[name] for name in ("dense", "sparq_double", "sparq_blocked", "h2o", "local_window")]
+NAMES = ("dense", "sparq_double", "sparq_blocked", "h2o", "local_window", "streaming_llm", "hip", "infllm")
+POLICIES = [TIGHT[name] for name in NAMES]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 
 from .. import transfer
 from ..attention import decode_step
+from ..cache.forward import Forward
 from ..cache.kv import LastQueries, Scoring
 from ..cache.layer import LayerCache
 from ..cache.rotary import Rotary
@@ -43,16 +44,20 @@ def fill(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
 
     The attention and the queries that a policy would have observed are random.
     """
+    layer.expected = Forward.PROMPT  # as a whole, also where the policy reads it by a plan
     layer.update(keys, values)
+    layer.expected = None
     policy, kv = layer.policy, layer.kv
-    new = layer.append_prompt(None)
     if policy.positions is not Positions.TEXT:
-        kv._rotary = Rotary.of_theta(10_000.0, kv.head_size)
+        layer.turn_by(Rotary.of_theta(10_000.0, keys.shape[3]))
+    new = layer.append_prompt(None)
     policy.on_append(kv, new)
     if policy.positions is not Positions.TEXT:
         policy.on_queries(kv, torch.randn_like(keys)[:, :, None], new)
-    if policy.observes is Observe.MASS:
-        policy.on_attend(kv, torch.rand(kv.positions.shape, device=keys.device))
+    if policy.observes in (Observe.MASS, Observe.HEADS):
+        mass = torch.rand(kv.positions.shape, device=keys.device)
+        by_head = mass[:, :, None].expand(-1, -1, layer.group or 1, -1)
+        policy.on_attend(kv, by_head if policy.observes is Observe.HEADS else mass)
     if policy.last_queries:
         query = torch.randn_like(keys[:, :, None, -policy.last_queries :])
         counts = torch.full((len(keys),), query.shape[3], device=keys.device)
