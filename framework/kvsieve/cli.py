@@ -324,6 +324,7 @@ def generate(
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="of the policy; repeatable"),
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="ask in the model's own chat template")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[
         float | None, typer.Option(help="sample; without it, the likeliest token is taken")
@@ -349,10 +350,11 @@ def generate(
     loaded = models.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    text = _read_standard_input() if prompt == "-" else prompt
+    said = _read_standard_input() if prompt == "-" else prompt
+    ids = _prompt_ids(loaded, said, chat)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "eager": eager}
     try:
-        _stream(loaded, text, spec, max_new_tokens, options)
+        _stream(loaded, ids, spec, max_new_tokens, options)
     except KeyboardInterrupt:
         typer.echo()
         raise typer.Exit(130) from None
@@ -368,18 +370,31 @@ def _read_standard_input() -> str:
         ) from None
 
 
+def _prompt_ids(model: PreTrainedModel, prompt: str, chat: bool) -> list[int]:
+    """The token ids of a text, or of a user's turn: its template brings the token that begins a text."""
+    from . import prompts
+    from .compare.tasks.text import encode, in_chat
+
+    if chat:
+        return encode(model.tokenizer, in_chat(model.tokenizer, prompt))
+    return prompts.token_lists(model, [prompt])[0]
+
+
 def _stream(
-    model: PreTrainedModel, prompt: str, spec: PolicySpec, max_new_tokens: int, options: dict[str, Any]
+    model: PreTrainedModel,
+    ids: list[int],
+    spec: PolicySpec,
+    max_new_tokens: int,
+    options: dict[str, Any],
 ) -> None:
     """Print the text as it comes, and then, on standard error, what it took."""
     import time
 
-    from . import loop, prompts, transfer
+    from . import loop, transfer
     from .cache.kv_cache import KVCache
     from .compare.cells import describe_parameters, head_size
     from .compare.tasks.text import continuation
 
-    (ids,) = prompts.token_lists(model, [prompt])
     policy = spec.build(head_size(model), len(ids) + max_new_tokens, model.dtype.itemsize)
     cache = KVCache(model, policy, capacity=len(ids) + max_new_tokens)
     said: list[int] = []

@@ -122,7 +122,8 @@ def _tokenizer(model: PreTrainedModel) -> str:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     whole = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return str(whole) + json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    template = json.dumps(getattr(tokenizer, "chat_template", None) or "")
+    return f"{whole}{json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)}{template}"
 
 
 def _policy_classes(policy: Policy) -> list[type]:

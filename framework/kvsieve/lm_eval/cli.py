@@ -35,7 +35,7 @@ def lm_eval(
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="examples in the prompt")] = None,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="ask in the model's chat format")
+        bool, typer.Option("--chat", "--apply-chat-template", help="ask in the model's own chat template")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="requests computed together")] = 1,
     seed: Annotated[

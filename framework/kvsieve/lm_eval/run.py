@@ -64,6 +64,8 @@ def evaluate(
 
     from .model import PolicyLM
 
+    if apply_chat_template and not getattr(model.tokenizer, "chat_template", None):
+        raise UserError("chat is asked for, and the model's tokenizer has no chat template")
     lm = PolicyLM(model, batch_size=batch_size, seed=seed)
     manager = _manager(tasks, include_path)
     if policy is not None and not isinstance(policy, Policy):

@@ -31,6 +31,7 @@ class Passkey(Task):
 
     kind: Literal["passkey", "number_string"] = "passkey"
     question: Literal["prefill", "after"] = "prefill"  # in the prompt, or after what stays was decided
+    chat: bool = False  # ask in the model's own chat template; the answer's beginning is given as well
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,10 +47,14 @@ class Passkey(Task):
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         what, key = _NAMES[self.kind], self._key(self.random(seed, index))
-        before = text.beginning(tokenizer) + text.encode(tokenizer, _INTRODUCTION)
+        begin, end = text.frame(tokenizer, self.chat)
+        before = begin + text.encode(tokenizer, _INTRODUCTION)
         said = f"The {what} is {key}. Remember it. {key} is the {what}.\n"
         hidden = [(spread(index), text.encode(tokenizer, said))]
-        after = text.encode(tokenizer, f"\nWhat is the {what}?\nThe {what} is")
+        asked, lead = f"\nWhat is the {what}?", f"The {what} is"
+        after = text.encode(tokenizer, f"{asked}\n{lead}")
+        if self.chat:
+            after = text.encode(tokenizer, asked) + end + text.encode(tokenizer, lead)
         prompt = hay.hide(self.title, self.context, before, hay.noise(tokenizer), hidden, after)
         new_tokens = len(text.encode(tokenizer, f" {key}")) + _SPARE
         read, facts = prompt[: -len(after)], {"depth": spread(index)}

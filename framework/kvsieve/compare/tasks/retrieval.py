@@ -54,6 +54,7 @@ class Retrieval(Task):
     haystack: Literal["prose", "noise", "statements"] = "prose"
     question: Literal["prefill", "after"] = "prefill"  # in the prompt, or after what stays was decided
     text: str | None = None  # a text file to hide statements in, in place of the haystack
+    chat: bool = False  # ask in the model's own chat template; the answer's beginning is given as well
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,12 +83,20 @@ class Retrieval(Task):
         if self.kind in ("common_words", "frequent_words"):
             return self._list_of_words(tokenizer, rng)
         draft = self._chain(rng) if self.kind == "tracking" else self._facts(rng, index)
-        before = text.beginning(tokenizer) + text.encode(tokenizer, _INTRODUCTION)
+        before, after = self._around(tokenizer, draft.question)
         hidden = [(depth, text.encode(tokenizer, said + "\n")) for depth, said in draft.hidden]
-        after = text.encode(tokenizer, draft.question)
         units = self._units(tokenizer, rng, draft)
         prompt = hay.hide(self.title, self.context, before, units, hidden, after)
         return self._asked(tokenizer, prompt, after, draft)
+
+    def _around(self, tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
+        """The ids before and after the text; in a chat the question's last line begins the answer."""
+        begin, end = text.frame(tokenizer, self.chat)
+        before = begin + text.encode(tokenizer, _INTRODUCTION)
+        if not self.chat:
+            return before, text.encode(tokenizer, question)
+        asked, _, lead = question.rpartition("\n")
+        return before, text.encode(tokenizer, asked) + end + text.encode(tokenizer, lead)
 
     def _asked(self, tokenizer: Any, prompt: list[int], after: list[int], draft: Draft) -> Sample:
         """The sample of a prompt that ends with the question `after`."""
@@ -164,8 +173,7 @@ class Retrieval(Task):
         count = _COMMON if common else 3
         leave = "" if common else ", dots apart"
         question = f"\n\nWhat are the {count} most frequent words in the list{leave}?\nAnswer:"
-        before = text.beginning(tokenizer) + text.encode(tokenizer, _INTRODUCTION)
-        after = text.encode(tokenizer, question)
+        before, after = self._around(tokenizer, question)
         room = self.context - len(before) - len(after)
         find = self._common if common else self._frequent
         references, listed = find(tokenizer, rng, room)

@@ -12,6 +12,7 @@ import numpy as np
 from ... import corpus, user_files
 from ...errors import UserError
 
+_MARK = "0xFACADE"  # stands for a message in a chat template
 MOST_BYTES_OF_TEXT = 64 * 1024 * 1024
 
 
@@ -58,6 +59,31 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 def beginning(tokenizer: Any) -> list[int]:
     """The ids that a prompt begins with: the tokenizer's token for the beginning of a text, if it has one."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def in_chat(tokenizer: Any, message: str) -> str:
+    """The message as a user's turn in the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        UserError: it has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("chat is asked for, and the model's tokenizer has no chat template")
+    turn = [{"role": "user", "content": message}]
+    text: str = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def frame(tokenizer: Any, chat: bool) -> tuple[list[int], list[int]]:
+    """The ids before and after what a user says: those of the chat template, or of the text's beginning.
+
+    Raises:
+        UserError: there is no chat template.
+    """
+    if not chat:
+        return beginning(tokenizer), []
+    before, _, after = in_chat(tokenizer, _MARK).partition(_MARK)
+    return encode(tokenizer, before), encode(tokenizer, after)
 
 
 def passage(tokenizer: Any, path: str | None, size: int, rng: np.random.Generator) -> list[int]:
