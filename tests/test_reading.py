@@ -482,3 +482,23 @@ def test_beams_follow_what_was_read(policy):
     cache.batch_repeat_interleave(3)
     wanted = model.generate(ids, past_key_values=KVCache(model, policy), **how)
     assert torch.equal(model.generate(ids, past_key_values=cache, **how), wanted)
+
+
+def test_rows_of_one_length_are_fed_without_a_mask(monkeypatch):
+    """No padding, no work for it: as a whole, in pieces, in passes and where a text goes on."""
+    model, prompts = tiny_llama(), random_prompts(20, 20)
+    forward, masks = model.forward, []
+
+    def watched(*args, attention_mask=None, **kwargs):
+        masks.append(attention_mask)
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    cache = KVCache(model)
+    run(prompts, prefill_chunk=7, max_new_tokens=2)
+    run(prompts, Planned(probe=2), max_new_tokens=2)
+    kvsieve.read(model, prompts, cache, leave=0)
+    run(random_prompts(5, 5), cache=cache, max_new_tokens=2)
+    assert masks == [None] * len(masks)
+    run([prompts[0], prompts[1][:9]], max_new_tokens=1)
+    assert masks[-1] is not None

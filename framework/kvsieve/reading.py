@@ -191,7 +191,7 @@ class Reading:
         # Padded on the left: the last column is every row's last token. The cache drops the padding.
         ids = torch.tensor([[0] * (size - len(row)) + row for row in stage.tokens], device=mask.device)
         real = torch.arange(size, device=mask.device) >= size - self._row(sizes)[:, None]
-        ragged = self.ragged or not all(sizes) or len(set(sizes)) > 1 or not all(self.before)
+        ragged = self.ragged or len(set(sizes)) > 1 or len(set(self.before)) > 1
         positions = (self._row(stage.begins)[:, None] + real.cumsum(1) - 1).clamp(min=0)
         columns = torch.cat([mask, real], 1)
         logits, chunk = torch.empty(0), self.chunk or size
