@@ -245,7 +245,7 @@ def test_static_data_that_does_not_fit_is_refused(answer, message):
         rollout(Bound(answer), *Inputs.random())
 
 
-@pytest.mark.parametrize("method", ["double_sparsity", "loki"])
+@pytest.mark.parametrize("method", ["double_sparsity", "loki", "duo_attention"])
 def test_calibrate_from_the_command_line(method, tmp_path):
     out, text = tmp_path / "c.safetensors", tmp_path / "text.txt"
     text.write_text("one two three " * 400)

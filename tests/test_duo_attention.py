@@ -114,7 +114,7 @@ def test_the_heads_that_score_highest_are_full(tmp_path, given, full):
 
 def test_a_compression_chooses_window_and_share():
     policy = kvsieve.plugins.policy_class("duo_attention").for_compression(1 / 4, 64, 1024)
-    assert (policy.sinks, policy.recent, policy.share) == (32, 95, pytest.approx(1 / 7, abs=1e-5))
+    assert (policy.sinks, policy.recent, policy.share) == (8, 23, pytest.approx(7 / 31, abs=1e-5))
     window = policy.sinks + policy.recent + 1
     assert policy.share * 1024 + (1 - policy.share) * window == pytest.approx(256, rel=1e-4)
 

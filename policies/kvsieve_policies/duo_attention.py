@@ -128,11 +128,11 @@ class DuoAttention(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        """Spend half of the bytes on sinks and recent tokens in all heads, and the rest on full heads.
+        """Spend an eighth of the bytes on sinks and recent tokens in all heads, and the rest on full heads.
 
-        A file of scores stands beside the compression.
+        That is rounded to whole heads of the model. A file of scores stands beside the compression.
         """
-        window = max(2, round(ratio * context / 2))  # the current token counted
+        window = max(2, round(ratio * context / 8))  # the current token counted
         sinks = min(64, window // 4)
         rest = 1 - window / context
         share = min(1.0, max(0.0, (ratio - window / context) / rest)) if rest > 0 else 1.0
