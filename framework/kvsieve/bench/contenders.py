@@ -51,26 +51,26 @@ def default_policies(head_size: int) -> list[str]:
     return ["dense", sparq, "h2o: {compression: 1/8}", "local_window: {compression: 1/8}"]
 
 
-# Beside a compression of 1/8; None: no compression. What is not named here needs nothing.
-_BESIDE: dict[str, dict[str, Any] | None] = {
-    "dense": None,
+_EIGHTH = {"compression": "1/8"}
+# Where that alone does not do; None: not measured, for what is inside of it is.
+_PARAMETERS: dict[str, dict[str, Any] | None] = {
     "dense_layers": None,
-    "twilight": {"inner": "quest"},
-    "refresh": {"inner": "sparq"},
+    "duo_attention": {"full_heads": [[0]]},
+    "twilight": _EIGHTH | {"inner": "quest"},
+    "refresh": _EIGHTH | {"inner": "sparq"},
 }
 
 
 def every_policy(head_size: int, calibration: Path) -> list[str]:
     """Every registered policy that can be asked for a compression, at 1/8; those of the default as there."""
-    default = {text.partition(":")[0]: text for text in default_policies(head_size)}
-    found = dict(default)
+    found = {text.partition(":")[0]: text for text in default_policies(head_size)}
     for name, entry in plugins.policies().items():
-        beside = _BESIDE.get(name, {})
-        if name in default or beside is None or not can_compress(entry.cls):
+        parameters = _PARAMETERS.get(name, _EIGHTH)
+        if name in found or parameters is None or not can_compress(entry.cls):
             continue
         if "calibration" in fields(entry.cls):
-            beside = {"calibration": str(calibration)} | beside
-        found[name] = json.dumps({name: {"compression": "1/8"} | beside})  # JSON is YAML
+            parameters = parameters | {"calibration": str(calibration)}
+        found[name] = json.dumps({name: parameters})  # JSON is YAML
     return list(found.values())
 
 
