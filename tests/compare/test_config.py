@@ -46,7 +46,10 @@ def test_all_mistakes_are_reported_at_once_each_in_its_place(write):
         ("test.yaml:4:13: batch_size: ", "must be an integer from 1 to 65536 (got 0)"),
         ("test.yaml:6:5: tasks.0.needle: samples must be at least 1, not 0", ""),
         ("test.yaml:6:29: tasks.0.needle.context.1: ", "must be an integer (got 'lots')"),
-        ("test.yaml:7:5: tasks.1: unknown task 'nedle'", "did you mean 'needle'? Legal: conversation, key_value"),
+        (
+            "test.yaml:7:5: tasks.1: unknown task 'nedle'",
+            "did you mean 'needle'? Legal: conversation, key_value",
+        ),
         ("test.yaml:8:5: tasks.2: ", "(indent its parameters below it)"),
         ("test.yaml:11:26: policies.0.dense.compression: ", "up to 1, such as 1/8 (got 2)"),
         ("test.yaml:12:17: policies.1.sparq.rr: unknown parameter of sparq 'rr'", "Legal: "),
