@@ -20,10 +20,10 @@ _INDEXES = range(5)
 
 
 def a_sample_depends_on_tokenizer_seed_and_index_alone(task: Task) -> None:
-    """Asked again, in another order and of a task with more samples, it is the same; another index is not."""
-    more = dataclasses.replace(task, samples=task.samples + 7)
+    """Asked again, in another order and of a task with one sample, it is the same; another index is not."""
+    other = dataclasses.replace(task, samples=1)
     for name, tokenizer, samples in _samples(task):
-        again = [more.sample(tokenizer, _SEED, i) for i in reversed(_INDEXES)]
+        again = [other.sample(tokenizer, _SEED, i) for i in reversed(_INDEXES)]
         assert samples == again[::-1], f"{task} with {name}: asked again, a sample is another"
         prompts = {tuple(sample.prompt) for sample in samples}
         assert len(prompts) > 1, f"{task} with {name}: all samples are the same"

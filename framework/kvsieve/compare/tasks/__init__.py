@@ -7,6 +7,7 @@ from .base import Answer, Sample, Task
 from .conversation import Conversation
 from .key_value import KeyValue
 from .needle import Needle
+from .paper import CnnDailyMail, Shakespeare, Squad, TriviaQA, WikiText
 from .passkey import Passkey
 from .perplexity import Perplexity
 from .repetition import Repetition
@@ -14,6 +15,7 @@ from .retrieval import Retrieval
 
 __all__ = [
     "Answer",
+    "CnnDailyMail",
     "Conversation",
     "KeyValue",
     "Needle",
@@ -22,11 +24,17 @@ __all__ = [
     "Repetition",
     "Retrieval",
     "Sample",
+    "Shakespeare",
+    "Squad",
     "Task",
+    "TriviaQA",
+    "WikiText",
 ]
+
+_PAPER = (Squad, TriviaQA, CnnDailyMail, WikiText, Shakespeare)
 
 
 @hookimpl
 def register_tasks(register: Callable[[type[Task]], None]) -> None:
-    for task in (Needle, Repetition, Perplexity, KeyValue, Retrieval, Passkey, Conversation):
+    for task in (Needle, Repetition, Perplexity, KeyValue, Retrieval, Passkey, Conversation, *_PAPER):
         register(task)
