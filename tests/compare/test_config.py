@@ -48,7 +48,7 @@ def test_all_mistakes_are_reported_at_once_each_in_its_place(write):
         ("test.yaml:6:29: tasks.0.needle.context.1: ", "must be an integer (got 'lots')"),
         (
             "test.yaml:7:5: tasks.1: unknown task 'nedle'",
-            "did you mean 'needle'? Legal: conversation, key_value",
+            "did you mean 'needle'? Legal: cnn_dailymail, conversation, key_value",
         ),
         ("test.yaml:8:5: tasks.2: ", "(indent its parameters below it)"),
         ("test.yaml:11:26: policies.0.dense.compression: ", "up to 1, such as 1/8 (got 2)"),
