@@ -145,7 +145,7 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
     by_cell: dict[str, list[Record]] = {}
     for record in records:
         by_cell.setdefault(record["cell"], []).append(record)
-    cells = []
+    cells, recorded = [], {}
     for id, (first, *others) in by_cell.items():
         try:
             ((name, parameters),) = first["task"].items()
@@ -156,6 +156,7 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
             asked = first.get("compression")
             policy = make_policy(first["policy"])
             cells.append(Cell(id, task, policy, None if asked is None else Fraction(asked)))
+            recorded[id] = parameters
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{folder}: {NAME} is missing or of an older version, and cannot be made from the samples: "
@@ -165,7 +166,14 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
         model = str(yaml.safe_load(files.read(folder / "config.yaml"))["model"])
     except (UserError, yaml.YAMLError, TypeError, KeyError):
         model = ""
-    return {entry.cell: entry for entry in entries(cells, model, {})}
+    # The parameters that a task had then.
+    return {
+        entry.cell: dataclasses.replace(
+            entry,
+            task_parameters={k: v for k, v in entry.task_parameters.items() if k in recorded[entry.cell]},
+        )
+        for entry in entries(cells, model, {})
+    }
 
 
 def _task_parameters(cell: Cell) -> dict[str, Any]:
