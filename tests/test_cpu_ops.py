@@ -1,4 +1,4 @@
-"""The CPU ops equal the reference, in any thread and under any gradient mode."""
+"""The CPU ops, torch's and compiled ones, equal the reference, in any thread and under any gradient mode."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -7,13 +7,19 @@ import pytest
 import torch
 
 from kvsieve import KeyLayout
+from kvsieve import ops as chosen_ops
 from kvsieve.cache.layouts import KINDS, first_slots, slots_first
 from kvsieve.ops import cpu, reference
+from kvsieve.ops import numba as compiled
+from kvsieve.testing import Inputs, rollout
+from tests.policies import TIGHT
 
+both = pytest.mark.parametrize("ops", [cpu, compiled], ids=["cpu", "numba"])
 ROWS, HEADS, GROUP, SIZE = 2, 2, 3, 16
 
 
-def test_attend_over_chosen_slots():
+@both
+def test_attend_over_chosen_slots(ops):
     query, keys, values = (
         torch.randn(2, 2, 3, 16),
         torch.randn(2, 2, 90, 16)[:, :, :70],
@@ -24,10 +30,11 @@ def test_attend_over_chosen_slots():
     given = {"scale": 0.3, "slots": slots, "counts": counts, "sinks": torch.randn(2, 3)}
     given |= {"tail_weight": torch.rand(2, 2, 3), "tail_value": torch.randn(2, 2, 16)}
     wanted, _ = reference.attend(query, keys, values, lengths, **given)
-    torch.testing.assert_close(cpu.attend(query, keys, values, lengths, **given)[0], wanted)
+    torch.testing.assert_close(ops.attend(query, keys, values, lengths, **given)[0], wanted)
 
 
-def test_attend_over_all_slots():
+@both
+def test_attend_over_all_slots(ops):
     query, keys, values = (
         torch.randn(2, 2, 3, 16),
         torch.randn(2, 2, 90, 16)[:, :, :70],
@@ -35,7 +42,7 @@ def test_attend_over_all_slots():
     )
     lengths = torch.tensor([[70, 1], [0, 33]])
     wanted, _ = reference.attend(query, keys, values, lengths, scale=0.3)
-    torch.testing.assert_close(cpu.attend(query, keys, values, lengths, scale=0.3)[0], wanted)
+    torch.testing.assert_close(ops.attend(query, keys, values, lengths, scale=0.3)[0], wanted)
 
 
 @pytest.mark.parametrize("layout", KINDS)
@@ -43,7 +50,8 @@ def test_attend_over_all_slots():
 @pytest.mark.parametrize("group_score", ["softmax", "logits", "max"])
 @pytest.mark.parametrize("extras", [{}, {"softcap": 3.0, "sinks": torch.tensor([[0.5, -1, 2], [0, 1, 0]])}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_by_channels(layout, capacity, group_score, extras, dtype):
+@both
+def test_top_by_channels(ops, layout, capacity, group_score, extras, dtype):
     torch.manual_seed(0)
     query = torch.randn(ROWS, HEADS, GROUP, SIZE, dtype=dtype)
     keys = torch.randn(ROWS, HEADS, capacity, SIZE, dtype=dtype)
@@ -53,7 +61,7 @@ def test_top_by_channels(layout, capacity, group_score, extras, dtype):
     lengths = torch.tensor([[capacity - 3, 7], [0, 9]])
     given = {"size": capacity, "scale": 0.25, "group_score": group_score, "newest": 3, **extras}
     arguments = query, first_slots(name, store, capacity), lengths, reference.top_channels(query, 5), 9
-    wanted, got = reference.top_by_channels(*arguments, **given), cpu.top_by_channels(*arguments, **given)
+    wanted, got = reference.top_by_channels(*arguments, **given), ops.top_by_channels(*arguments, **given)
     assert torch.equal(got[1], wanted[1])
     for b in range(ROWS):
         for k in range(HEADS):
@@ -83,7 +91,7 @@ def selections(ops, seed, together):
     return found
 
 
-@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("ops", [reference, cpu, compiled], ids=["reference", "cpu", "numba"])
 def test_threads_get_what_they_get_alone(ops):
     alone = [selections(ops, seed, Barrier(1)) for seed in range(4)]
     together = Barrier(4)
@@ -93,13 +101,51 @@ def test_threads_get_what_they_get_alone(ops):
         assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
 
 
-def test_memory_taken_in_inference_mode_serves_outside_of_it():
+@both
+def test_memory_taken_in_inference_mode_serves_outside_of_it(ops):
     with ThreadPoolExecutor(1) as threads:  # a thread without a workspace yet
-        assert threads.submit(inference_first).result()
+        assert threads.submit(inference_first, ops).result()
 
 
-def inference_first():
+def inference_first(ops):
     with torch.inference_mode():
-        first = selections(cpu, 0, Barrier(1))
+        first = selections(ops, 0, Barrier(1))
     with torch.no_grad():
-        return all(torch.equal(a, b) for a, b in zip(selections(cpu, 0, Barrier(1)), first, strict=True))
+        return all(torch.equal(a, b) for a, b in zip(selections(ops, 0, Barrier(1)), first, strict=True))
+
+
+@pytest.mark.parametrize("name", ["dense", "sparq", "sparq_blocked", "h2o", "local_window", "loki", "adakv"])
+def test_a_policy_decodes_the_same_with_compiled_loops(name):
+    def decoded():
+        return rollout(TIGHT[name], *inputs)
+
+    inputs = Inputs.random()
+    with chosen_ops.use("reference"):
+        wanted = decoded()
+    with chosen_ops.use("numba"):
+        torch.testing.assert_close(decoded(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", KINDS)
+def test_compiled_attention_reads_every_type_and_layout(dtype, layout):
+    """Pieces, sinks, a cap, a tail, ragged rows and slots that are not live, all at once."""
+    torch.manual_seed(0)
+    total, chosen = 1300, 700
+    query, new = torch.randn(2, 2, 3, 16, dtype=dtype), torch.randn(2, 2, total, 16, dtype=dtype)
+    name, store = next(iter(KeyLayout(layout).stores(new, total).items()))
+    reference.append(slots_first(name, store), new, torch.arange(total).expand(2, 2, total))
+    keys, values = first_slots(name, store, total), torch.randn(2, 2, total, 16, dtype=dtype)
+    lengths = torch.tensor([[total, 1100], [0, 5]])
+    values[1, :, 5:] = torch.nan
+    given = {"scale": 0.3, "sinks": torch.randn(2, 3), "softcap": 2.0, "want_mass": True}
+    some = {
+        "slots": torch.rand(2, 2, total).argsort(2)[..., :chosen],
+        "counts": torch.tensor([[700, 9], [3, 700]]),
+    }
+    some |= {"tail_weight": torch.rand(2, 2, 3), "tail_value": torch.randn(2, 2, 16), "by_head": True}
+    precise = 1e-6 if dtype == torch.float32 else 1e-2
+    for extras in ({}, some):
+        got = compiled.attend(query, keys, values, lengths, **given, **extras)
+        wanted = reference.attend(query, keys, values, lengths, **given, **extras)
+        torch.testing.assert_close(got, wanted, atol=precise, rtol=precise)

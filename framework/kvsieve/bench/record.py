@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, ops
 from ..compare.environment import cpu_name, git_commit
 from ..errors import UserError
 
-_PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "flash-attn")
+_PACKAGES = ("torch", "transformers", "triton", "numba", "flashinfer-python", "flash-attn")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "ops": ops.chosen(device),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -13,7 +13,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from .. import __version__, plugins
+from .. import __version__, ops, plugins
 from .cells import Cell
 from .identity import Fields
 
@@ -35,6 +35,7 @@ def describe(model: PreTrainedModel, cells: list[Cell], shared: Fields, started:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "ops": ops.chosen(model.device),
         "gpu": gpu,
         "device": str(model.device),
         "dtype": shared["dtype"],

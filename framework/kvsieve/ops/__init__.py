@@ -3,14 +3,15 @@
 Each op takes the view `kv` of a layer's cache, counts what it reads, and runs an implementation.
 
 The implementations know nothing of caches or meters: tensors in, tensors out. Which one runs is explicit:
-`kvsieve.ops.use("reference")`, by default "triton" on a GPU and "cpu" on a CPU, and never another than was
-chosen.
+`kvsieve.ops.use("reference")`, else the environment variable KVSIEVE_OPS, else "triton" on a GPU and, on a
+CPU, "numba" where numba is installed and "cpu" where it is not; never another than was chosen.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
     from ..cache.kv import KVView, NewTokens
     from ..policy import Selection
 
-IMPLEMENTATIONS = ("reference", "cpu", "triton")
+IMPLEMENTATIONS = ("reference", "cpu", "numba", "triton")
+_EXTRAS = {"numba": "cpu", "triton": "triton"}
 _loaded: dict[str, ModuleType] = {"reference": reference}
+_DEFAULT = os.environ.get("KVSIEVE_OPS")
+_FASTEST_ON_CPU = "numba" if importlib.util.find_spec("numba") else "cpu"
 
 
 class _Choice(threading.local):
@@ -57,15 +61,23 @@ def use(implementation: str) -> Iterator[None]:
         _choice.name = before
 
 
+def chosen(device: torch.device) -> str:
+    """The name of the implementation that runs the ops on this device, in this thread."""
+    if _choice.name is not None:
+        return _choice.name
+    return _DEFAULT or ("triton" if device.type == "cuda" else _FASTEST_ON_CPU)
+
+
 def implementation(device: torch.device) -> ModuleType:
     """The module that runs the ops on this device.
 
     Raises:
         UserError: the implementation that was chosen cannot run there, or is not installed.
     """
-    on_gpu = device.type == "cuda"
-    name = _choice.name or ("triton" if on_gpu else "cpu")
-    if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+    name = chosen(device)
+    if name not in IMPLEMENTATIONS:
+        raise UserError("KVSIEVE_OPS: " + unknown("implementation of the ops", name, IMPLEMENTATIONS))
+    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(
             f"the triton ops need a GPU, but the model is on {str(device)!r}: choose 'reference', or set "
             "TRITON_INTERPRET=1 before Python starts, and Triton interprets its kernels (for tests: it is "
@@ -76,7 +88,8 @@ def implementation(device: torch.device) -> ModuleType:
             _loaded[name] = importlib.import_module(f".{name}", __name__)
         except ModuleNotFoundError as error:
             raise UserError(
-                f"the {name} ops need {error.name}: pip install 'kvsieve[{name}]', or choose 'reference'"
+                f"the {name} ops need {error.name}: pip install 'kvsieve[{_EXTRAS[name]}]', or choose "
+                "'reference'"
             ) from None
     return _loaded[name]
 

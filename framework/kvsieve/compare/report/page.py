@@ -76,7 +76,12 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
         "Policies": [policy_name(name) for name in results.policies],
         "Samples decoded": [f"{run.answers:,}" if run.answers else ""],
         "Started": [started],
-        "Machine": [known.get("gpu", ""), known.get("cpu", ""), cores],
+        "Machine": [
+            known.get("gpu", ""),
+            known.get("cpu", ""),
+            cores,
+            known.get("ops", "") and f"ops: {known['ops']}",
+        ],
         "Versions": [*versions, *plugins],
         "Commit": [known.get("git_commit", "")],
     }

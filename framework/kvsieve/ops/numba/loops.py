@@ -1,0 +1,508 @@
+"""The loops of a decode step, compiled: every number of the cache is read once, and nothing large is written.
+
+Pairs are rows times KV heads. A piece of a pair is what one thread works on at a time, small enough for the
+cache beside it. Weights stand relative to the largest logit of their piece; whoever joins pieces scales them.
+Logits are in base 2. Letters: P pairs, G query heads of a pair, N pieces, T slots, S chosen slots, D head
+size, r channels.
+
+A `place [4]` says where a slot stands in the memory of a pair: `block, slot, channel, n`: three strides in
+numbers and the slots in a block; the number of slot t and channel c is at
+`t // n * block + t % n * slot + c * channel`.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from .numbers import LANES, LOWEST, add_products, exp2, finite, larger, widen
+
+PIECE = 1024  # slots
+SOFTMAX, LOGITS, MAX = range(3)  # what ranks a slot: see `reference.top_by_channels`
+_BLOCK = 64  # slots of a ranking of which only the best is looked at first
+_FORCED = np.float32(3e38)
+_LOG2_E = np.float32(1.4426950408889634)
+NOT_BLOCKED = 2**40  # more slots than any block has
+
+_compiled = njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
+_compiled_alone = njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+_inlined = njit(fastmath=True, nogil=True, error_model="numpy")
+
+
+@_inlined
+def _weigh_piece(
+    job: Any,
+    query: Any,
+    channels: Any,
+    keys: Any,
+    starts: Any,
+    place: Any,
+    lengths: Any,
+    scale: Any,
+    softcap: Any,
+    group_score: Any,
+    weights: Any,
+    peaks: Any,
+    sums: Any,
+    ranking: Any,
+) -> None:
+    """Weigh a piece's live slots, `weights [P, G, T]`, by `channels [P, r]` of keys and `query [P, G, D]`.
+
+    With the largest logit and the sum of weights, `[P, G, N]`; and, unless the `group_score` is
+    SOFTMAX, the `ranking [P, T]` of slots by the sum or the largest of their logits. `softcap` 0 is none.
+    """
+    _, group, pieces = peaks.shape
+    p, piece = divmod(job, pieces)
+    first = piece * PIECE
+    count = min(PIECE, lengths[p] - first)
+    if count <= 0:
+        peaks[p, :, piece], sums[p, :, piece] = LOWEST, 0
+        return
+    taken, chosen = _tempered(query[p], channels[p], scale if softcap > 0 else scale * _LOG2_E)
+    if place[3] < NOT_BLOCKED:
+        _by_block(chosen, taken, keys, starts[p], place, first, count, weights[p])
+    elif place[1] == 1:
+        _by_channel(chosen, taken, keys, starts[p], place, first, count, weights[p])
+    else:
+        _by_token(chosen, taken, keys, starts[p], place, first, count, weights[p])
+    ranks = ranking[p, first : first + count]
+    for g in range(group):
+        row = weights[p, g, first : first + count]
+        _cap(row, softcap)
+        if g == 0 and group_score != SOFTMAX:
+            ranks[:] = row
+        elif group_score == LOGITS:
+            for i in range(count):
+                ranks[i] += row[i]
+        elif group_score == MAX:
+            for i in range(count):
+                ranks[i] = larger(ranks[i], row[i])
+        peaks[p, g, piece], sums[p, g, piece] = _weights_of(row)
+
+
+@_inlined
+def _weights_of(logits: Any) -> Any:
+    """Turn logits into weights relative to the largest, LOWEST into 0; return the largest and their sum."""
+    peak, total = LOWEST, np.float32(0)
+    for i in range(logits.shape[0]):
+        peak = larger(peak, logits[i])
+    for i in range(logits.shape[0]):
+        logits[i] = exp2(logits[i] - peak) if logits[i] > LOWEST else np.float32(0)
+        total += logits[i]
+    return peak, total
+
+
+@_inlined
+def _tempered(query: Any, channels: Any, scale: Any) -> Any:
+    """The channels that a head reads and the query in them `[G, r]`, scaled and tempered for those missing.
+
+    Their number is rounded up to four: one is repeated, with a query of zero. So is one outside [0, D).
+    """
+    (group, size), r = query.shape, channels.shape[0]
+    taken = np.empty((r + 3) // 4 * 4, np.int64)
+    chosen = np.zeros((group, taken.shape[0]), np.float32)
+    for c in range(taken.shape[0]):
+        taken[c] = min(max(channels[c if c < r else 0], 0), size - 1)
+    for g in range(group):
+        whole, part = np.float32(0), np.float32(0)
+        for d in range(size):
+            whole += abs(widen(query[g, d]))
+        for c in range(r):
+            if taken[c] == channels[c]:
+                chosen[g, c] = widen(query[g, taken[c]])
+                part += abs(chosen[g, c])
+        if whole > 0:
+            chosen[g] *= scale / np.sqrt(max(part / whole, np.float32(1e-6)))
+    return taken, chosen
+
+
+@_inlined
+def _cap(logits: Any, softcap: Any) -> None:
+    """Cap logits softly, where `softcap` is not 0, and bring them to base 2; not finite ones to LOWEST."""
+    if softcap > 0:
+        for i in range(logits.shape[0]):
+            if logits[i] > LOWEST:
+                logits[i] = softcap * np.tanh(logits[i] / softcap) * _LOG2_E
+    for i in range(logits.shape[0]):
+        logits[i] = finite(logits[i])
+
+
+@_inlined
+def _by_channel(
+    chosen: Any, channels: Any, keys: Any, start: Any, place: Any, first: Any, count: Any, logits: Any
+) -> None:
+    """Write the `logits [G, T]` of `count` slots, four channels at a time: a channel lies side by side."""
+    group = logits.shape[0]
+    rows = np.empty((4, PIECE), np.float32)
+    logits[:, first : first + count] = 0
+    for c in range(0, channels.shape[0], 4):
+        for j in range(4):
+            begin = start + channels[c + j] * place[2] + first
+            stored, row = keys[begin : begin + count], rows[j]
+            for i in range(count):
+                row[i] = widen(stored[i])
+        r0, r1, r2, r3 = rows[0], rows[1], rows[2], rows[3]
+        for g in range(group):
+            row = logits[g, first : first + count]
+            q0, q1, q2, q3 = chosen[g, c], chosen[g, c + 1], chosen[g, c + 2], chosen[g, c + 3]
+            for i in range(count):
+                row[i] += q0 * r0[i] + q1 * r1[i] + q2 * r2[i] + q3 * r3[i]
+
+
+@_inlined
+def _by_block(
+    chosen: Any, channels: Any, keys: Any, start: Any, place: Any, first: Any, count: Any, logits: Any
+) -> None:
+    """Write the `logits [G, T]` of `count` slots, a block at a time: in it a channel lies side by side."""
+    group = logits.shape[0]
+    block, channel, n = place[0], place[2], place[3]
+    sums = np.empty(group * LANES, np.float32)
+    for slot in range(first, first + count, LANES):
+        begin = start + slot // n * block + slot % n
+        sums[:] = 0
+        for c in range(0, channels.shape[0], 4):
+            c0, c1 = begin + channels[c] * channel, begin + channels[c + 1] * channel
+            c2, c3 = begin + channels[c + 2] * channel, begin + channels[c + 3] * channel
+            for g in range(group):
+                q = chosen[g]
+                add_products(sums, g * LANES, keys, c0, c1, c2, c3, q[c], q[c + 1], q[c + 2], q[c + 3])
+        for g in range(group):
+            for i in range(min(LANES, first + count - slot)):
+                logits[g, slot + i] = sums[g * LANES + i]
+
+
+@_inlined
+def _by_token(
+    chosen: Any, channels: Any, keys: Any, start: Any, place: Any, first: Any, count: Any, logits: Any
+) -> None:
+    """Write the `logits [G, T]` of `count` slots, token by token: each key is read whole."""
+    group = logits.shape[0]
+    size = np.int64(place[1])
+    query = np.zeros((group, size), np.float32)
+    for c in range(channels.shape[0]):
+        for g in range(group):
+            query[g, channels[c]] += chosen[g, c]
+    key = np.empty(size, np.float32)
+    for i in range(count):
+        begin = start + (first + i) * size
+        stored = keys[begin : begin + size]
+        for d in range(size):
+            key[d] = widen(stored[d])
+        for g in range(group):
+            row, logit = query[g], np.float32(0)
+            for d in range(size):
+                logit += row[d] * key[d]
+            logits[g, first + i] = logit
+
+
+@_inlined
+def _choose_slots(
+    p: Any,
+    weights: Any,
+    peaks: Any,
+    sums: Any,
+    lengths: Any,
+    newest: Any,
+    forced: Any,
+    sinks: Any,
+    group_score: Any,
+    ranking: Any,
+    slots: Any,
+    missed: Any,
+) -> None:
+    """Choose the k best live `slots [P, k]` of a pair; the others have the weight `missed [P, G]`.
+
+    The last `newest` slots are in, or those that `forced [P, T]` marks, where T is not 0. `sinks [P, G]`,
+    where not LOWEST, take weight and are no slots.
+    """
+    group, k, length = peaks.shape[1], slots.shape[1], lengths[p]
+    if length <= k:
+        slots[p] = np.arange(k)
+        missed[p] = 0
+        return
+    pieces = (length + PIECE - 1) // PIECE
+    scales = np.empty((group, pieces), np.float32)
+    for g in range(group):
+        missed[p, g] = _scale_pieces(peaks[p, g], sums[p, g], sinks[p, g], scales[g])
+    ranks = ranking[p, :length]
+    if group_score == SOFTMAX:
+        _rank_by_weights(weights[p], scales, ranks)
+    if forced.shape[1]:
+        for i in range(length):
+            if forced[p, i]:
+                ranks[i] = _FORCED
+    else:
+        ranks[max(length - newest, 0) :] = _FORCED
+    _largest(ranks, slots[p])
+    for g in range(group):
+        held = np.float32(0)
+        for slot in slots[p]:
+            held += weights[p, g, slot] * scales[g, slot // PIECE]
+        missed[p, g] = max(missed[p, g] - held, np.float32(0))
+
+
+@_inlined
+def _scale_pieces(peaks: Any, sums: Any, sink: Any, scales: Any) -> Any:
+    """Find the `scales` that make the weights of a head's pieces one softmax, its sink counted in.
+
+    Returns the weight of all slots: 1 without a sink.
+    """
+    sink = sink * _LOG2_E
+    peak, total = sink, np.float32(0)
+    for n in range(scales.shape[0]):
+        peak = larger(peak, peaks[n])
+    for n in range(scales.shape[0]):
+        scales[n] = exp2(peaks[n] - peak)
+        total += scales[n] * sums[n]
+    everything = total + (exp2(sink - peak) if sink > LOWEST else np.float32(0))
+    everything = max(everything, np.float32(1e-30))  # no slot at all
+    for n in range(scales.shape[0]):
+        scales[n] /= everything
+    return total / everything
+
+
+@_inlined
+def _rank_by_weights(weights: Any, scales: Any, ranks: Any) -> None:
+    """Rank slots `[T]` by the sum of their `weights [G, T]` over the group; `scales [G, N]` of pieces."""
+    ranks[:] = 0
+    for n in range(scales.shape[1]):
+        first, last = n * PIECE, min((n + 1) * PIECE, ranks.shape[0])
+        part = ranks[first:last]
+        for g in range(scales.shape[0]):
+            row, scale = weights[g, first:last], scales[g, n]
+            for i in range(part.shape[0]):
+                part[i] += row[i] * scale
+
+
+@_compiled_alone
+def top_channels(query: Any, channels: Any) -> None:
+    """The `channels [P, r]` with the largest sum of abs(q) over the group's `query [P, G, D]`."""
+    pairs, group, size = query.shape
+    r = channels.shape[1]
+    for p in range(pairs):
+        total = np.zeros(size, np.float32)
+        for g in range(group):
+            for d in range(size):
+                total[d] += abs(widen(query[p, g, d]))
+        if r == size:
+            channels[p] = np.arange(size)
+        else:
+            _largest(total, channels[p])
+
+
+@_inlined
+def _largest(ranks: Any, places: Any) -> None:
+    """The places of the k largest of more than k `ranks`: exactly those, each once, whatever the numbers."""
+    length, k = ranks.shape[0], places.shape[0]
+    blocks = (length + _BLOCK - 1) // _BLOCK
+    best = np.empty(blocks, np.float32)
+    for b in range(blocks):
+        part = ranks[b * _BLOCK : min((b + 1) * _BLOCK, length)]
+        most = part[0]
+        for i in range(part.shape[0]):
+            most = larger(most, part[i])
+        best[b] = most
+    # The k blocks with the best maxima hold k ranks that are no worse than the k-th of them.
+    bar = np.partition(best, blocks - k)[blocks - k] if blocks > k else -_FORCED
+    found, values, count = np.empty(length, np.int64), np.empty(length, np.float32), 0
+    for b in range(blocks):
+        if best[b] >= bar:
+            for i in range(b * _BLOCK, min((b + 1) * _BLOCK, length)):
+                if ranks[i] >= bar:
+                    found[count], values[count] = i, ranks[i]
+                    count += 1
+    bar = np.partition(values[:count], count - k)[count - k]
+    chosen = 0
+    for i in range(count):
+        if values[i] > bar and chosen < k:
+            places[chosen] = found[i]
+            chosen += 1
+    for i in range(count):
+        if values[i] == bar and chosen < k:
+            places[chosen] = found[i]
+            chosen += 1
+
+
+@_inlined
+def _attend_piece(
+    job: Any,
+    query: Any,
+    keys: Any,
+    key_starts: Any,
+    key_place: Any,
+    values: Any,
+    value_starts: Any,
+    value_place: Any,
+    lengths: Any,
+    slots: Any,
+    counts: Any,
+    scale: Any,
+    softcap: Any,
+    weights: Any,
+    peaks: Any,
+    sums: Any,
+    partial: Any,
+) -> None:
+    """Attend with `query [P, G, D]` to a piece of the first `counts [P]` of `slots [P, S]`.
+
+    To all live slots where S is 0. Slots outside [0, length) are not read. Writes the blended values
+    `partial [P, N, G, D]` and the weights `[P, G, S]`, both relative to `peaks [P, G, N]`, and their `sums`.
+    """
+    _, group, pieces = peaks.shape
+    size, width, by_list = query.shape[2], weights.shape[2] // pieces, slots.shape[1] > 0
+    p, piece = divmod(job, pieces)
+    first = piece * width
+    count = min(width, (min(counts[p], slots.shape[1]) if by_list else lengths[p]) - first)
+    blended = partial[p, piece]
+    blended[:] = 0
+    if count <= 0:
+        peaks[p, :, piece], sums[p, :, piece] = LOWEST, 0
+        return
+    row, logits, scaled = np.empty(size, np.float32), weights[p], np.empty((group, size), np.float32)
+    for g in range(group):
+        for d in range(size):
+            scaled[g, d] = widen(query[p, g, d]) * (scale if softcap > 0 else scale * _LOG2_E)
+    for i in range(count):
+        slot = slots[p, first + i] if by_list else first + i
+        if slot < 0 or slot >= lengths[p]:
+            logits[:, first + i] = LOWEST
+            continue
+        _copy_slot(keys, key_starts[p], key_place, slot, row)
+        for g in range(group):
+            q, logit = scaled[g], np.float32(0)
+            for d in range(size):
+                logit += q[d] * row[d]
+            logits[g, first + i] = logit
+    for g in range(group):
+        head = logits[g, first : first + count]
+        _cap(head, softcap)
+        peaks[p, g, piece], sums[p, g, piece] = _weights_of(head)
+    for i in range(count):
+        slot = slots[p, first + i] if by_list else first + i
+        if slot < 0 or slot >= lengths[p]:
+            continue
+        _copy_slot(values, value_starts[p], value_place, slot, row)
+        for g in range(group):
+            out, weight = blended[g], logits[g, first + i]
+            for d in range(size):
+                out[d] += weight * row[d]
+
+
+@_inlined
+def _copy_slot(stored: Any, start: Any, place: Any, slot: Any, row: Any) -> None:
+    """Widen what stands in a slot into `row [D]`."""
+    block, step, channel, n = place[0], place[1], place[2], place[3]
+    begin = start + slot // n * block + slot % n * step
+    if channel == 1:
+        numbers = stored[begin : begin + row.shape[0]]
+        for d in range(row.shape[0]):
+            row[d] = widen(numbers[d])
+    else:
+        for d in range(row.shape[0]):
+            row[d] = widen(stored[begin + d * channel])
+
+
+@_inlined
+def _join_pieces(
+    p: Any,
+    partial: Any,
+    weights: Any,
+    peaks: Any,
+    sums: Any,
+    sinks: Any,
+    slots: Any,
+    counts: Any,
+    lengths: Any,
+    tail_weight: Any,
+    tail_value: Any,
+    output: Any,
+    mass: Any,
+) -> None:
+    """Join the pieces of `attend_pieces` into `output [P, G, D]`, and `mass [P, G or 1, T]` unless T is 0.
+
+    `tail_weight [P, G]` and `tail_value [P, D]` where P is not 0.
+    """
+    _, group, pieces = peaks.shape
+    scales = np.empty((group, pieces), np.float32)
+    for g in range(group):
+        _scale_pieces(peaks[p, g], sums[p, g], sinks[p, g], scales[g])
+        out = output[p, g]
+        out[:] = 0
+        for n in range(pieces):
+            scale, blended = scales[g, n], partial[p, n, g]
+            for d in range(out.shape[0]):
+                out[d] += scale * blended[d]
+        if tail_weight.shape[0]:
+            share, value = tail_weight[p, g], tail_value[p]
+            for d in range(out.shape[0]):
+                out[d] = (np.float32(1) - share) * out[d] + share * widen(value[d])
+    if mass.shape[2]:
+        _collect_mass(weights[p], scales, slots, p, counts[p], lengths[p], mass[p])
+
+
+@_inlined
+def _collect_mass(weights: Any, scales: Any, slots: Any, p: Any, count: Any, length: Any, mass: Any) -> None:
+    """Add the weights of heads to the `mass [G, T]` of slots, or their mean to `mass [1, T]`."""
+    group, pieces = scales.shape
+    width, by_list = weights.shape[1] // pieces, slots.shape[1] > 0
+    share = np.float32(1) if mass.shape[0] == group else np.float32(1) / np.float32(group)
+    for g in range(group):
+        row = mass[g % mass.shape[0]]
+        for i in range(min(count, slots.shape[1]) if by_list else length):
+            slot = slots[p, i] if by_list else i
+            if 0 <= slot < length:
+                row[slot] += weights[g, i] * scales[g, i // width] * share
+
+
+@_compiled_alone
+def append_token(
+    stored: Any, starts: Any, place: Any, capacity: Any, new: Any, slots: Any, active: Any
+) -> None:
+    """Write `new [P, D]` at `slots [P]` of a store, as the bits that they are.
+
+    Nothing is written outside [0, capacity), nor in rows that are not `active [B]`, where B is not 0.
+    """
+    block, step, channel, n = place[0], place[1], place[2], place[3]
+    pairs, rows = slots.shape[0], active.shape[0]
+    for p in range(pairs):
+        slot = slots[p]
+        if slot < 0 or slot >= capacity or (rows and not active[p // (pairs // rows)]):
+            continue
+        begin = starts[p] + slot // n * block + slot % n * step
+        for d in range(new.shape[1]):
+            stored[begin + d * channel] = new[p, d]
+
+
+@_compiled_alone
+def running_mean(mean: Any, new: Any, counts: Any, seen: Any, out: Any) -> None:
+    """The mean `[P, D]` with one more vector `new [P, D]` in rows whose `counts [B]` is 1, of `seen [B]`."""
+    pairs = mean.shape[0] // counts.shape[0]
+    for p in range(mean.shape[0]):
+        count, total = np.float32(counts[p // pairs]), np.float32(max(seen[p // pairs], 1))
+        for d in range(mean.shape[1]):
+            out[p, d] = mean[p, d] + (widen(new[p, d]) - count * mean[p, d]) / total
+
+
+# Loops over jobs, side by side: pairs and their pieces, or pairs.
+@_compiled
+def channel_weights(jobs: int, *given: Any) -> None:
+    for job in prange(jobs):
+        _weigh_piece(np.int64(job), *given)
+
+
+@_compiled
+def best_slots(jobs: int, *given: Any) -> None:
+    for job in prange(jobs):
+        _choose_slots(np.int64(job), *given)
+
+
+@_compiled
+def attend_pieces(jobs: int, *given: Any) -> None:
+    for job in prange(jobs):
+        _attend_piece(np.int64(job), *given)
+
+
+@_compiled
+def join_pieces(jobs: int, *given: Any) -> None:
+    for job in prange(jobs):
+        _join_pieces(np.int64(job), *given)

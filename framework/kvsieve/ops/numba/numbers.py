@@ -1,0 +1,147 @@
+"""Numbers inside the compiled loops: stored ones of any width as float32, and a power of two that vectorises.
+
+Numba knows no bfloat16, and no arithmetic of float16. So stored numbers come as integers of the same bits:
+float32 as uint32, bfloat16 as uint16, float16 as int16. They are widened in registers. (float32 too: the
+compiler then knows that what a loop writes is not what it reads.)
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+# The weight of what is this far below the largest is zero in float32, and no arithmetic overflows.
+LOWEST = np.float32(-1e30)
+_FLOAT, _WORD, _HALF = ir.FloatType(), ir.IntType(32), ir.HalfType()
+
+
+@intrinsic
+def widen(context: Any, number: Any) -> Any:
+    """A stored number as float32: float32 handed over as uint32, bfloat16 as uint16, float16 as int16."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (stored,) = arguments
+        if number == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(stored, _WORD), _WORD(16)), _FLOAT)
+        if number == types.int16:
+            return builder.fpext(builder.bitcast(stored, _HALF), _FLOAT)
+        return builder.bitcast(stored, _FLOAT)
+
+    return types.float32(number), build
+
+
+LANES = 16  # numbers in a vector: one AVX-512 register, or two of AVX2
+
+
+@intrinsic
+def add_products(
+    context: Any,
+    sums: Any,
+    at: Any,
+    stored: Any,
+    a: Any,
+    b: Any,
+    c: Any,
+    d: Any,
+    p: Any,
+    q: Any,
+    r: Any,
+    s: Any,
+) -> Any:
+    """Add to `sums[at : at + LANES]` p times the stored numbers from a on, q times those from b on, ...
+
+    Spelled out for the compiler, which does not find vectors in loops as short as a block of keys.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        def vector(argument: int, begin: Any) -> Any:
+            data = context.make_array(signature.args[argument])(context, builder, arguments[argument]).data
+            lanes = ir.VectorType(data.type.pointee, LANES)
+            return builder.bitcast(builder.gep(data, [begin]), lanes.as_pointer())
+
+        def load(pointer: Any) -> Any:
+            return builder.load(pointer, align=pointer.type.pointee.element.get_abi_size(context.target_data))
+
+        def wide(numbers: Any) -> Any:
+            if stored.dtype == types.int16:
+                return builder.fpext(builder.bitcast(numbers, ir.VectorType(_HALF, LANES)), floats)
+            if stored.dtype == types.uint16:
+                words = ir.VectorType(_WORD, LANES)
+                numbers = builder.shl(builder.zext(numbers, words), ir.Constant(words, [16] * LANES))
+            return builder.bitcast(numbers, floats)
+
+        def everywhere(number: Any) -> Any:
+            first = builder.insert_element(ir.Constant(floats, ir.Undefined), number, _WORD(0))
+            zeros = ir.Constant(ir.VectorType(_WORD, LANES), [0] * LANES)
+            return builder.shuffle_vector(first, first, zeros)
+
+        floats = ir.VectorType(_FLOAT, LANES)
+        target = vector(0, arguments[1])
+        total = load(target)
+        for begin, factor in zip(arguments[3:7], arguments[7:11], strict=True):
+            product = builder.fmul(wide(load(vector(2, begin))), everywhere(factor), flags=("fast",))
+            total = builder.fadd(total, product, flags=("fast",))
+        builder.store(total, target, align=4)
+
+    return types.void(sums, at, stored, a, b, c, d, p, q, r, s), build
+
+
+@intrinsic
+def _float_of(context: Any, bits: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _FLOAT)
+
+    return types.float32(types.int32), build
+
+
+@intrinsic
+def _bits_of(context: Any, number: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _WORD)
+
+    return types.int32(types.float32), build
+
+
+@intrinsic
+def _nearest(context: Any, number: Any) -> Any:
+    """The nearest whole number, as float32."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [_FLOAT]), arguments)
+
+    return types.float32(types.float32), build
+
+
+@intrinsic
+def larger(context: Any, a: Any, b: Any) -> Any:
+    """The larger of two finite numbers. (`max` asks for NaN, one number at a time.)"""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        a, b = arguments
+        return builder.select(builder.fcmp_ordered(">", a, b, flags=("fast",)), a, b, flags=("fast",))
+
+    return types.float32(types.float32, types.float32), build
+
+
+@njit(inline="always")
+def finite(number: Any) -> Any:
+    """The number, or LOWEST if it is NaN or infinite: asked of its bits, as the loops assume finite ones."""
+    exponent = _bits_of(number) & np.int32(0x7F800000)
+    return LOWEST if exponent == np.int32(0x7F800000) else number
+
+
+@njit(inline="always")
+def exp2(x: Any) -> Any:
+    """2 ** x for x <= 0, in float32, to about 1e-7 of it; below -126 it is 2 ** -126."""
+    x = larger(x, np.float32(-126))
+    whole = _nearest(x)
+    t = (x - whole) * np.float32(0.6931471805599453)
+    # The series of e ** t, |t| < 0.35, to the seventh power.
+    series = np.float32(1 / 720) + t * np.float32(1 / 5040)
+    series = np.float32(1 / 24) + t * (np.float32(1 / 120) + t * series)
+    series = np.float32(1) + t * (
+        np.float32(1) + t * (np.float32(0.5) + t * (np.float32(1 / 6) + t * series))
+    )
+    return series * _float_of((np.int32(whole) + np.int32(127)) << np.int32(23))
