@@ -126,7 +126,9 @@ def test_a_policy_decodes_the_same_with_compiled_loops(name):
         torch.testing.assert_close(decoded(), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("layout", KINDS)
 def test_compiled_attention_reads_every_type_and_layout(dtype, layout):
     """Pieces, sinks, a cap, a tail, ragged rows and slots that are not live, all at once."""
