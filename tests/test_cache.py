@@ -2,6 +2,8 @@
 reorderings.
 """
 
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +19,7 @@ from kvsieve.cache.kv import Scoring
 from kvsieve.cache.layer import LayerCache
 from kvsieve.cache.layouts import KINDS, by_token
 from tests.models import random_prompts, tiny_llama
+from tests.policies import TIGHT
 
 HEADS, SIZE = 2, 4
 
@@ -311,3 +314,17 @@ def test_plain_forward_through_the_cache_equals_no_cache():
         ]
     torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-5, rtol=1e-5)
     assert cache.get_seq_length() == 30
+
+
+@pytest.mark.parametrize("name", ["dense", "h2o", "sirllm"])
+def test_a_cache_that_nobody_holds_is_freed_at_once(name):
+    model, policy = tiny_llama(), TIGHT[name]
+    cache = KVCache(model, policy)
+    list(kvsieve.decode(model, random_prompts(20), policy, max_new_tokens=3, cache=cache))
+    layer = weakref.ref(cache.layers[0])
+    gc.disable()
+    try:
+        del cache
+        assert layer() is None
+    finally:
+        gc.enable()

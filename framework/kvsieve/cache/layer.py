@@ -80,7 +80,9 @@ class LayerCache(CacheLayerMixin):
         self.must_drop = False  # a prompt is complete, and its tokens that do not stay are still there
         self.unpacked = False  # it was packed, and a prompt is being read into padded storage
         self.pending_cut: contract.Cut | None = None  # who stays, where the policy said it by slots
-        self.together = [self]  # the layers that `cut_together` cuts, in their order
+        # The layers that `cut_together` cuts, in their order; none: this one alone. (A list of itself would
+        # keep the storage of every cache until the garbage is collected.)
+        self.together: list[LayerCache] = []
         self.before_probe: BeforeProbe | None = None  # while one runs
         self.lends = False  # other layers attend to these slots too (gemma3n): drop tokens when all have
         self.model_heads: int | None = None  # KV heads of the layer in all processes, where that is known
@@ -208,12 +210,13 @@ class LayerCache(CacheLayerMixin):
         Layers that are cut together wait for the last of them.
         """
         self.policy.on_prefill(self.kv)
+        together = self.together or [self]
         if not self.policy.cuts_together:
             self._end(self.policy.cut(self.kv))
-        elif self is self.together[-1]:
-            answers = self.policy.cut_together([layer.kv for layer in self.together])
-            contract.check_answers(answers, self.policy, len(self.together))
-            for layer, answer in zip(self.together, answers, strict=True):
+        elif self is together[-1]:
+            answers = self.policy.cut_together([layer.kv for layer in together])
+            contract.check_answers(answers, self.policy, len(together))
+            for layer, answer in zip(together, answers, strict=True):
                 layer._end(answer)
 
     def _end(self, answer: torch.Tensor | None) -> None:
