@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvsieve import UserError
+from kvsieve.compare import samples
 from kvsieve.compare.tasks import (
     Answer,
     CnnDailyMail,
@@ -160,3 +161,18 @@ def test_bad_input_is_one_sentence(tmp_path, files, message):
 def test_a_folder_that_is_not_there_is_named():
     with pytest.raises(UserError, match="nowhere: no such folder"):
         rows.digest("nowhere")
+
+
+def test_the_papers_tasks_run_in_a_comparison(compare):
+    listed = "\n".join(
+        f"      - {cls.name}: {{context: 150, samples: 2, folder: {folder(cls)}}}"
+        for cls in (Squad, TriviaQA)
+    )
+    outcome = compare(f"batch_size: 2\ntasks:\n{listed}\npolicies: [dense, h2o: {{compression: 1/4}}]\n")
+    assert outcome.failures == {}
+    assert [row.samples for row in outcome.rows] == [2] * 4
+    written = samples.read(outcome.folder / "samples.jsonl")
+    first = questions(Squad(folder=folder(Squad)))[0]
+    assert written[0]["facts"] == {"document": first.id}
+    assert written[0]["references"] == first.references
+    assert written[0]["prompt_end"] == first.prompt[-150:]
