@@ -169,9 +169,8 @@ class KVView:
 
     @property
     def room(self) -> torch.Tensor:
-        """`[B]` int64: slots that are to stay, while `priority` is asked to make room before a pass."""
-        assert self._room is not None, "no pass makes room"
-        return self._room
+        """`[B]` int64: slots that are to stay, while `priority` makes room before a pass; else all."""
+        return self.lengths.amax(1) if self._room is None else self._room
 
     def fresh(self) -> torch.Tensor:
         """`[B, K, T]` bool: slots of the tokens that a row's running or last pass has brought."""
