@@ -2,6 +2,7 @@
 reorderings.
 """
 
+import contextlib
 import gc
 import weakref
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvsieve
-from kvsieve import KeyLayout, KVCache, Policy, UserError, make_policy
+from kvsieve import KeyLayout, KVCache, Policy, UserError, make_policy, transfer
 from kvsieve.attention import decode_step, prefill
 from kvsieve.cache.kv import Scoring
 from kvsieve.cache.layer import LayerCache
@@ -287,6 +288,44 @@ def test_what_a_batch_leaves_behind_never_reaches_the_next():
     wanted = kvsieve.decode(model, random_prompts(9), cache.policy, max_new_tokens=5)
     assert torch.equal(got, torch.stack(list(wanted)))
     assert all(t.isfinite().all() for layer in layers for t in layer.slots.stored().values())
+
+
+@pytest.mark.parametrize("name", ["dense", "h2o", "citrus", "sirllm", "adakv", "infllm"])
+def test_a_reset_cache_serves_batches_of_any_size(name):
+    model, policy = tiny_llama(), TIGHT[name]
+    cache = KVCache(model, policy)
+    for prompts in (random_prompts(20, 17, 9), random_prompts(18, 12), random_prompts(15)):
+        wanted = torch.stack(list(kvsieve.decode(model, prompts, policy, max_new_tokens=4)))
+        got = torch.stack(list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=4)))
+        assert torch.equal(got, wanted)
+        cache.reset()
+
+
+class Fails(Policy):
+    """Fails in the second layer of the second step, or there in the prompt."""
+
+    name = "fails"
+    in_prompt: bool | None = None  # None: never
+
+    def on_append(self, kv, new):
+        _ = kv.keys  # counted in a step, and not in a prompt
+        Fails.calls += 1
+        if Fails.in_prompt is not None and Fails.calls == (2 if Fails.in_prompt else 6):
+            raise RuntimeError("no more memory")
+
+
+@pytest.mark.parametrize("in_prompt", [True, False])
+def test_a_decode_that_fails_leaves_nothing_behind_in_a_reset_cache(in_prompt):
+    model, prompts, counts = tiny_llama(), random_prompts(9, 7), []
+    cache, meter = KVCache(model, Fails()), transfer.Meter()
+    for when in (None, in_prompt, None):
+        Fails.calls, Fails.in_prompt = 0, when
+        meter.reset()
+        with transfer.measure(meter), contextlib.suppress(RuntimeError):
+            list(kvsieve.decode(model, prompts, cache=cache, max_new_tokens=5))
+        counts.append((meter.steps, meter.read, meter.written))
+        cache.reset()
+    assert counts[0] == counts[2] != counts[1]
 
 
 def test_a_cache_for_fewer_layers_is_refused():

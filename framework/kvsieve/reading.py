@@ -196,18 +196,21 @@ class Reading:
         columns = torch.cat([mask, real], 1)
         logits, chunk = torch.empty(0), self.chunk or size
         cache.begin_pass(stage.kind, self._row([n > 0 for n in sizes]), self._row(stage.spans))
-        for first in range(0, size, chunk):
-            last = min(first + chunk, size)
-            more = last < size and stage.kind is Forward.PROMPT
-            cache.expect(Forward.CHUNK if more else stage.kind)
-            logits = self.model(
-                input_ids=ids[:, first:last],
-                attention_mask=columns[:, : mask.shape[1] + last].long() if ragged else None,
-                position_ids=positions[:, first:last],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
+        try:
+            for first in range(0, size, chunk):
+                last = min(first + chunk, size)
+                more = last < size and stage.kind is Forward.PROMPT
+                cache.expect(Forward.CHUNK if more else stage.kind)
+                logits = self.model(
+                    input_ids=ids[:, first:last],
+                    attention_mask=columns[:, : mask.shape[1] + last].long() if ragged else None,
+                    position_ids=positions[:, first:last],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits
+        finally:
+            cache.expect(None)
         cache.end_pass(ragged and (len(self.stages) > 1 or any(self.before)))
         return logits[:, -1], mask if stage.kind is Forward.PROBE else columns
 

@@ -214,6 +214,12 @@ class KVView:
     def _end_reading(self) -> None:
         self._probing, self._span, self._pass_starts = False, None, None
 
+    def _reset(self) -> None:
+        self._forget_prompt()
+        self._end_reading()
+        self._steps, self._room = 0, None
+        self._versions.clear()
+
     def _forget_prompt(self) -> None:
         self._last_queries = None
         self._notes.clear()

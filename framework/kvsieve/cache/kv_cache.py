@@ -261,7 +261,7 @@ class KVCache(Cache):
         """
         ahead = real.cumsum(1) - 1
         layer, *others = self.policy_layers
-        if not layer.is_initialized:
+        if layer.is_empty:
             return ahead.clamp(min=0)
         if different := [other for other in others if other.slots.used != layer.slots.used]:
             raise UserError(
@@ -288,8 +288,8 @@ class KVCache(Cache):
             )
 
     # ---------------------------------------------------------------- reading.py: a prompt, pass by pass
-    def expect(self, kind: Forward) -> None:
-        """Say what the next forward is; it holds until the end of the pass."""
+    def expect(self, kind: Forward | None) -> None:
+        """Say what the next forward is; None: whoever comes next does not say it."""
         for layer in self._told:
             layer.expected = kind
 
@@ -300,8 +300,6 @@ class KVCache(Cache):
 
     def end_pass(self, ragged: bool) -> None:
         """The pass has ended: a probe is taken back. `ragged`: rows brought different numbers of tokens."""
-        for layer in self._told:
-            layer.expected = None
         for layer in self.policy_layers:
             layer.end_pass(ragged)
 

@@ -288,7 +288,7 @@ class LayerCache(CacheLayerMixin):
     # ---------------------------------------------------------------- a prompt that is read by a plan
     def make_way(self, rooms: torch.Tensor | None) -> None:
         """Keep the `rooms [B]` slots with the highest priority in each row and KV head, in their order."""
-        if rooms is None or not self.is_initialized:
+        if rooms is None or self.is_empty:
             return
         lengths = self.slots.lengths
         counts = torch.minimum(lengths, rooms.to(lengths.device)[:, None])
@@ -306,7 +306,7 @@ class LayerCache(CacheLayerMixin):
         """The rows marked `[B]` begin a pass over tokens `spans [B, 2]` of their prompts."""
         kv, slots = self.kv, self.slots
         kv._probing, kv._span = kind is Forward.PROBE, spans
-        if not self.is_initialized:
+        if self.is_empty:
             return
         lengths = slots.lengths
         earlier = torch.zeros_like(lengths) if kv._pass_starts is None else kv._pass_starts
@@ -422,7 +422,7 @@ class LayerCache(CacheLayerMixin):
                 "cached. Either that forward failed half-way, and a new cache is needed, or this model "
                 "changes keys between cache and attention, and only transformers' own cache can serve it"
             )
-        if not self.is_initialized or (self.fed == 0 and not self.slots.fits(key_states)):
+        if self.is_empty and not (self.is_initialized and self.slots.fits(key_states)):
             if key_states.shape != value_states.shape:
                 raise UserError(
                     f"keys of {key_states.shape[3]} and values of {value_states.shape[3]} numbers a head: "
@@ -481,9 +481,8 @@ class LayerCache(CacheLayerMixin):
             self.last_logits.fill_(torch.nan)
         self.must_drop, self.unpacked, self.pending_cut = False, False, None
         self.expected, self.before_probe = None, None
-        self.kv._forget_prompt()
-        self.kv._end_reading()
-        self.kv._steps = 0
+        self.traffic.begin(None, None)  # a step that failed has not ended
+        self.kv._reset()
         if self.is_initialized:
             self.slots.reset()
 
@@ -506,6 +505,11 @@ class LayerCache(CacheLayerMixin):
         if self.is_initialized:
             rows = torch.arange(self.batch_size, device=self.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token was fed: storage that a reset has left may then be of another batch."""
+        return self.fed == 0
 
     @property
     def batch_size(self) -> int:

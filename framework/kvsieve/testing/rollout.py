@@ -127,7 +127,7 @@ def read_prompts(
             place = torch.arange(size, device=device) - (size - counts[:, None] if pad_left else 0)
             turns = None
             if policy.positions is Positions.CACHE or (stage.kind is Forward.PROBE and rotary is not None):
-                held = layer.kv.lengths[:, :1] if layer.is_initialized else 0
+                held = 0 if layer.is_empty else layer.kv.lengths[:, :1]
                 cached = policy.positions is Positions.CACHE
                 begins = held if cached else torch.tensor(stage.begins, device=device)[:, None]
                 turns = begins + place - index
