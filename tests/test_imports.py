@@ -86,6 +86,7 @@ ORDER = [
     "graph",
     "token_tables",
     "prompts sampling",
+    "plans",
     "reading",
     "loop",
     "scoring",

@@ -349,6 +349,16 @@ def test_a_dense_document_is_continued_as_one_prompt():
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_tokens_that_continue_a_text_are_not_its_first():
+    model, (context, question) = tiny_llama(), random_prompts(3, 20)
+    cache = KVCache(model, make_policy("sirllm", sinks=1, surprising=60, decay=0.5))
+    kvsieve.read(model, [context], cache, leave=0)
+    before = [layer.kv["surprise"].clone() for layer in cache.policy_layers]
+    run([question], cache=cache)
+    for layer, surprise in zip(cache.policy_layers, before, strict=True):
+        torch.testing.assert_close(layer.kv["surprise"][:, :, :3], surprise / 2)  # faded by one turn
+
+
 # -------------------------------------------------------------------- refused before any work
 @functools.cache
 def windowed():

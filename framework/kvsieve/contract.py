@@ -2,9 +2,8 @@
 
 Declarations are checked when a class is registered and when a cache is made for it. Of every answer shape,
 type and device are checked, which costs nothing on the device. The values are checked in `strict` mode only,
-because that waits
-for the device: in the laws of kvsieve.testing, with KVSIEVE_STRICT=1 in the environment, or inside
-`strict()`.
+because that waits for the device: in the laws of kvsieve.testing, with KVSIEVE_STRICT=1 in the environment,
+or inside `strict()`.
 """
 
 from __future__ import annotations
@@ -99,10 +98,13 @@ def check_class(cls: Any) -> None:
         )
 
 
+def _innermost(policy: Policy) -> type[Policy]:
+    """The class of what wrappers are around."""
+    return _innermost(policy.inner) if isinstance(policy, Wrapper) else type(policy)
+
+
 def _check_wants(policy: Policy) -> None:
-    while isinstance(policy, Wrapper):
-        policy = policy.inner
-    hears = type(policy).on_surprise is not Policy.on_surprise
+    hears = _innermost(policy).on_surprise is not Policy.on_surprise
     if hears != (Wants.SURPRISE in policy.wants):
         raise UserError(
             f"policy {policy.name} has one of `on_surprise(kv, surprise, new)` and `wants = Wants.SURPRISE`, "
@@ -211,10 +213,7 @@ def _check_shape(policy: Policy, what: str, name: str, shape: Any) -> None:
         return
     if isinstance(shape.page, bool) or not isinstance(shape.page, int) or shape.page < 1:
         raise UserError(f"{where} has pages of {shape.page!r} slots; a page has at least 1")
-    innermost = policy
-    while isinstance(innermost, Wrapper):
-        innermost = innermost.inner
-    kind = type(innermost)
+    kind = _innermost(policy)
     plans, cuts = kind.plan is not Policy.plan, kind.cut is not Policy.cut or policy.cuts_together
     if policy.keeps is not None or cuts or plans:
         how = f"keeps {policy.keeps} tokens"
@@ -426,10 +425,7 @@ def packs(policy: Policy) -> bool:
 
     Columns, other layouts and searches go by the slots of all heads at once.
     """
-    innermost = policy
-    while isinstance(innermost, Wrapper):
-        innermost = innermost.inner
-    selects = type(innermost).select is not Policy.select
+    selects = _innermost(policy).select is not Policy.select
     return not policy.columns and policy.key_layout.kind == "single" and not selects
 
 

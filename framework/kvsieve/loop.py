@@ -17,9 +17,10 @@ from . import graph
 from .cache.kv_cache import KVCache
 from .cache.layer import LayerCache
 from .errors import UserError
+from .plans import Segments
 from .policy import Policy
 from .prompts import Prompts, end_tokens, pad_token, token_lists
-from .reading import Reading, Segments, check_positions
+from .reading import Reading, check_positions
 from .sampling import Given, Sampler
 
 

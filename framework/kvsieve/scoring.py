@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from .cache.kv_cache import KVCache
 from .errors import UserError
 from .loop import Decoding, Runner, policy_of
+from .plans import Segments
 from .policy import Policy
 from .prompts import Prompts, token_lists
-from .reading import Segments, check_positions
+from .reading import check_positions
 from .sampling import Given
 
 

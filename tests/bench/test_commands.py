@@ -1,6 +1,7 @@
 """The two commands, from the command line to the files."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,3 +262,10 @@ def test_a_cell_that_fails_costs_no_other(monkeypatch, tmp_path):
     failed, measured = json.loads(path.read_text())["cells"]
     assert (failed["context"], failed["rows"]) == (64, [])
     assert [row["policy"].split()[0] for row in measured["rows"]] == ["sparq", "h2o"]
+
+
+def test_a_policy_whose_steps_are_not_alike_is_not_captured():
+    plan = SimpleNamespace(device=torch.device("cuda"), graphs=True)
+    capture = attention_speed._Capture(plan, run := object(), prepare=None, capturable=False)
+    assert capture.run is run
+    assert capture.note == "the policy declares that it cannot be captured"

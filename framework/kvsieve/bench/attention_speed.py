@@ -185,8 +185,9 @@ def _row(
     dense: Measure,
     dense_moved: int,
 ) -> dict[str, Any]:
-    step = PolicyStep(contender.policy, tokens, fixed=_graphs(plan))
-    graph = _Capture(plan, step.run, step.prepare)
+    capturable = contender.policy.capturable
+    step = PolicyStep(contender.policy, tokens, fixed=_graphs(plan) and capturable)
+    graph = _Capture(plan, step.run, step.prepare, capturable)
     times = interleave({"policy": watch.measure(graph.run, step.prepare), "dense": dense}, plan.seconds)
     traffic, seconds, against = step.traffic(), summary(times["policy"]), summary(times["dense"])
     moved = traffic["read"] + traffic["written"]
@@ -257,9 +258,18 @@ def _dense_candidates(
 class _Capture:
     """A step as a CUDA graph where that is wanted and can be, and a note that says which."""
 
-    def __init__(self, plan: AttentionPlan, run: Callable[[], object], prepare: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        run: Callable[[], object],
+        prepare: Callable[[], None],
+        capturable: bool = True,
+    ) -> None:
         self.run, self.note = run, "no GPU" if plan.device.type != "cuda" else "--eager"
         if not _graphs(plan):
+            return
+        if not capturable:  # its steps are not alike: a graph would be one of them again and again
+            self.note = "the policy declares that it cannot be captured"
             return
         try:
             self.run, self.note = captured(run, prepare, plan.device), "captured"

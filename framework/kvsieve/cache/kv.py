@@ -162,7 +162,9 @@ class KVView:
 
     @property
     def span(self) -> torch.Tensor:
-        """`[B, 2]` int64: `first` and `last` of the pass that runs; both 0 in a row that is not in it."""
+        """`[B, 2]` int64: the tokens of the row's text, from `first` to before `last`, of the pass that runs;
+        both 0 in a row that is not in it.
+        """
         if self._span is None:
             return self.seen.new_zeros(len(self.seen), 2)
         return self._span.to(self.seen.device)

@@ -315,8 +315,8 @@ class Slots:
         self.used, self.fixed = self.capacity, True
 
     def trim(self) -> None:
-        """Give back the storage beyond the slots in use."""
-        if self.packing is None and self.capacity > self.used:
+        """Give back the storage beyond the slots in use; not where columns are paged."""
+        if self.packing is None and not self._pages and self.capacity > self.used:
             self.keep(torch.arange(self.used, device=self.device).expand(*self.lengths.shape, -1))
 
     def keep_where(self, stays: torch.Tensor, most: int) -> None:

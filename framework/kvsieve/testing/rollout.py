@@ -13,8 +13,8 @@ from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
 from ..cache.rotary import Rotary
 from ..errors import UserError
+from ..plans import checked_plan, schedule
 from ..policy import Observe, Policy, Positions
-from ..reading import checked_plan, schedule
 
 
 def rollout(
