@@ -28,6 +28,8 @@ import torch
 
 from kvsieve import KVView, NewTokens, Observe, Pass, Policy, Positions, UserError
 
+from .budgets import dense, too_small, vector
+
 
 @dataclass(frozen=True)
 class CItruS(Policy):
@@ -83,7 +85,17 @@ class CItruS(Policy):
         return kv["score"].masked_fill(kv.fresh(), torch.inf)
 
     @classmethod
-    def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        """Keep `ratio * context` tokens of the document; the instruction and the answer come on top."""
-        kept = max(1, round(ratio * context))
-        return cls(kept=kept, chunk=max(1, min(256, kept // 2)))
+    def for_compression(
+        cls,
+        ratio: float,
+        head_size: int,
+        context: int,
+        instruction: int = 64,
+        score: Literal["instruction", "chunk"] = "instruction",
+    ) -> Self:
+        """Hold `ratio * context` tokens, an instruction of so many included; the answer comes on top."""
+        kept = round(ratio * context) - instruction
+        if kept < 1:
+            least = (instruction + 1) * 2 * vector(head_size)
+            raise too_small("citrus", least, dense(head_size, context))
+        return cls(kept, max(1, min(256, kept // 2)), score, instruction)

@@ -62,3 +62,8 @@ def test_a_conversation_is_read_turn_by_turn(model):
     assert int(held.max()) == 4 + 150 - 1  # with the last turn, less the token that is left
     dense = measured(model, task, make_policy("dense"))[1]
     assert records[0]["kv_bytes"] < dense[0]["kv_bytes"] / 2
+
+
+def test_a_plan_finds_room_for_its_probes_in_a_comparison(model):
+    _, records = measured(model, Needle(200), make_policy("kvzip", ratio=0.5, repeat=(1, 2), go_on=(1, 2)))
+    assert all(record["bytes_read"] < 0.8 * record["bytes_dense"] for record in records)

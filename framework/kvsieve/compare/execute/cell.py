@@ -12,7 +12,7 @@ from ...cache.kv_cache import KVCache
 from ...hf import parallel
 from ...loop import Decoding, Runner
 from ...prompts import check_lengths, end_tokens
-from ...reading import read
+from ...reading import Reading, read
 from ...sampling import Sampler
 from ...scoring import Scoring
 from ..cells import Cell
@@ -115,8 +115,9 @@ class Measurement:
         # Rows are padded to the longest prompt, and then to the longest question.
         questions = [len(question) for sample in samples for question in sample.questions]
         columns = max(map(len, prompts)) + max(questions, default=0)
-        cache = self._empty_cache(max(self.cell.task.context, columns) + limit)
         segments = [list(sample.segments) or [len(sample.prompt)] for sample in samples]
+        peak = Reading(self.model, prompts, self.cell.policy, segments).peak
+        cache = self._empty_cache(max(max(self.cell.task.context, columns) + limit, peak))
         with transfer.measure(self.meter):
             if samples[0].forced:
                 answers, decoding = self._score(indexes, samples, prompts, segments, cache)
