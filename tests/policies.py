@@ -6,9 +6,10 @@ tight: leaves something out once a row holds 13 tokens. loose: leaves nothing ou
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvsieve import make_policy
+from kvsieve import Policy, make_policy
 
 CALIBRATION = str(Path(__file__).parent / "data/calibration.safetensors")  # for layer 0 of the laws' shape
+TWO_LAYERS = str(Path(__file__).parent / "data/two_layers.safetensors")  # 2 KV heads of 8 channels in each
 HEAD_SCORES = str(Path(__file__).parent / "data/head_scores.safetensors")  # 0.9 and 0.1, of that layer
 
 
@@ -188,6 +189,23 @@ CASES = {
 }
 TIGHT = {name: make_policy(case.policy, **case.tight) for name, case in CASES.items()}
 LOOSE = {name: make_policy(case.policy, **case.loose) for name, case in CASES.items()}
+
+
+def of_two_layers(name: str, which: str = "tight", calibration: str = TWO_LAYERS) -> Policy:
+    """The policy of a case for models of two layers, with 2 KV heads of 8 channels, without a tokenizer."""
+    case = CASES[name]
+    given = {"tight": case.tight, "loose": case.loose}[which]
+    for field in ("calibration", "full_heads"):
+        if isinstance(given.get(field), str):
+            given = given | {field: calibration}
+    if isinstance(given.get("full_heads"), list):
+        given = given | {"full_heads": [*given["full_heads"], [0]]}
+    if case.policy == "anllm":
+        given = given | {"anchors": (7, 12, 41, 46)}
+    if case.policy == "kvzip":
+        given = given | {"repeat": (3, 5), "go_on": (7,)}
+    return make_policy(case.policy, **given)
+
 
 # For models of several layers: the first is dense, the others keep 12 tokens.
 FIRST_LAYER_DENSE = make_policy("dense_layers", layers=[0], inner=TIGHT["h2o"])

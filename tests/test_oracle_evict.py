@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvsieve
-from kvsieve import KVCache, make_policy
+from kvsieve import KVCache, UserError, make_policy
 from kvsieve.cache.rotary import Rotary
 from kvsieve.loop import Runner
 from kvsieve.testing import LayerCache, rollout
@@ -71,11 +71,11 @@ def rotated(vectors, name, lengths, params):
     return Rotary.of_theta(params["rope_theta"], vectors.shape[3]).turned(vectors, position[:, None])
 
 
-def check(policy, case, prefill_chunk=None, current_dropped=False, rope_theta=None):
+def check(policy, case, prefill_chunk=None, current_dropped=False, rope_theta=None, index=0, layers=1):
     """The outputs of all steps, and which tokens are held after the last one."""
-    layer = LayerCache(policy.for_layer(0, 1))
+    layer = LayerCache(policy.for_layer(index, layers), index=index)
     given = case.prompt_queries, case.step_queries, case.keys, case.values
-    how = {"prefill_chunk": prefill_chunk, "rope_theta": rope_theta}
+    how = {"prefill_chunk": prefill_chunk, "rope_theta": rope_theta, "index": index, "layers": layers}
     got = rollout(policy, *given, case.lengths, layer=layer, **how)
     torch.testing.assert_close(got, case.outputs, atol=TOLERANCE, rtol=TOLERANCE)
     kv, prompt = layer.kv, case.prompt_queries.shape[2]
@@ -149,14 +149,27 @@ def test_pyramidkv(name, layer, layers, way):
     case, params = read("pyramidkv", name, layer=layer)
     assert params["layers"] == layers
     policy = voting("pyramidkv", params, beta=params["beta"])
-    check_all_ways(way, policy.for_layer(layer, layers), case)
+    check_all_ways(way, policy, case, index=layer, layers=layers)
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "mid", "short"])
 def test_pyramidkv_with_a_set_per_query_head(name):
     case, params = read("pyramidkv", name, "factory_query_head", layer=1)
     policy = voting("pyramidkv", params, beta=params["beta"])
-    check(policy.for_layer(1, params["layers"]), case.per_query_head())
+    check(policy, case.per_query_head(), index=1, layers=params["layers"])
+
+
+def test_a_layer_of_several_is_taken_with_its_number():
+    case, params = read("pyramidkv", "gqa", layer=2)
+    policy = voting("pyramidkv", params, beta=params["beta"])
+    given = policy, case.prompt_queries, case.step_queries, case.keys, case.values, case.lengths
+    got = rollout(*given, index=2, layers=3)
+    torch.testing.assert_close(got, case.outputs, atol=TOLERANCE, rtol=TOLERANCE)
+    assert not torch.allclose(rollout(*given), got, atol=0.01)
+    with pytest.raises(UserError, match="index must be a layer from 0 to layers - 1 = 2, not 3"):
+        rollout(*given, index=3, layers=3)
+    with pytest.raises(UserError, match=r"layer is not layer 1 of 3 .*policy.for_layer\(1, 3\), index=1"):
+        rollout(*given, index=1, layers=3, layer=LayerCache(policy))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -24,6 +24,18 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
+def join(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Join a tensor of every process along `dim`, in the order of their ranks; they are of one shape.
+
+    All processes must call it, in the same order.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim)
+
+
 def rank() -> int:
     """The rank of this process; 0 where there is only one, and for the one that writes and prints."""
     return int(os.environ.get("RANK", "0"))

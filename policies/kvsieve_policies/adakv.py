@@ -12,8 +12,6 @@ Choices, after the authors' code (FFY0/AdaKV with `gqa_support`):
   rounding loses or gains single tokens of the pool. kvpress' safeguard is a minimum instead.
 - `normalize` weighs a head's votes by how many of them its own best `budget - window` tokens hold.
 - A prompt that fits into the budget is kept whole.
-
-Under tensor parallelism every process shares out the pool of its own heads.
 """
 
 from dataclasses import dataclass
@@ -43,7 +41,8 @@ class AdaKV(WindowVotes):
 
     def cut(self, kv: KVView) -> torch.Tensor:
         votes = self._votes(kv)
-        return self._best(kv, votes, self._shares(votes))
+        shares = self._shares(kv.all_heads(votes, pad=-torch.inf))
+        return self._best(kv, votes, shares[:, kv.heads.start : kv.heads.stop])
 
     def _shares(self, votes: torch.Tensor) -> torch.Tensor:
         """Tokens before the window that each head keeps, `[B, K]`."""

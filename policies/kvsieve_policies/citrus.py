@@ -76,7 +76,7 @@ class CItruS(Policy):
 
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         if self._scores(kv):
-            kv["score"] += mass.mean(1, keepdim=True)
+            kv["score"] += kv.all_heads(mass).mean(1, keepdim=True)
 
     def _scores(self, kv: KVView) -> bool:
         return kv.probing or self.score == "chunk"

@@ -17,8 +17,7 @@ of one query code and definition agree, and this is what a step computes.
 Deviations: a prompt is attended densely, at its own distances, and every query counts towards the
 representatives, however far. Blocks stay on the device: nothing is loaded from a host. A key is turned in
 place, once, when it leaves the window (and forth and back around a later turn of a conversation); the authors
-keep keys unturned. Under tensor parallelism every process ranks blocks by its own heads, and may choose
-others than another process.
+keep keys unturned.
 """
 
 import math
@@ -166,7 +165,8 @@ class InfLLM(Policy):
     def _far(self, query: torch.Tensor, kv: KVView) -> tuple[torch.Tensor, torch.Tensor]:
         """The slots `[B, F]` to read outside the window, and how many they are `[B]`."""
         vectors = kv["representatives"].float()  # [B, K, N, G * D]
-        score = torch.matmul(vectors, query.float().flatten(2)[..., None])[..., 0].sum(1)
+        products = torch.matmul(vectors, query.float().flatten(2)[..., None])[..., 0]
+        score = kv.all_heads(products).sum(1)
         complete, outside = self._complete(kv.seen - 1)[:, None], (kv.seen - self.window)[:, None]
         numbers = torch.arange(score.shape[1], device=score.device)
         score = score.masked_fill(numbers >= complete, -torch.inf)

@@ -21,7 +21,6 @@ is the context, and the first new token comes from it uncut. What was not scored
 
 All layers hold the whole context until it is cut, and a probe beside it; reading costs about three times as
 much. The probes' weights are computed apart from attention. A soft cap on logits is not applied to them.
-Under tensor parallelism every process shares out the pool of its own heads.
 """
 
 from collections.abc import Sequence
@@ -117,10 +116,11 @@ class KVzip(Policy):
         for kv in layers:
             held = kv.notes["score"][:, :, : kv.slots_in_use]
             scores.append(F.pad(held, (0, kv.slots_in_use - held.shape[2]), value=-1))
-        pool = torch.cat([score.flatten(1).to(scores[0].device) for score in scores], 1)
+        everywhere = [kv.all_heads(score, pad=-1) for kv, score in zip(layers, scores, strict=True)]
+        pool = torch.cat([score.flatten(1).to(scores[0].device) for score in everywhere], 1)
         pairs = (pool >= 0).sum(1)
         if self.budget is not None:
-            heads = sum(score.shape[1] for score in scores)
+            heads = sum(score.shape[1] for score in everywhere)
             counts = torch.full_like(pairs, heads * (self.budget - self.sinks))
             all_stay = counts >= pairs
         else:

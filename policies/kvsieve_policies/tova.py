@@ -6,9 +6,6 @@ step, the token with the lowest attention weight from the newest query, averaged
 As in the authors' code, all KV heads of a layer hold the same tokens, neither the first nor the newest one
 is protected, and a prompt is cut once, when it is complete, by its last query. Choice: `budget` counts the
 current token; the authors hold C tokens between steps and read C + 1, so their C is `budget - 1`.
-
-Under tensor parallelism every process averages over its own heads, which may then hold other tokens than
-those of another process.
 """
 
 from dataclasses import dataclass
@@ -43,7 +40,7 @@ class TOVA(Policy):
         self.on_attend(kv, ops.window_weights(kv).mean(2))
 
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
-        kv["weight"] = mass.mean(1, keepdim=True).expand_as(mass)
+        kv["weight"] = kv.all_heads(mass).mean(1, keepdim=True).expand_as(mass)
 
     def priority(self, kv: KVView) -> torch.Tensor:
         return kv["weight"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import processes
 from ..errors import UserError, unknown
 from . import layouts
 from .rotary import Rotary
@@ -103,7 +104,31 @@ class KVView:
         self._room: torch.Tensor | None = None
         self._pass_starts: torch.Tensor | None = None
         self._static = Static({}, traffic)
+        self._heads = range(0)
+        self._split = False  # other processes hold other heads of the layer
         self._versions: dict[str, int] = {}  # of columns and summaries when they were last counted
+
+    # ---------------------------------------------------------------- heads
+    @property
+    def heads(self) -> range:
+        """The KV heads of the layer that this process holds: all K, but under tensor parallel."""
+        return self._heads
+
+    def all_heads(self, tensor: torch.Tensor, pad: float | None = None) -> torch.Tensor:
+        """A `tensor [B, K, ...]` of every process's heads, in their order; as it is where one holds all.
+
+        For methods in which the heads of a layer decide together. All processes must call it alike, and send
+        each other the tensor: it is no read of the cache, and not counted. `pad` fills up dimension 2 where
+        it may differ, as T does once heads keep different numbers.
+        """
+        if not self._split:
+            return tensor
+        if pad is not None:
+            most = max(processes.gather(tensor.shape[2]))
+            wide = tensor.new_full((*tensor.shape[:2], most, *tensor.shape[3:]), pad)
+            wide[:, :, : tensor.shape[2]] = tensor
+            tensor = wide
+        return processes.join(tensor, 1)
 
     # ---------------------------------------------------------------- slots and tokens
     @property

@@ -397,6 +397,7 @@ class LayerCache(CacheLayerMixin):
         split = self.model_heads is not None and many < self.model_heads
         first = processes.rank() * many if split else 0
         heads = range(first, first + many)
+        self.kv._heads, self.kv._split = heads, split
         static = policy.bind(self.index, heads, size, keys.device)
         self.kv._static = Static(
             contract.checked_static(static, policy, self.index, many, keys.device), self.traffic

@@ -31,31 +31,42 @@ def rollout(
     ids: torch.Tensor | None = None,
     surprise: torch.Tensor | None = None,
     segments: Sequence[Sequence[int]] | None = None,
+    index: int = 0,
+    layers: int = 1,
 ) -> torch.Tensor:
     """Attention outputs `[B, H, N, D]` of N decode steps of one layer under a policy.
 
     Args:
-        policy: the policy, or a wrapper, of whose layers the first of one is taken.
+        policy: the policy; where it differs by layer, its layer `index` of `layers` is taken.
         prefill_queries: `[B, H, P, D]`; None for policies that do not look at them.
         step_queries: `[B, H, N, D]`, one a step.
         keys, values: `[B, K, P + N, D]`: the prompt's, then one more token a step.
         lengths: `[B]`: row b's prompt is its first `lengths[b]` tokens, right-padded to P; None: all P.
         scale: of the logits; None is `D ** -0.5`.
-        layer: an empty `LayerCache(policy)` to look into afterwards: `layer.kv` is what the policy sees.
+        layer: an empty `LayerCache(policy)` to look into afterwards: `layer.kv` is what the policy sees. Of
+            several layers, `LayerCache(policy.for_layer(index, layers), index=index)`.
         prefill_chunk: feed the prompt in pieces of this many tokens.
         rope_theta: queries and keys come rotated with it (half-split), at the positions of their row's text;
             for policies that turn them. None: for those that do not.
         ids, surprise: `[B, P + N]`, laid out as the keys, for policies that want token ids or surprise.
         segments: of each row's prompt, for policies that read it by a plan. Of a probe, text and token ids
             are left out: they have no keys here.
+        index, layers: which layer of how many.
 
     Raises: UserError: shapes that do not fit together, or no prefill queries for a policy that observes
         the attention of the prompt, no rope_theta for one that turns queries or keys, or no ids or
-        surprise for one that wants them.
+        surprise for one that wants them; or an `index` that is none of the `layers`.
     """
     rows, heads, steps, size = step_queries.shape
     kv_heads, prompt = keys.shape[1], keys.shape[2] - steps
-    policy = policy.for_layer(0, 1)
+    if not 0 <= index < layers:
+        raise UserError(f"index must be a layer from 0 to layers - 1 = {layers - 1}, not {index}")
+    policy = policy.for_layer(index, layers)
+    if layers > 1 and layer is not None and (layer.policy, layer.index) != (policy, index):
+        raise UserError(
+            f"layer is not layer {index} of {layers} under this policy: give "
+            f"LayerCache(policy.for_layer({index}, {layers}), index={index})"
+        )
     if prompt < 1 or heads % kv_heads or values.shape[:3] != keys.shape[:3]:
         raise UserError(
             f"keys {list(keys.shape)} and values {list(values.shape)} must be [B, K, P + N, D] with P >= 1, "
@@ -65,7 +76,7 @@ def rollout(
         if policy.observes in (Observe.MASS, Observe.HEADS) or policy.last_queries:
             raise UserError(f"{policy.name} observes the attention of the prompt: give prefill_queries")
         prefill_queries = step_queries.new_zeros(rows, heads, prompt, size)
-    layer = layer or LayerCache(policy)
+    layer = layer or LayerCache(policy, index=index)
     layer.scoring, layer.group = Scoring(size**-0.5 if scale is None else scale), heads // kv_heads
     rotary = None if rope_theta is None else Rotary.of_theta(rope_theta, size)
     if policy.positions is not Positions.TEXT:
