@@ -97,6 +97,12 @@ def test_an_interruption_says_how_to_go_on(kvsieve, config, monkeypatch):
     assert "stopped; what was measured is in results/mine, and the same command continues" in result.stderr
 
 
+def test_generate_makes_room_for_probes(kvsieve):
+    result = kvsieve("generate", "--policy", "kvzip", "--max-new-tokens", "2", "def main(argument):")
+    assert result.exit_code == 0, result.output
+    assert "kvzip ratio=0.3" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

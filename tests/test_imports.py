@@ -101,6 +101,7 @@ ORDER = [
     "testing",
     "lm_eval",
     "bench",
+    "listing streaming",
     "cli",
 ]
 RANK = {f"kvsieve.{module}": rank for rank, line in enumerate(ORDER) for module in line.split()}

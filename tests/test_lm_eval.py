@@ -156,10 +156,11 @@ def test_a_policy_acts_on_every_scored_token_here_and_on_none_in_stock_scoring(m
         assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_a_log_likelihood_is_the_sum_of_what_score_says(model):
+@pytest.mark.parametrize("policy", [TIGHT, kvsieve.make_policy("kvzip", repeat="Again:")], ids=str)
+def test_a_log_likelihood_is_the_sum_of_what_score_says(model, policy):
     context, continuation = [256, *b"The sky above"], list(b" is")  # a text begins with <bos>
-    (scored,) = kvsieve.score(model, [context[:-1]], [context[-1:] + continuation], TIGHT)
-    ((found, _),) = log_likelihoods(PolicyLM(model, TIGHT), ("The sky above", " is"))
+    (scored,) = kvsieve.score(model, [context[:-1]], [context[-1:] + continuation], policy)
+    ((found, _),) = log_likelihoods(PolicyLM(model, policy), ("The sky above", " is"))
     assert found == pytest.approx(float(scored[1:].sum()), abs=1e-5)
 
 

@@ -469,6 +469,15 @@ class KeepsBestAtPlaces(KeepsBest):
     positions = Positions.CACHE
 
 
+def test_probes_beyond_the_models_positions_are_refused():
+    policy = make_policy("kvzip", repeat=(1, 2), sinks=1)
+    model = tiny_llama()
+    limit = model.config.max_position_embeddings
+    prompt = random_prompts(limit // 2 + 20)[0]
+    with pytest.raises(UserError, match=f"its probes included, and LlamaForCausalLM has {limit} positions"):
+        kvsieve.decode(model, [prompt], policy, max_new_tokens=2)
+
+
 def test_what_is_read_may_count_positions_within_the_cache():
     """One pass of many tokens over what is held, in a clone too: as one decode of the whole text."""
     model, policy, (context, question) = tiny_llama(), KeepsBestAtPlaces(8, room=12), random_prompts(24, 8)

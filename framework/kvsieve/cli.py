@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
-import inspect
-import io
-import sys
-import typing
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
@@ -21,13 +15,9 @@ from .errors import UserError
 from .lm_eval.cli import lm_eval
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from .compare.config import Config
     from .compare.execute import Executor
     from .compare.results import Row
-    from .plugins import Registered
-    from .specs import PolicySpec
 
 
 class _Group(typer.core.TyperGroup):
@@ -222,17 +212,17 @@ def report(folder: Annotated[Path, typer.Argument(help="the folder of a run")]) 
 @app.command()
 def policies(as_json: AsJson = False) -> None:
     """List the policies: where they come from, their parameters with defaults, their papers."""
-    from . import plugins
+    from . import listing, plugins
 
-    _list(plugins.policies().values(), plugins.problems(), as_json)
+    listing.show(plugins.policies().values(), plugins.problems(), as_json)
 
 
 @app.command()
 def tasks(as_json: AsJson = False) -> None:
     """List the tasks: where they come from, their parameters with defaults, what they measure."""
-    from . import plugins
+    from . import listing, plugins
 
-    _list(plugins.tasks().values(), plugins.problems(), as_json)
+    listing.show(plugins.tasks().values(), plugins.problems(), as_json)
 
 
 @app.command()
@@ -344,83 +334,21 @@ def generate(
     from .compare.sweep import policy_from_options
 
     spec = policy_from_options(policy, compression, parameters or [])
+    from . import streaming
     from .hf import models
 
     _no_loading_bars()
     loaded = models.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    said = _read_standard_input() if prompt == "-" else prompt
-    ids = _prompt_ids(loaded, said, chat)
+    said = streaming.standard_input() if prompt == "-" else prompt
+    ids = streaming.prompt_ids(loaded, said, chat)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "eager": eager}
     try:
-        _stream(loaded, ids, spec, max_new_tokens, options)
+        streaming.stream(loaded, ids, spec, max_new_tokens, options)
     except KeyboardInterrupt:
         typer.echo()
         raise typer.Exit(130) from None
-
-
-def _read_standard_input() -> str:
-    try:
-        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"standard input is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}; "
-            "convert it, as in: iconv -f latin1 -t utf8 file | kvsieve generate -"
-        ) from None
-
-
-def _prompt_ids(model: PreTrainedModel, prompt: str, chat: bool) -> list[int]:
-    """The token ids of a text, or of a user's turn: its template brings the token that begins a text."""
-    from . import prompts
-    from .compare.tasks.text import encode, in_chat
-
-    if chat:
-        return encode(model.tokenizer, in_chat(model.tokenizer, prompt))
-    return prompts.token_lists(model, [prompt])[0]
-
-
-def _stream(
-    model: PreTrainedModel,
-    ids: list[int],
-    spec: PolicySpec,
-    max_new_tokens: int,
-    options: dict[str, Any],
-) -> None:
-    """Print the text as it comes, and then, on standard error, what it took."""
-    import time
-
-    from . import loop, transfer
-    from .cache.kv_cache import KVCache
-    from .compare.cells import describe_parameters, head_size
-    from .compare.tasks.text import continuation
-
-    policy = spec.build(head_size(model), len(ids) + max_new_tokens, model.dtype.itemsize)
-    cache = KVCache(model, policy, capacity=len(ids) + max_new_tokens)
-    said: list[int] = []
-    shown = 0
-    with transfer.measure() as meter:
-        started = 0.0
-        for tokens in loop.decode(
-            model, [ids], policy, max_new_tokens=max_new_tokens, cache=cache, **options
-        ):
-            started = started or time.perf_counter()  # the first token is the prefill's
-            said += tokens.tolist()
-            text = continuation(model.tokenizer, ids, said)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of that character is still to come
-                typer.echo(text[shown:], nl=False)
-                sys.stdout.flush()
-                shown = len(text)
-        seconds = time.perf_counter() - started
-    typer.echo(continuation(model.tokenizer, ids, said)[shown:])
-    what = f"{spec.name} {describe_parameters(policy)}".strip()
-    facts = [what, f"{len(ids)} + {len(said)} tokens"]
-    if meter.steps:
-        facts.append(f"{meter.steps / seconds:.0f} tokens/s")
-        facts.append(f"{meter.read / meter.dense_read:.3f} of dense attention's bytes read")
-    if cache.eager_because and model.device.type == "cuda":
-        facts.append(f"not as a CUDA graph: {cache.eager_because}")
-    typer.secho("; ".join(facts), err=True, dim=True)
 
 
 def _show(folder: Path, rows: list[Row]) -> None:
@@ -435,75 +363,6 @@ def _show(folder: Path, rows: list[Row]) -> None:
     except UserError as error:
         typer.echo(f"no report: {error}")
     typer.echo(f"numbers: {folder / 'summary.csv'}")
-
-
-class _Parameter(NamedTuple):
-    """One line of `kvsieve policies`."""
-
-    name: str
-    type: str
-    required: bool
-    default: Any
-
-
-def _list(registered: Iterable[Registered], problems: list[str], as_json: bool) -> None:
-    found = [(one, _parameters(one.cls)) for one in registered]
-    if as_json:
-        _list_json(found)
-    else:
-        _list_text(found)
-    for problem in problems:
-        Console(stderr=True, soft_wrap=True, markup=False).print(f"not loaded: {problem}", style="red")
-
-
-def _list_text(found: list[tuple[Registered, list[_Parameter]]]) -> None:
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    for one, parameters in found:
-        origin = f"{one.distribution} {one.version}"
-        paper = getattr(one.cls, "paper", "")
-        console.print(one.name, style="bold", end="")
-        console.print(f"  ({', '.join(filter(None, [origin, paper]))})")
-        summary, _, _ = (inspect.getdoc(one.cls) or "").partition("\n")
-        console.print(f"    {summary}", style="dim")
-        for parameter in parameters:
-            console.print(f"    {parameter.name}: {parameter.type}", end="")
-            console.print("" if parameter.required else f" = {parameter.default!r}")
-
-
-def _list_json(found: list[tuple[Registered, list[_Parameter]]]) -> None:
-    import json
-
-    listed = [
-        {
-            "name": one.name,
-            "distribution": one.distribution,
-            "version": one.version,
-            "paper": getattr(one.cls, "paper", None) or None,
-            "metric": getattr(one.cls, "metric", None),
-            "description": inspect.getdoc(one.cls),
-            "parameters": [parameter._asdict() for parameter in parameters],
-        }
-        for one, parameters in found
-    ]
-    typer.echo(json.dumps(listed, indent=2, default=str))
-
-
-def _parameters(cls: type) -> list[_Parameter]:
-    hints = typing.get_type_hints(cls)
-    missing, found = dataclasses.MISSING, []
-    for field in dataclasses.fields(cls):
-        default = field.default_factory() if field.default_factory is not missing else field.default
-        required = default is missing
-        found.append(
-            _Parameter(field.name, _type_name(hints[field.name]), required, None if required else default)
-        )
-    return found
-
-
-def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return " | ".join(map(repr, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
 
 
 def main() -> None:

@@ -189,7 +189,7 @@ class Runner:
             raise UserError(f"the cache was made for the policy {cache.policy}, not for {policy}")
         self.model, self.rows = model, rows
         self.reading = Reading(model, rows, policy_of(policy, cache), segments, prefill_chunk, before=before)
-        needed = max(self.reading.peak, self.reading.held + max_new_tokens)
+        needed = self.reading.room(max_new_tokens)
         self.cache = cache if cache is not None else KVCache(model, policy, capacity=needed)
         self.cache.check_free()
         self.reading.check_cache(self.cache, max_new_tokens)

@@ -61,6 +61,11 @@ def read(
     cache.mark_read()
 
 
+def cache_for(model: PreTrainedModel, rows: list[list[int]], policy: Policy, new_tokens: int) -> KVCache:
+    """Make a cache with room for these prompts, as the policy reads them, and so many new tokens."""
+    return KVCache(model, policy, capacity=Reading(model, rows, policy).room(new_tokens))
+
+
 def check_positions(
     model: PreTrainedModel, rows: list[list[int]], new_tokens: int, policy: Policy, before: int = 0
 ) -> None:
@@ -113,9 +118,13 @@ class Reading:
         self.peak, self.held = slots_needed(self.stages)
         self.ragged = any(size < self.columns for size in self.sizes)
 
+    def room(self, new_tokens: int) -> int:
+        """The slots that a row needs for its prompt, beside what was held before, and so many new tokens."""
+        return max(self.peak, self.held + new_tokens)
+
     def check_cache(self, cache: KVCache, new_tokens: int = 0) -> None:
         """Raise UserError if this cache cannot be read into so, or not hold as many new tokens then."""
-        needed = max(self.peak, self.held + new_tokens) + cache.slots_in_use()
+        needed = self.room(new_tokens) + cache.slots_in_use()
         cache.check_room(needed)
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if self.policy.positions is Positions.CACHE and limit is not None and needed > limit:
@@ -123,6 +132,12 @@ class Reading:
                 f"policy {self.policy.name} holds up to {needed} tokens at once, and "
                 f"{type(self.model).__name__} has {limit} positions (max_position_embeddings): let it hold "
                 "fewer"
+            )
+        ends = [b + len(t) for stage in self.stages for b, t in zip(stage.begins, stage.tokens, strict=True)]
+        if self.policy.positions is not Positions.CACHE and limit is not None and max(ends) > limit:
+            raise UserError(
+                f"policy {self.policy.name} reads these prompts up to position {max(ends)}, its probes "
+                f"included, and {type(self.model).__name__} has {limit} positions (max_position_embeddings)"
             )
         others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, LayerCache)}
         who = f"{type(self.model).__name__} has layers that are not the policy's ({', '.join(others)})"

@@ -8,7 +8,7 @@ from a decode step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from ..cache.kv_cache import KVCache
 from ..errors import UserError, unknown
-from ..loop import decode
+from ..loop import decode, policy_of
 from ..policy import Policy
 from ..prompts import end_tokens
+from ..reading import cache_for
 from ..scoring import Scoring
 from . import quiet
 
@@ -37,7 +38,8 @@ class PolicyLM(HFLM):
     Args:
         batch_size: requests computed together.
         max_length: positions that a request may take; longer contexts lose their beginning. None: all of the
-        model's. seed: of the sampling, for tasks that sample.
+            model's.
+        seed: of the sampling, for tasks that sample.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class PolicyLM(HFLM):
 
     def _score(self, requests: list[Request]) -> list[tuple[float, bool]]:
         prompts, forced = zip(*map(self._fed, requests), strict=True)
-        cache = self._cache(max(map(len, prompts)) + max(map(len, forced)))
+        cache = self._cache(prompts, max(map(len, forced)))
         answers = []
         scored = Scoring(self.model, prompts, forced, self.policy, cache=cache).result()
         for (_, _, continuation), row in zip(requests, scored, strict=True):
@@ -145,7 +147,7 @@ class PolicyLM(HFLM):
         # Tokens that a stop string may span.
         reach = max((len(text.encode()) for text in stop), default=0) + 2
         room = max_length - context.shape[1]
-        cache = self._cache(max(map(len, prompts)) + room)
+        cache = self._cache(prompts, room)
         for tokens in decode(
             self.model, prompts, self.policy, max_new_tokens=room, eos_token_id=ends, cache=cache, **sampling
         ):
@@ -177,8 +179,8 @@ class PolicyLM(HFLM):
         self._drawn += rows
         return {"temperature": 1.0} | given | {"seed": self.seed + self._drawn - rows}
 
-    def _cache(self, capacity: int) -> KVCache:
-        return KVCache(self.model, self.policy, capacity=capacity)
+    def _cache(self, prompts: Sequence[list[int]], new_tokens: int) -> KVCache:
+        return cache_for(self.model, list(prompts), policy_of(self.policy, None), new_tokens)
 
     def get_model_info(self) -> dict[str, Any]:
         """For lm_eval's results file; HFLM would ask the hub."""
