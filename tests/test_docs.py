@@ -79,6 +79,12 @@ def test_links_lead_somewhere(document):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+def test_every_public_name_is_in_the_documents():
+    text = "".join(document.read_text() for document in DOCUMENTS)
+    public = {*kvsieve.__all__, *kvsieve.testing.__all__}
+    assert {name for name in public if not re.search(rf"\b{name}\b", text)} == set()
+
+
 @pytest.fixture(scope="module")
 def space():
     """Names that examples use without defining them; each document or docstring gets a copy."""

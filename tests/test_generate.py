@@ -100,7 +100,7 @@ def test_beam_search_finds_what_stock_finds(model, policy):
 
 @each_policy
 def test_beams_take_their_slots_along(model, policy):
-    """What a beam is worth is what the policy gives its tokens: its columns and summaries moved with it."""
+    """A beam is worth what the policy gives its tokens: its columns and summaries moved with it."""
     out = generate(
         model,
         PROMPT,

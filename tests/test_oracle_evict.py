@@ -63,7 +63,7 @@ def read(method, case, source=None, layer=None):
 
 
 def rotated(vectors, name, lengths, params):
-    """As a model rotates them: token i of a prompt at position i, step n of a row at `lengths + n`."""
+    """Rotate as a model does: token i of a prompt at position i, step n of a row at `lengths + n`."""
     steps = torch.arange(STEPS)
     prompt = torch.arange(vectors.shape[2] - (STEPS if name == "keys" else 0)).expand(len(lengths), -1)
     later = lengths[:, None] + steps

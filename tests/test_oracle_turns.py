@@ -153,7 +153,7 @@ def check_last(given, case, turn, logits, cache, row=0):
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("case", ["plain", "decay"])
 def test_sirllm(sirllm, case, chunk):
-    """What is kept before each turn, the scores after it, and the tokens that follow the last one."""
+    """Checks what is kept before each turn, the scores after it, and the tokens that follow the last one."""
     for turn in range(TURNS):
         talk = Turns(sirllm, case, turn + 1)
         runner = Runner(sirllm.model, [talk.prompt], talk.policy, STEPS, chunk, segments=[talk.segments])

@@ -1,4 +1,4 @@
-"""What a model's config.json says about a comparison before a weight is read."""
+"""A comparison is checked against a model's config.json before a weight is read."""
 
 import json
 

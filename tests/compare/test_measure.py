@@ -1,4 +1,4 @@
-"""What is measured of a cell does not depend on how its steps are run."""
+"""Measurements of a cell do not depend on how its steps are run."""
 
 import pytest
 

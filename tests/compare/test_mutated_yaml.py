@@ -91,7 +91,7 @@ def read(path: Path) -> tuple[bool, float]:
 
 
 def read_many(tmp_path: Path, count: int, seed: int) -> tuple[int, float]:
-    """How many mutated files were right, and the longest time; one that fails is shown with its seed."""
+    """Count mutated files that were right, and the longest time; a failing one is shown with its seed."""
     read(CONFIGS[0])  # imports what a command imports once
     originals = [path.read_bytes() for path in CONFIGS]
     path, accepted, worst = tmp_path / "mutated.yaml", 0, 0.0
