@@ -355,6 +355,14 @@ def test_plain_forward_through_the_cache_equals_no_cache():
     assert cache.get_seq_length() == 30
 
 
+@pytest.mark.filterwarnings("ignore:anllm hides")
+def test_the_mask_of_a_prompt_is_let_go_once_the_prompt_is_read():
+    model, policy = tiny_llama(), TIGHT["anllm"]
+    cache = KVCache(model, policy)
+    list(kvsieve.decode(model, random_prompts(20), policy, max_new_tokens=1, cache=cache))
+    assert [layer.visible for layer in cache.policy_layers] == [None, None]
+
+
 @pytest.mark.parametrize("name", ["dense", "h2o", "sirllm"])
 def test_a_cache_that_nobody_holds_is_freed_at_once(name):
     model, policy = tiny_llama(), TIGHT[name]

@@ -81,6 +81,8 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
         by_head=policy.observes is Observe.HEADS,
         **layer.scoring._asdict(),
     )
+    if not layer.lends:
+        layer.visible = None  # as large as the prompt squared
     if mass is not None:
         policy.on_attend(kv, mass)
     # Surprise is known once the model has read the tokens; then the prompt ends.

@@ -74,7 +74,7 @@ class LayerCache(CacheLayerMixin):
         # the model's, held in one layer, because they move with the rows.
         self.last_logits: torch.Tensor | None = None
         self.arrived: NewTokens | None = None  # until their surprise is known, if the policy wants it
-        self.visible: torch.Tensor | None = None  # [B, Q, T] bool: what the last prompt's tokens may see
+        self.visible: torch.Tensor | None = None  # [B, Q, T] bool: what the running prompt's tokens may see
         self.prompt: Prompt | None = None  # the last one written, for layers that borrow these slots
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
         self.must_drop = False  # a prompt is complete, and its tokens that do not stay are still there
