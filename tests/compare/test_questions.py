@@ -1,13 +1,16 @@
 """Questions after the text was cut, several of one text, and conversations, as a comparison measures them."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import kvsieve
 from kvsieve import make_policy
 from kvsieve.compare.cells import Cell
 from kvsieve.compare.execute.cell import Measurement
+from kvsieve.compare.execute.speed import Stopwatch
 from kvsieve.compare.tasks import Conversation, KeyValue, Needle
 
 INDEXES = [0, 1, 2]
@@ -67,3 +70,17 @@ def test_a_conversation_is_read_turn_by_turn(model):
 def test_a_plan_finds_room_for_its_probes_in_a_comparison(model):
     _, records = measured(model, Needle(200), make_policy("kvzip", ratio=0.5, repeat=(1, 2), go_on=(1, 2)))
     assert all(record["bytes_read"] < 0.8 * record["bytes_dense"] for record in records)
+
+
+def test_rounds_never_begin_where_an_earlier_question_stood():
+    def decode():
+        cache = SimpleNamespace(checkpoint=list)
+        return SimpleNamespace(
+            runner=SimpleNamespace(cache=cache, mask=None), state=SimpleNamespace(positions=torch.zeros(1))
+        )
+
+    watch, first, second = Stopwatch(), decode(), decode()
+    for step in range(3):
+        watch.passed(step, first, 5)
+    watch.passed(0, second, 5)  # all answers end with their first token
+    assert watch.measure(second) == []

@@ -32,6 +32,8 @@ class Stopwatch:
         Rounds begin behind the first step after the prefill, where every policy has evicted what it does not
         keep.
         """
+        if step == 0:
+            self._start = None  # of an earlier question's decode, on another cache
         if step == min(1, steps - 2):
             runner = decoding.runner
             place = runner.cache.checkpoint(), decoding.state.positions.clone(), runner.mask
