@@ -92,10 +92,10 @@ def test_rounded_weights_are_the_same_model():
     digest = fingerprint(tiny_llama())
     model = tiny_llama.__wrapped__().to(torch.bfloat16)
     found = calibration.Calibration("c", {}, {"digest": digest})
-    found.check(model)
-    found.check(model.to(torch.float16))
+    found.check(model, "basis", 4)
+    found.check(model.to(torch.float16), "basis", 4)
     with pytest.raises(UserError, match="was made for another model"):
-        found.check(tiny_llama.__wrapped__(seed=2).to(torch.bfloat16))
+        found.check(tiny_llama.__wrapped__(seed=2).to(torch.bfloat16), "basis", 4)
 
 
 def test_every_weight_is_part_of_a_fingerprint():
@@ -166,6 +166,26 @@ def test_a_file_of_another_shape_is_refused(name, tensors, message, tmp_path):
     save_file(tensors, path)
     with pytest.raises(UserError, match=message):
         rollout(make_policy(name, calibration=str(path), r=4, k=8), *Inputs.random())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(2, 8, 8)], "has no layers.1.basis"),
+        ([(2, 8, 8), (1, 8, 8)], "for 1 KV heads, and this model has 2"),
+        ([(2, 16, 16), (2, 16, 16)], "for heads of 16 channels, not 8"),
+        ([(2, 3, 8), (2, 3, 8)], "holds 3 basis a head, and r is 4"),
+        ([(2, 8, 8)] * 3, "for 3 layers of 2 KV heads, and this model has 2 of 2"),
+        ([(4, 8, 8)] * 2, "for 2 layers of 4 KV heads, and this model has 2 of 2"),
+    ],
+)
+@pytest.mark.parametrize("inner", [False, True], ids=["alone", "within twilight"])
+def test_a_file_of_another_models_shape_is_refused_when_the_cache_is_made(shapes, message, inner, tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_file({f"layers.{i}.basis": torch.zeros(shape) for i, shape in enumerate(shapes)}, path)
+    policy = make_policy("loki", calibration=str(path), r=4, k=8)
+    with pytest.raises(UserError, match=message):
+        KVCache(tiny_llama(), make_policy("twilight", inner=policy) if inner else policy)
 
 
 def test_what_is_no_calibration_is_refused(tmp_path):

@@ -152,6 +152,13 @@ def test_heads_of_another_model_are_refused_before_any_work(heads, message):
         KVCache(tiny_llama(), make_policy("duo_attention", full_heads=heads))
 
 
+def test_a_file_of_scores_for_other_layers_is_refused_when_the_cache_is_made(tmp_path):
+    path = tmp_path / "heads.safetensors"
+    save_file({"layers.0.retrieval": torch.tensor([[0.2], [0.9]])}, path)
+    with pytest.raises(UserError, match="heads.safetensors has no layers.1.retrieval"):
+        KVCache(tiny_llama(), make_policy("duo_attention", full_heads=str(path)))
+
+
 def test_a_file_of_scores_for_another_model_is_refused_by_name(tmp_path):
     model = tiny_llama()
     metadata = {"model": "their-model", "digest": fingerprint(model)}

@@ -13,14 +13,34 @@ from kvsieve import KVCache, UserError, make_policy
 from kvsieve.reference_model.tokenizer import byte_tokenizer
 from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
-from tests.policies import LOOSE, TIGHT
+from tests.policies import of_two_layers
 
 NAMES = ["dense", "sparq", "h2o", "local_window"]
 NAMES += ["tova", "snapkv", "pyramidkv", "adakv", "expected_attention", "streaming_llm"]
-POLICIES = {name: TIGHT[name] for name in NAMES}
-ROOMY = {name: LOOSE[name] for name in NAMES}  # nothing is left out: exactly dense
-each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-each_roomy_policy = pytest.mark.parametrize("policy", ROOMY.values(), ids=ROOMY)
+# The others that need no plan: all of it is tried on them by `make slow`, and the essence always.
+SLOWLY = ["duo_attention", "anllm", "quest", "double_sparsity", "loki", "twilight", "hip", "infllm"]
+SLOWLY += ["refresh_sparq"]
+POLICIES = {name: of_two_layers(name) for name in NAMES + SLOWLY}
+# Nothing is left out: exactly dense. The anchors of anllm always leave something out.
+ROOMY = {name: of_two_layers(name, "loose") for name in NAMES + SLOWLY if name != "anllm"}
+
+
+def of_each(policies, slowly=SLOWLY):
+    """Run a test under each of these policies."""
+    marks = {name: pytest.mark.slow if name in slowly else () for name in policies}
+    return pytest.mark.parametrize(
+        "policy", [pytest.param(policy, marks=marks[name], id=name) for name, policy in policies.items()]
+    )
+
+
+each_policy, each_roomy_policy = of_each(POLICIES), of_each(ROOMY)
+every_policy = of_each(POLICIES, ())
+
+
+def of_each_but(*names):
+    return of_each({name: policy for name, policy in POLICIES.items() if name not in names})
+
+
 PROMPT = torch.tensor(random_prompts(13))
 ROWS = random_prompts(13, 7, 10)
 IDS = torch.tensor([[0] * (13 - len(row)) + row for row in ROWS])
@@ -57,7 +77,7 @@ def log_probability(model, policy, sequences, prompt):
 
 
 # ---------------------------------------------------------------- greedy, sampling, several sequences, beams
-@each_policy
+@every_policy
 def test_greedy_search_is_what_the_decode_loop_does(model, policy):
     got = generate(model, IDS, KVCache(model, policy), attention_mask=MASK)[:, 13:]
     assert torch.equal(got, torch.stack(list(kvsieve.decode(model, ROWS, policy, max_new_tokens=10)), 1))
@@ -98,7 +118,7 @@ def test_beam_search_finds_what_stock_finds(model, policy):
     assert torch.equal(got, generate(model, IDS, attention_mask=MASK, **beams))
 
 
-@each_policy
+@every_policy
 def test_beams_take_their_slots_along(model, policy):
     """A beam is worth what the policy gives its tokens: its columns and summaries moved with it."""
     out = generate(
@@ -116,7 +136,7 @@ def test_beams_take_their_slots_along(model, policy):
 
 
 # ---------------------------------------------------------------- embeddings instead of tokens
-@each_policy
+@of_each_but("anllm")  # it goes by token ids, and says so
 def test_embeddings_give_what_their_tokens_give(model, policy):
     embeds = model.get_input_embeddings()(IDS).detach()
     cache = KVCache(model, policy)
@@ -187,8 +207,9 @@ def test_chunked_prefill_agrees_with_one_shot(model, policy, chunk):
         assert cache.policy_layers[0].slots.capacity == budget
 
 
+# Heads for two layers; a prompt that is read otherwise than dense; no keys that others borrow.
 @pytest.mark.parametrize("name", ["windowed", "borrowing"])
-@each_policy
+@of_each_but("duo_attention", "anllm", "infllm")
 def test_chunks_agree_where_layers_have_windows_or_borrow_slots(request, name, policy):
     model = request.getfixturevalue(name)
     options = {"output_logits": True, "return_dict_in_generate": True}
@@ -206,7 +227,7 @@ def test_chunks_agree_where_layers_have_windows_or_borrow_slots(request, name, p
 
 
 # ---------------------------------------------------------------- a conversation on one cache
-@each_policy
+@every_policy
 def test_a_call_is_the_sum_of_two(model, policy):
     whole = generate(model, IDS, KVCache(model, policy), attention_mask=MASK, max_new_tokens=12)
     cache = KVCache(model, policy)
@@ -233,7 +254,7 @@ def test_a_second_turn_continues_as_stock_does(model, policy, chunk):
     assert torch.equal(two_turns(KVCache(model, policy), prefill_chunk_size=chunk), expected)
 
 
-@each_policy
+@every_policy
 def test_a_turn_is_evicted_when_it_is_complete(model, policy):
     def second_turn(**options):
         cache = KVCache(model, policy)

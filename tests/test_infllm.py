@@ -15,6 +15,7 @@ from kvsieve.cache.rotary import Rotary
 from kvsieve.testing import Inputs, LayerCache, rollout, strict
 from kvsieve.testing.spy import Spy
 from kvsieve_policies.infllm import InfLLM
+from tests.families.zoo import FAMILIES
 
 ROTARY = Rotary.of_theta(10_000.0, 32)
 
@@ -176,6 +177,12 @@ def test_a_model_without_rotary_embeddings_is_refused():
     config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=128)
     with pytest.raises(UserError, match="policy infllm turns queries or keys"):
         KVCache(kvsieve.prepare(GPT2LMHeadModel(config)), SMALL)
+
+
+def test_a_model_whose_layers_borrow_keys_is_refused():
+    family = next(family for family in FAMILIES if family.name == "gemma3n")
+    with pytest.raises(UserError, match="has layers that borrow the keys of others"):
+        KVCache(kvsieve.prepare(family.build()), SMALL)
 
 
 @pytest.mark.parametrize("wrapper", ["refresh", "twilight"])

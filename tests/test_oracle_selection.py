@@ -305,6 +305,18 @@ def test_twilight_on_sparq_reads_some_of_sparqs_tokens():
         assert mine <= theirs
 
 
+CUT = ["adakv", "pyramidkv", "kvzip", {"dense_layers": {"layers": [0], "inner": "adakv"}}]
+CUT += [{"duo_attention": {"full_heads": [[0]]}}, {"anllm": {"anchors": [1]}}]
+
+
+@pytest.mark.parametrize("wrapper", ["twilight", "refresh"])
+@pytest.mark.parametrize("inner", ["h2o", "snapkv", "local_window", *CUT], ids=str)
+def test_methods_that_read_a_part_refuse_those_that_drop_tokens(wrapper, inner):
+    name = inner if isinstance(inner, str) else next(iter(inner))
+    with pytest.raises(UserError, match=f"{wrapper}.inner is {name}, which drops tokens"):
+        make_policy(wrapper, inner=inner)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

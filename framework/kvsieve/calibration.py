@@ -66,14 +66,33 @@ class Calibration(NamedTuple):
             raise UserError(f"calibration {self.path} holds {found.shape[1]} {what} a head, and r is {r}")
         return found[heads.start : heads.stop, :r].to(device)
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise UserError if the file was made for another model."""
+    def check(self, model: PreTrainedModel, what: str, r: int) -> None:
+        """Raise UserError if the file was made for another model, or, without a digest, for another shape.
+
+        It is read so: the first `r` of `what`, in any layer.
+        """
         wanted = self.metadata.get("digest")
-        if wanted is not None and not same(wanted, fingerprint(model)):
-            name = self.metadata.get("model", "another model")
+        if wanted is not None:
+            if not same(wanted, fingerprint(model)):
+                name = self.metadata.get("model", "another model")
+                raise UserError(
+                    f"calibration {self.path} was made for {name}, whose configuration or weights are not "
+                    "this model's: make one for it with kvsieve calibrate"
+                )
+            return
+        config = model.config.get_text_config(decoder=True)
+        layers = config.num_hidden_layers
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if not isinstance(heads, int):  # layers differ: each is checked when it begins
+            return
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for layer in range(layers):
+            self.take(what, layer, range(heads), size, r, torch.device("cpu"))
+        of = [tensor for name, tensor in self.tensors.items() if name.endswith(f".{what}")]
+        if len(of) > layers or len(of[0]) > heads:
             raise UserError(
-                f"calibration {self.path} was made for {name}, whose configuration or weights are not this "
-                "model's: make one for it with kvsieve calibrate"
+                f"calibration {self.path} is for {len(of)} layers of {len(of[0])} KV heads, and this model "
+                f"has {layers} of {heads}"
             )
 
 

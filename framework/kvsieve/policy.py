@@ -186,6 +186,11 @@ class Policy:
         return Positions.TEXT
 
     @property
+    def drops(self) -> bool:
+        """Whether it drops tokens, by `keeps` or a `cut` of its own: found out, and not to be declared."""
+        return self.keeps is not None or self.cuts_together or type(self).cut is not Policy.cut
+
+    @property
     def cuts_together(self) -> bool:
         """Whether all layers are cut by one decision, `cut_together`, instead of each at its own end."""
         return False

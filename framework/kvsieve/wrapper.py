@@ -74,6 +74,10 @@ class Wrapper(Policy):
         return self.inner.positions
 
     @property
+    def drops(self) -> bool:
+        return self.inner.drops
+
+    @property
     def cuts_together(self) -> bool:
         return self.inner.cuts_together
 

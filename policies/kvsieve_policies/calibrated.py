@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +20,8 @@ class Calibrated(Policy):
     k: float = 256
     group_score: Literal["max", "mean", "softmax"] = "max"  # how a query group ranks tokens
 
+    _what: ClassVar[str]  # it reads of the file
+
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"{self.name}.r must be at least 1, not {self.r}")
@@ -34,17 +36,15 @@ class Calibrated(Policy):
         self._found()
 
     def check_model(self, model: PreTrainedModel) -> None:
-        self._found().check(model)
+        self._found().check(model, self._what, self.r)
 
     def files(self) -> Mapping[str, str]:
         path = kvsieve.calibration.path(self.calibration, self.name)
         return {"calibration": path} if path else {}
 
-    def _bound(
-        self, what: str, layer: int, heads: range, head_size: int, device: torch.device
-    ) -> torch.Tensor:
-        """The first r of `what` for these KV heads of a layer: `[K, r, ...]`."""
-        return self._found().take(what, layer, heads, head_size, self.r, device)
+    def _bound(self, layer: int, heads: range, head_size: int, device: torch.device) -> torch.Tensor:
+        """The first r of what it reads for these KV heads of a layer: `[K, r, ...]`."""
+        return self._found().take(self._what, layer, heads, head_size, self.r, device)
 
     def _found(self) -> kvsieve.calibration.Calibration:
         return kvsieve.calibration.read(kvsieve.calibration.path(self.calibration, self.name))

@@ -40,6 +40,7 @@ class DoubleSparsity(Calibrated):
 
     name: ClassVar[str] = "double_sparsity"
     paper: ClassVar[str] = "arXiv:2408.07092"
+    _what = "channels"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +74,7 @@ class DoubleSparsity(Calibrated):
     def bind(
         self, layer: int, heads: range, head_size: int, device: torch.device
     ) -> Mapping[str, torch.Tensor]:
-        return {"channels": self._bound("channels", layer, heads, head_size, device).long()}
+        return {"channels": self._bound(layer, heads, head_size, device).long()}
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         if self.bits == 0:

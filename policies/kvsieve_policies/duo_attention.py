@@ -85,7 +85,7 @@ class DuoAttention(Policy):
 
     def check_model(self, model: PreTrainedModel) -> None:
         if isinstance(self.full_heads, str):
-            calibration.read(self._path).check(model)
+            calibration.read(self._path).check(model, "retrieval", 1)
             return
         config = model.config.get_text_config(decoder=True)
         layers = config.num_hidden_layers

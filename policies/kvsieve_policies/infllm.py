@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
+from transformers import PreTrainedModel
 
 from kvsieve import (
     KEYS,
@@ -74,6 +75,13 @@ class InfLLM(Policy):
             raise UserError(
                 f"infllm.representatives must be at most the {self.block} tokens of a block, not "
                 f"{self.representatives}"
+            )
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        if getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+            raise UserError(
+                f"infllm turns keys in place when they leave the window, and {type(model).__name__} has "
+                "layers that borrow the keys of others: choose another policy"
             )
 
     @property

@@ -33,6 +33,7 @@ class Loki(Calibrated):
 
     name: ClassVar[str] = "loki"
     paper: ClassVar[str] = "arXiv:2406.02542"
+    _what = "basis"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +49,7 @@ class Loki(Calibrated):
     def bind(
         self, layer: int, heads: range, head_size: int, device: torch.device
     ) -> Mapping[str, torch.Tensor]:
-        basis = self._bound("basis", layer, heads, head_size, device)
+        basis = self._bound(layer, heads, head_size, device)
         return {"basis": basis.float().transpose(1, 2).contiguous()}  # [K, D, r]
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:

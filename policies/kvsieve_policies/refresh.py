@@ -33,7 +33,7 @@ class Refresh(Wrapper):
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError(f"refresh.every must be at least 1 step, not {self.every}")
-        if self.inner.keeps is not None:
+        if self.inner.drops:
             raise UserError(
                 f"refresh.inner is {self.inner.name}, which drops tokens and does not search at every step: "
                 "give a policy that keeps all and reads a part, such as sparq or quest"

@@ -46,7 +46,7 @@ class Twilight(Wrapper):
             raise UserError(f"twilight.bits must be 4, not {self.bits}")
         if self.group_score not in ("union", "mean"):
             raise UserError(f"twilight.group_score must be 'union' or 'mean', not {self.group_score!r}")
-        if self.inner.keeps is not None:
+        if self.inner.drops:
             raise UserError(
                 f"twilight.inner is {self.inner.name}, which drops tokens: give a policy that keeps all, "
                 "such as dense, quest or sparq"
