@@ -207,7 +207,7 @@ def test_chunked_prefill_agrees_with_one_shot(model, policy, chunk):
         assert cache.policy_layers[0].slots.capacity == budget
 
 
-# Heads or a calibration for two layers; a prompt that is read otherwise than dense; no keys that others borrow.
+# Data for two layers; a prompt that is read otherwise than dense; no keys that others borrow.
 @pytest.mark.parametrize("name", ["windowed", "borrowing"])
 @of_each_but("duo_attention", "double_sparsity", "loki", "anllm", "infllm")
 def test_chunks_agree_where_layers_have_windows_or_borrow_slots(request, name, policy):
