@@ -38,8 +38,8 @@ def with_includes(text: str) -> str:
 def by_policy(summary: Path) -> str:
     """summary.csv with a line per policy and a column per task and context.
 
-    A line is named as the harness names it, without the parameters of a policy within; where no compression was
-    asked for, by those parameters in which a policy's lines differ.
+    A line is named as the harness names it, without the parameters of a policy within; where no compression
+    was asked for, by those parameters in which a policy's lines differ.
     """
     table: dict[str, dict[str, str]] = {}
     with summary.open() as file:
@@ -49,9 +49,9 @@ def by_policy(summary: Path) -> str:
             differ = [
                 part for part in row["parameters"].split() if not all(part in other for other in others)
             ]
-            label = re.sub(r"\(.*\)", "", row["policy_label"])
-            if not row["compression"]:
-                label = f"{row['policy']} {' '.join(differ)}".strip()
+            label = f"{row['policy']} {' '.join(differ)}".strip()
+            if row["compression"]:
+                label = re.sub(r"\(.*\)", "", row["policy_label"])
             cells = table.setdefault(label, {})
             cells.setdefault("bytes read", f"{float(row['bytes_ratio']):.2f}")
             cells[f"{row['task']} {row['context']}"] = f"{float(row['score']):.3g}"
