@@ -34,6 +34,7 @@ def test_the_triton_ops_name_their_extra_where_triton_is_missing(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(ops, "_loaded", {"reference": ops.reference})
+    monkeypatch.setattr(ops, "_DEFAULT", None)
     with pytest.raises(
         UserError, match=r"need triton: pip install 'kvsieve\[triton\]', or choose 'reference'"
     ):

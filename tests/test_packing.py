@@ -171,7 +171,6 @@ class InBlocks(Uneven):
         (WithColumns(), False),
         (Selecting(), False),
         (InBlocks(), False),
-        (make_policy("twilight", inner="adakv"), False),
     ],
     ids=str,
 )

@@ -41,12 +41,14 @@ def decode(head_size: int, dtype: torch.dtype, scattered: bool) -> Launch:
     return Launch(slots, 16, 4, 2 if backend() == "hip" else 3)
 
 
-def prompt(head_size: int, dtype: torch.dtype) -> Launch:
-    """For many query tokens."""
+def prompt(head_size: int, dtype: torch.dtype, masked: bool = False) -> Launch:
+    """For many query tokens; a mask of its own takes registers."""
     if dtype == torch.float32:
         return Launch(32, 16, 8, 1) if head_size > 64 else Launch(32, 32, 4, 1)
     if backend() == "hip":  # 64 KiB of shared memory
         return Launch(32, 64, 4, 1)
+    if masked:
+        return Launch(64, 32, 8, 1)
     return Launch(64, 128 if head_size <= 128 else 64, 8, 2)
 
 

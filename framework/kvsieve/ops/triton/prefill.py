@@ -43,7 +43,7 @@ def prefill(
         return output.view(query.shape).masked_fill(~real[:, None, None, :, None], 0), None
 
     pairs, total = rows * heads, keys.shape[2]
-    plan = launch.prompt(size, keys.dtype)
+    plan = launch.prompt(size, keys.dtype, visible is not None)
     starts, counts = starts.contiguous(), counts.contiguous()
     output = torch.empty_like(query)
     lse = query.new_empty(pairs, new * group, dtype=torch.float32) if want_mass else None
