@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvsieve import plugins
-from kvsieve.bench import attention_speed, decode_speed, memory
+from kvsieve.bench import attention_speed, decode_speed, memory, record
 from kvsieve.bench.layer_step import ROOM
 from kvsieve.cli import app
 from kvsieve.entries import can_compress
@@ -111,6 +111,11 @@ def test_the_record_names_machine_and_command(attention_run):
     assert {"torch", "transformers"} <= machine["versions"].keys()
     assert record["settings"]["contexts"] == [64, 128]
     assert record["settings"]["dtype"] == "float32"
+
+
+def test_the_command_of_a_record_names_no_folder_of_this_machine():
+    given = ["bench", "decode", "--out", "/home/me/numbers", "--policy", "sparq: {r: 4}", "--out=x"]
+    assert record.command(given) == "kvsieve bench decode --policy 'sparq: {r: 4}'"
 
 
 def test_the_plot_shows_measured_and_theoretical(attention_run):

@@ -64,6 +64,16 @@ def _driver() -> str | None:
     return match[0] if match else None
 
 
+def command(arguments: Sequence[str]) -> str:
+    """The command that repeats a benchmark: without `--out`, a folder of this machine."""
+    kept, skip = ["kvsieve"], False
+    for argument in arguments:
+        if not skip and argument != "--out" and not argument.startswith("--out="):
+            kept.append(argument)
+        skip = argument == "--out"
+    return shlex.join(kept)
+
+
 def prepare_folder(folder: Path) -> None:
     """Make it before hours are spent. Raises UserError if that cannot be done."""
     try:
@@ -90,7 +100,7 @@ def write(
     record = {
         "benchmark": benchmark,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(["kvsieve", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
         "machine": machine(device),
         "settings": settings,
         "cells": list(cells),
