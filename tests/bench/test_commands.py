@@ -114,7 +114,7 @@ def test_the_record_names_machine_and_command(attention_run):
 
 
 def test_the_command_of_a_record_names_no_folder_of_this_machine():
-    given = ["bench", "decode", "--out", "/home/me/numbers", "--policy", "sparq: {r: 4}", "--out=x"]
+    given = ["bench", "decode", "--out", "a/folder/of/mine", "--policy", "sparq: {r: 4}", "--out=x"]
     assert record.command(given) == "kvsieve bench decode --policy 'sparq: {r: 4}'"
 
 
