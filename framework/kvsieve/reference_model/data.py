@@ -24,6 +24,7 @@ class Recipe(NamedTuple):
     mix: dict[str, float]  # the share of each kind: a method of _Builder, or a function of retrieval.py
     copy: float  # loss weight of repeated text
     parts: int = 1  # at most so many values or keys in an answer, or links in a chain
+    plain: float = 0.0  # share of the scenes that take the first of all wordings
 
 
 def batch(
@@ -44,6 +45,8 @@ def _sequence(
     if hasattr(builder, kind):
         getattr(builder, kind)()
     else:
+        # No draw for a recipe without plain scenes: an earlier course sees the data that it always saw.
+        builder.words.plain = recipe.plain > 0 and rng.random() < recipe.plain
         builder.scene(getattr(retrieval, kind), recipe.parts)
     return builder.finished()
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .words import Words
 
-# {n}: what is stated, {k}: its key, {v}: the value
+# The first wording of each list is the plain one. {n}: what is stated, {k}: its key, {v}: the value
 STATEMENTS = (
     "The {n} for {k} is {v}.", "The {n} of {k} is {v}.", "The {n} for {k} is: {v}.", "{k} has the {n} {v}.",
     "{k}'s {n} is {v}.", "One of the {n}s for {k} is {v}.", "One {n} of {k} is: {v}.", "{n} of {k}: {v}.",
@@ -43,12 +43,12 @@ PLURAL_LEADS = (
 )  # fmt: skip
 # {a}: what is assigned to {b}; a chain begins with a number in the place of {a}
 ASSIGNMENTS = (
-    "VAR {b} = VAR {a}", "{b} = {a}", "let {b} = {a};", "{b} := {a}", "Set {b} to {a}.",
-    "{b} is equal to {a}.", "{b} takes the value of {a}.", "Now {b} is assigned {a}.", "Copy {a} into {b}.",
+    "{b} is equal to {a}.", "VAR {b} = VAR {a}", "{b} = {a}", "let {b} = {a};", "{b} := {a}",
+    "Set {b} to {a}.", "{b} takes the value of {a}.", "Now {b} is assigned {a}.", "Copy {a} into {b}.",
     "{b} <- {a}",
 )  # fmt: skip
 CHAIN_QUESTIONS = (
-    "Which variables have the value {v}?", "Find all variables that are equal to {v}.", "Who holds {v}?",
+    "Find all variables that are equal to {v}.", "Which variables have the value {v}?", "Who holds {v}?",
     "List all names that were given {v}, directly or not.",
     "What variables are assigned {v} in the text above?",
 )  # fmt: skip
@@ -77,16 +77,16 @@ class Scene(NamedTuple):
 
 def ask(words: Words, questions: tuple[str, ...], leads: tuple[str, ...], **names: str) -> str:
     """Draw a question and the beginning of its answer, or one of the two alone."""
-    lead = words.pick(leads)
+    lead = words.wording(leads)
     if len(lead) > 10 and words.rng.random() < 0.25:
         return lead.format(**names)
-    question = words.pick(("", "", "Question: ", "Q: ")) + words.pick(questions)
+    question = words.pick(("", "", "Question: ", "Q: ")) + words.wording(questions)
     return (question + (words.pick(("\n", "\n", " ")) + lead if lead else "")).format(**names)
 
 
 def facts(words: Words, room: int, parts: int) -> Scene:
     """State one value per key and ask for one at a time."""
-    noun, statement = words.noun(), words.pick(STATEMENTS)
+    noun, statement = words.noun(), words.wording(STATEMENTS)
     keys, values = _pairs(words, room // 40)
     asked = words.rng.choice([1.0, 1.0, 0.5, 0.2])
     statements: list[str] = []
@@ -107,7 +107,7 @@ def facts(words: Words, room: int, parts: int) -> Scene:
 
 def several_values(words: Words, room: int, parts: int) -> Scene:
     """State up to `parts` values per key and ask for all of a key, in the order of the text."""
-    noun, statement = words.noun(), words.pick(STATEMENTS)
+    noun, statement = words.noun(), words.wording(STATEMENTS)
     keys, values = words.keys(max(2, room // 100)), words.values(max(2, room // 30) + parts)
     said: list[tuple[str, str]] = []
     counts: dict[str, int] = {}
@@ -136,7 +136,7 @@ def several_values(words: Words, room: int, parts: int) -> Scene:
 
 def several_keys(words: Words, room: int, parts: int) -> Scene:
     """Ask for up to `parts` keys at a time; an answer repeats each key in front of its value."""
-    noun, statement = words.noun(), words.pick(STATEMENTS)
+    noun, statement = words.noun(), words.wording(STATEMENTS)
     keys, values = _pairs(words, room // 110)
     between = words.pick([": ", ": ", " is ", " ", " = "])
     statements: list[str] = []
@@ -161,7 +161,7 @@ def several_keys(words: Words, room: int, parts: int) -> Scene:
 
 def chains(words: Words, room: int, parts: int) -> Scene:
     """Write chains of up to `parts` assignments and ask for all names that hold a number, in order."""
-    assignment = words.pick(ASSIGNMENTS)
+    assignment = words.wording(ASSIGNMENTS)
     made = words.pick(["letters", "letters", "word", "name"])
     names: dict[str, None] = {}
     while len(names) < max(room // 24, parts + 1):

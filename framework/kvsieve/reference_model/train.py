@@ -52,6 +52,10 @@ _SECOND = {
     "facts": 0.13, "several_values": 0.15, "several_keys": 0.08, "chains": 0.14,
     "counts": 0.02, "records": 0.04,
 }  # fmt: skip
+_THIRD = {
+    "needles": 0.07, "repetitions": 0.36, "pairs": 0.05, "plain": 0.04,
+    "facts": 0.09, "several_values": 0.16, "several_keys": 0.12, "chains": 0.10, "records": 0.01,
+}  # fmt: skip
 # Repeated text weighs more once the model can repeat: then only exactness is left to learn.
 # Answers get more parts once the model can give one.
 COURSES = {
@@ -72,6 +76,14 @@ COURSES = {
             Stage(1.0, 2048, Recipe(_SECOND, copy=1.0, parts=4)),
         ),
         fall=0.35,
+    ),
+    "third": Course(
+        (
+            Stage(0.30, 512, Recipe(_THIRD, copy=2.0, parts=4, plain=0.5)),
+            Stage(0.70, 1024, Recipe(_THIRD, copy=2.0, parts=4, plain=0.5)),
+            Stage(1.0, 2048, Recipe(_THIRD, copy=2.0, parts=4, plain=0.5)),
+        ),
+        fall=0.4,
     ),
 }
 

@@ -42,13 +42,16 @@ _NOUNS = [
 
 
 class Words:
-    """Draws words from one stream of random numbers."""
+    """Draws words from one stream of random numbers; a `plain` one says everything in the first wording."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
+    def __init__(self, rng: np.random.Generator, plain: bool = False) -> None:
+        self.rng, self.plain = rng, plain
 
     def pick(self, choices: Sequence[T]) -> T:
         return choices[int(self.rng.integers(len(choices)))]
+
+    def wording(self, wordings: Sequence[str]) -> str:
+        return wordings[0] if self.plain else self.pick(wordings)
 
     def name(self) -> str:
         return "".join(self.rng.choice(SYLLABLES, size=int(self.rng.integers(2, 5)))).capitalize()
@@ -82,6 +85,8 @@ class Words:
     def keys(self, count: int) -> list[str]:
         """Draw different keys of one kind; some keys of two words share the first."""
         kind = int(self.rng.choice(8, p=[0.15, 0.15, 0.3, 0.1, 0.1, 0.1, 0.05, 0.05]))
+        if self.plain and self.rng.random() < 0.5:
+            kind = 2
         shared = self.word() if self.rng.random() < 0.2 else None
 
         def two(between: str) -> str:
