@@ -90,7 +90,7 @@ ORDER = [
     "reading",
     "loop",
     "scoring",
-    "fingerprint calibration",
+    "fingerprint calibration diagnostics",
     "entry_points registration",
     "plugins",
     "entries",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .cache.kv_cache import KVCache
     from .cache.layouts import KeyLayout
     from .compare.tasks import Answer, Sample, Task
+    from .diagnostics import Diagnosis, diagnose
     from .hf.models import load, prepare
     from .loop import decode
     from .policy import (
@@ -48,6 +49,7 @@ _FROM = {
     "cache.kv_cache": ["KVCache"],
     "cache.layouts": ["KeyLayout"],
     "compare.tasks": ["Answer", "Sample", "Task"],
+    "diagnostics": ["Diagnosis", "diagnose"],
     "hf.models": ["load", "prepare"],
     "loop": ["decode"],
     "policy": [
@@ -76,6 +78,7 @@ __all__ = [
     "KEYS",
     "Answer",
     "Column",
+    "Diagnosis",
     "Far",
     "KVCache",
     "KVView",
@@ -97,6 +100,7 @@ __all__ = [
     "calibration",
     "corpus",
     "decode",
+    "diagnose",
     "hookimpl",
     "load",
     "make_policy",

@@ -43,6 +43,8 @@ def decode_step(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | No
         want_mass=policy.observes is not Observe.NONE,
         by_head=policy.observes is Observe.HEADS,
     )
+    if layer.observer is not None:
+        layer.observer.answered(layer, query, selection, output)
     if mass is not None:
         policy.on_attend(kv, mass)
     layer.end_step()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .. import contract, processes, transfer
 from ..errors import UserError
-from ..policy import Policy, Positions, Wants
+from ..policy import Policy, Positions, Selection, Wants
 from .forward import Forward, kind_of_forward
 from .kv import KVView, LastQueries, NewTokens, Scoring, Static
 from .rotary import Rotary
@@ -34,6 +34,16 @@ class BeforeProbe(NamedTuple):
     slots: Checkpoint
     summaries: dict[str, torch.Tensor]
     last_queries: LastQueries | None
+
+
+class Observer(Protocol):
+    """Hears what a layer writes, and what it answers at a decode step: see diagnostics.py."""
+
+    def wrote(self, layer: LayerCache, new: NewTokens) -> None: ...
+
+    def answered(
+        self, layer: LayerCache, query: torch.Tensor, selection: Selection | None, output: torch.Tensor
+    ) -> None: ...
 
 
 class LayerCache(CacheLayerMixin):
@@ -88,6 +98,7 @@ class LayerCache(CacheLayerMixin):
         self.model_heads: int | None = None  # KV heads of the layer in all processes, where that is known
         self.group: int | None = None  # query heads per KV head, where that is known
         self.counts_steps = True  # in a model one layer counts them for all
+        self.observer: Observer | None = None
 
     # ---------------------------------------------------------------- a forward
     @property
@@ -186,6 +197,8 @@ class LayerCache(CacheLayerMixin):
 
     def _arrived(self, new: NewTokens) -> NewTokens:
         self.arrived = new if Wants.SURPRISE in self.policy.wants else None
+        if self.observer is not None:
+            self.observer.wrote(self, new)
         return new
 
     def take_surprise(self, surprise: torch.Tensor) -> None:
