@@ -21,7 +21,11 @@ class Case(NamedTuple):
 
 CASES = {
     "dense": Case("dense", {}, {}),
-    "sparq": Case("sparq", {"r": 4, "k": 8, "local": 2}, {"r": 4, "k": 64, "local": 2}),
+    "sparq": Case(
+        "sparq",
+        {"r": 4, "k": 8, "local": 2, "layout": "single"},
+        {"r": 4, "k": 64, "local": 2, "layout": "single"},
+    ),
     "sparq_logits": Case("sparq", {"r": 3, "k": 9, "local": 0, "group_score": "logits"}, {"r": 16, "k": 46}),
     "sparq_no_mean": Case(
         "sparq",

@@ -66,6 +66,17 @@ def test_blocks_hold_one_copy(block):
     assert blocked_meter.written == meter.written
 
 
+def test_by_default_a_device_has_its_fastest_layout_and_the_memory_is_told():
+    auto, double = make_policy("sparq").key_layout, KeyLayout("double")
+    assert auto.on(torch.device("cpu")) == double
+    assert auto.on(torch.device("cuda", 1)) == KeyLayout("blocked")
+    assert double.on(torch.device("cuda")) == double
+    (tokens, by_default, meter), (same, asked, other) = run("auto"), run("double")
+    assert torch.equal(tokens, same)
+    assert (by_default.memory(), meter.written) == (asked.memory(), other.written)
+    assert make_policy("sparq").spec() == make_policy("sparq", layout="auto").spec()  # on every device alike
+
+
 @pytest.mark.parametrize("layout", KINDS)
 def test_rows_can_be_reordered(layout):
     torch.manual_seed(0)
@@ -101,9 +112,9 @@ def test_evicting_works_in_every_layout(layout, budget):
 
 
 def test_what_is_no_layout_is_refused_with_the_legal_ones():
-    with pytest.raises(UserError, match=r"'single', 'double' or 'blocked' \(got 'doubled'\)"):
+    with pytest.raises(UserError, match=r"'auto', 'single', 'double' or 'blocked' \(got 'doubled'\)"):
         make_policy("sparq", layout="doubled")
-    with pytest.raises(UserError, match=r"did you mean 'double'[?] Legal: blocked, double, single"):
+    with pytest.raises(UserError, match=r"did you mean 'double'[?] Legal: auto, blocked, double, single"):
         KeyLayout("doubled")
     with pytest.raises(UserError, match="16, 32, 64 tokens, not 20"):
         make_policy("sparq", layout="blocked", block=20)

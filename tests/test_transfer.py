@@ -32,14 +32,18 @@ T = P + 1
     ("policy", "formula"),
     [
         (make_policy("dense"), 2 * T * D + 2 * D),
-        (make_policy("sparq", r=4, k=10, local=3), T * 4 + 2 * 10 * D + 4 * D),
-        (make_policy("sparq", r=4, k=10, local=3, mean_value=False), T * 4 + 2 * 10 * D + 2 * D),
+        (make_policy("sparq", r=4, k=10, local=3, layout="single"), T * 4 + 2 * 10 * D + 4 * D),
+        (make_policy("sparq", r=4, k=10, local=3, layout="double"), T * 4 + 2 * 10 * D + 5 * D),  # keys twice
+        (
+            make_policy("sparq", r=4, k=10, local=3, mean_value=False, layout="single"),
+            T * 4 + 2 * 10 * D + 2 * D,
+        ),
         # S in the paper's 2 S of mass is what is left after eviction: the slots that are still there to be
         # read
         (make_policy("h2o", budget=12, recent=3), 2 * 12 * D + 2 * D + 2 * 12),
         (make_policy("local_window", budget=12, sinks=3), 2 * 12 * D + 2 * D),
         (
-            make_policy("sparq", r=4, k=60),
+            make_policy("sparq", r=4, k=60, layout="single"),
             2 * T * D + 4 * D,
         ),  # nothing to leave out: dense, and the mean value kept up
     ],

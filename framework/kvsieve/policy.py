@@ -210,7 +210,10 @@ class Policy:
 
     @property
     def key_layout(self) -> KeyLayout:
-        """The order of the keys in memory; it changes speed and memory, never a result."""
+        """The order of the keys in memory; it changes speed and memory, never a result.
+
+        "auto" is for policies that read keys by channels: the fastest layout on the device of the cache.
+        """
         return KeyLayout()
 
     @property

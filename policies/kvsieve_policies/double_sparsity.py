@@ -35,7 +35,8 @@ class DoubleSparsity(Calibrated):
     k: int = 256  # tokens read whole
     bits: Literal[4, 16, 0] = 4  # of a label's number; 16: as the keys are; 0: no labels
     quantise_query: bool = False  # with 4 bits, the query's channels, too
-    layout: Literal["double", "blocked"] = "double"  # of the keys, with 0 bits: speed and memory, not results
+    # Of the keys, with 0 bits: speed and memory, not results. "auto" is "double" on a CPU, else "blocked".
+    layout: Literal["auto", "double", "blocked"] = "auto"
     block: int = 16  # tokens in a block of layout "blocked"
 
     name: ClassVar[str] = "double_sparsity"
@@ -52,8 +53,14 @@ class DoubleSparsity(Calibrated):
             raise UserError(f"double_sparsity.r must be even with 4 bits, not {self.r}: two share a byte")
         if self.quantise_query and self.bits != 4:
             raise UserError("double_sparsity.quantise_query goes with bits = 4: 16 bits are not quantised")
-        if self.layout not in ("double", "blocked"):
-            raise UserError(f"double_sparsity.layout must be 'double' or 'blocked', not {self.layout!r}")
+        if self.layout not in ("auto", "double", "blocked"):
+            raise UserError(
+                f"double_sparsity.layout must be 'auto', 'double' or 'blocked', not {self.layout!r}"
+            )
+        if self.bits and self.layout != "auto":
+            raise UserError(
+                f"double_sparsity.layout goes with bits = 0, not {self.bits}: labels are read instead"
+            )
         KeyLayout(self.layout, self.block)  # raises UserError for a block that is none
 
     @property

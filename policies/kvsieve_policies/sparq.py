@@ -32,7 +32,8 @@ class SparQ(Policy):
     mean_value: bool = True  # let the mean value stand for the tokens not read
     group_score: Literal["softmax", "logits"] = "softmax"
     mean_value_limit: float = 1.0  # the mean value's largest weight
-    layout: Literal["single", "double", "blocked"] = "single"  # of the keys: speed and memory, not results
+    # Of the keys: speed and memory, not results. "auto" is "double" on a CPU, else "blocked".
+    layout: Literal["auto", "single", "double", "blocked"] = "auto"
     block: int = 16  # tokens in a block of layout "blocked"
 
     name: ClassVar[str] = "sparq"

@@ -3,9 +3,10 @@
 import re
 
 import pytest
+import torch
 
 from kvsieve import UserError
-from kvsieve.bench.contenders import contenders, default_policies
+from kvsieve.bench.contenders import contenders, default_policies, random_calibration
 from kvsieve.bench.shapes import SHAPES, Heads, heads_of, model_config, read_heads, read_sizes
 
 
@@ -19,6 +20,14 @@ def test_a_policy_with_a_layout_is_measured_in_each():
 
 def test_a_layout_given_with_the_policy_is_the_only_one():
     assert names("sparq: {r: 8, layout: blocked}") == ["sparq r=8 [blocked]"]
+    nested = "dense_layers: {layers: [0], inner: {sparq: {layout: single}}}"
+    assert [contender.layout for contender in contenders([nested], ["double"], 64, 1024)] == ["single"]
+
+
+def test_without_layouts_a_policy_has_what_its_device_makes_of_auto():
+    for device, layout in (("cpu", "double"), ("cuda", "blocked")):
+        (contender,) = contenders(["sparq"], [], 64, 1024, device=torch.device(device))
+        assert (contender.layout, contender.policy.key_layout.kind) == (layout, "auto")
 
 
 def test_lists_are_sweeps_as_in_a_config():
@@ -53,6 +62,15 @@ def test_the_defaults_fit_every_shape():
 def test_mistakes_name_what_is_legal(policy, layout, message):
     with pytest.raises(UserError, match=re.escape(message)):
         names(policy, layouts=[layout])
+
+
+def test_a_layout_that_a_policy_cannot_have_is_refused(tmp_path):
+    path = random_calibration(tmp_path, Heads(4, 2, 64))
+    given = [f"double_sparsity: {{calibration: '{path}', bits: 0, r: 8}}"]
+    with pytest.raises(UserError, match="double_sparsity cannot have its keys in the layout single"):
+        contenders(given, ["single"], 64, 1024)
+    (contender,) = contenders(given, ["single", "blocked"], 64, 1024)
+    assert contender.layout == "blocked"
 
 
 def test_sizes_and_heads():

@@ -51,7 +51,7 @@ def test_memory_is_known_beforehand(tokens, policy):
     positions = 2 * 2 * slots.capacity * 8
     summaries = sum(summary.numel() * summary.element_size() for summary in slots.summaries.values())
     assert (
-        memory.cache_bytes(policy, 2, 40 + ROOM, HEADS, torch.float32)
+        memory.cache_bytes(policy, 2, 40 + ROOM, HEADS, torch.float32, torch.device("cpu"))
         == slots.memory() + positions - summaries
     )
 

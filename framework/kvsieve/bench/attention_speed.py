@@ -104,7 +104,7 @@ def _contenders(
     plan: AttentionPlan, cell: Sizes, folder: Path, say: Callable[[str], None]
 ) -> list[Contender]:
     size = cell.heads.size
-    given = plan.layouts, size, cell.context, plan.dtype.itemsize
+    given = plan.layouts, size, cell.context, plan.dtype.itemsize, plan.device
     found = contenders(plan.policies, *given)
     if plan.policies:
         return found
@@ -119,7 +119,8 @@ def _contenders(
 def _need(plan: AttentionPlan, cell: Sizes, field: Sequence[Contender], families: Sequence[str]) -> int:
     plain = memory.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
     slots = cell.context + ROOM
-    held = max(memory.cache_bytes(c.policy, cell.batch, slots, cell.heads, plan.dtype) for c in field)
+    given = cell.batch, slots, cell.heads, plan.dtype, plan.device
+    held = max(memory.cache_bytes(contender.policy, *given) for contender in field)
     # A policy with a budget holds the whole context for a moment, when it is filled.
     filling = 2 * plain
     ours = plain if baselines.OURS in families else 0

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from .. import plugins
-from ..cache.layouts import KINDS, KeyLayout
+from ..cache.layouts import AUTO, KINDS, KeyLayout
 from ..compare.sweep import policies_from_option
 from ..entries import can_compress, fields
 from ..errors import UserError, unknown
 from ..policy import Policy
 from .shapes import Heads
 
+CPU = torch.device("cpu")
 RANDOM = "random calibration"  # the name of the file
 
 
@@ -26,7 +27,7 @@ class Contender(NamedTuple):
 
     label: str
     policy: Policy
-    layout: str  # of its keys
+    layout: str  # of its keys, on this device
 
     @property
     def name(self) -> str:
@@ -40,9 +41,6 @@ class Contender(NamedTuple):
             if Path(str(values.get("calibration", ""))).name == RANDOM:
                 values["calibration"] = RANDOM
         return spec
-
-
-DEFAULT_LAYOUTS = ("double", "blocked", "single")
 
 
 def default_policies(head_size: int) -> list[str]:
@@ -86,13 +84,18 @@ def random_calibration(folder: Path, heads: Heads) -> Path:
 
 
 def contenders(
-    policies: Sequence[str], layouts: Sequence[str], head_size: int, context: int, itemsize: int = 2
+    policies: Sequence[str],
+    layouts: Sequence[str],
+    head_size: int,
+    context: int,
+    itemsize: int = 2,
+    device: torch.device = CPU,
 ) -> list[Contender]:
-    """Every policy in every layout that it can take; a policy without a parameter `layout` once.
+    """Every policy once; in every layout that it can take, where its own is "auto".
 
     Raises:
-        UserError: an unknown policy, parameter or layout, parameters that do not fit the head size, or a
-            policy that reads prompts by a plan.
+        UserError: an unknown policy, parameter or layout, parameters that do not fit the head size, a
+            policy that can have none of the layouts, or one that reads prompts by a plan.
     """
     for layout in layouts:
         if layout not in KINDS:
@@ -107,16 +110,20 @@ def contenders(
                     f"policy {policy.name} reads prompts by a plan, and here a prompt is random tokens that "
                     "nobody reads: measure it by `kvsieve compare`"
                 )
-            for version in _versions(policy, layouts, entry):
-                contender = Contender(_label(entry), version, version.key_layout.kind)
+            for version in _versions(policy, layouts):
+                contender = Contender(_label(entry), version, version.key_layout.on(device).kind)
                 found.setdefault(contender.name, contender)
     return list(found.values())
 
 
-def _versions(policy: Policy, layouts: Sequence[str], entry: Any) -> list[Policy]:
-    given = next(iter(entry.values())) if isinstance(entry, dict) else {}
-    versions = [policy.in_layout(KeyLayout(cast(Any, layout))) for layout in layouts if "layout" not in given]
-    return [version for version in versions if version is not None] or [policy]
+def _versions(policy: Policy, layouts: Sequence[str]) -> list[Policy]:
+    if policy.key_layout.kind != AUTO:
+        return [policy]
+    asked = [policy.in_layout(KeyLayout(cast(Any, layout))) for layout in layouts]
+    versions = [version for version in asked if version is not None]
+    if layouts and not versions:
+        raise UserError(f"policy {policy.name} cannot have its keys in the layout {' or '.join(layouts)}")
+    return versions or [policy]
 
 
 def _label(entry: Any) -> str:

@@ -89,14 +89,12 @@ def _planned(plan: DecodePlan, config: Any, batch: int, context: int) -> Sizes:
     heads, layers = heads_of(config), config.num_hidden_layers
     dense = Contender("dense", specs.make_policy("dense"), "single")
     chosen = plan.policies or default_policies(heads.size)
-    field = contenders(chosen, plan.layouts, heads.size, context, plan.dtype.itemsize)
+    field = contenders(chosen, plan.layouts, heads.size, context, plan.dtype.itemsize, plan.device)
     field = [dense, *(contender for contender in field if contender != dense)]
     slots = context + plan.steps + 5
+    given = batch, slots, heads, plan.dtype, plan.device
     held = [
-        sum(
-            memory.cache_bytes(c.policy.for_layer(layer, layers), batch, slots, heads, plan.dtype)
-            for layer in range(layers)
-        )
+        sum(memory.cache_bytes(c.policy.for_layer(layer, layers), *given) for layer in range(layers))
         for c in field
     ]
     plain = memory.plain_bytes(batch, slots, heads, plan.dtype)

@@ -27,11 +27,13 @@ def plain_bytes(batch: int, context: int, heads: Heads, dtype: torch.dtype) -> i
     return 2 * batch * heads.kv * context * heads.size * dtype.itemsize
 
 
-def cache_bytes(policy: Policy, batch: int, context: int, heads: Heads, dtype: torch.dtype) -> int:
+def cache_bytes(
+    policy: Policy, batch: int, context: int, heads: Heads, dtype: torch.dtype, device: torch.device
+) -> int:
     """Bytes that one layer's cache holds for `context` tokens under a policy, positions included."""
     slots = min(context, policy.keeps or context)
     one = torch.empty(1, 1, 1, heads.size, dtype=dtype, device="meta")
-    storage = Slots(policy.key_layout, policy.columns, {})
+    storage = Slots(policy.key_layout.on(device), policy.columns, {})
     storage.allocate(one, one, slots, heads.group)
     return (storage.memory() + slots * torch.int64.itemsize) * batch * heads.kv
 

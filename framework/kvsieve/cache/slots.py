@@ -69,7 +69,7 @@ class Slots:
     """Storage of one layer: keys as their layout has them, values, positions, columns, summaries.
 
     Args:
-        layout: of the keys.
+        layout: of the keys; "auto" is decided by the device, when storage is allocated.
         columns: per slot or per page of slots, by name.
         summaries: per row and KV head, by name.
     """
@@ -124,7 +124,7 @@ class Slots:
             self.seen = zeros(rows, dtype=torch.int64)
             # Tokens that every row gets in a step: not made anew in each.
             self.ones = torch.ones_like(self.seen)
-            stores = self.layout.stores(keys, capacity)
+            stores = self.layout.on(self.device).stores(keys, capacity)
             self._key_stores = list(stores)
             stores[VALUES] = zeros(rows, heads, capacity, values.shape[3], dtype=values.dtype)
             stores[POSITIONS] = zeros(rows, heads, capacity, dtype=torch.int64)

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import __version__, ops, plugins
+from ..cache.layouts import KeyLayout
 from .cells import Cell
 from .identity import Fields
 
@@ -36,6 +37,7 @@ def describe(model: PreTrainedModel, cells: list[Cell], shared: Fields, started:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ops": ops.chosen(model.device),
+        "layout_auto": KeyLayout("auto").on(model.device).kind,  # of a policy's keys, by default
         "gpu": gpu,
         "device": str(model.device),
         "dtype": shared["dtype"],

@@ -81,6 +81,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
             known.get("cpu", ""),
             cores,
             known.get("ops", "") and f"ops: {known['ops']}",
+            known.get("layout_auto", "") and f"layout auto: {known['layout_auto']}",
         ],
         "Versions": [*versions, *plugins],
         "Commit": [known.get("git_commit", "")],
