@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from kvsieve import Policy, UserError, Wrapper, make_policy, plugins, transfer
 from kvsieve.compare import config, fit, run
-from kvsieve.entries import can_compress, fields
+from kvsieve.entries import COMPRESSION, budgets, fields
 from kvsieve.specs import read_policy, with_parameters
 from kvsieve.testing import rollout
 
@@ -46,7 +46,7 @@ def reading():
     for name, entry in plugins.policies().items():
         cls = entry.cls
         drops = (getattr(cls, how) not in (getattr(Policy, how), getattr(Wrapper, how)) for how in _DROPPING)
-        if entry.plugin == "builtin" and not any(drops) and can_compress(cls) and name != "dense":
+        if entry.plugin == "builtin" and not any(drops) and COMPRESSION in budgets(cls) and name != "dense":
             yield name
 
 
@@ -132,7 +132,9 @@ def test_the_smallest_compression_that_an_error_names_can_be_had(name, calibrati
 
 def test_a_compression_stands_with_the_whole_or_with_a_part_of_it():
     inner = {"quest": {"compression": "1/4"}}
-    with pytest.raises(UserError, match="twilight and twilight.inner have a compression each"):
+    with pytest.raises(
+        UserError, match="twilight and twilight.inner have a budget each, 1/8 and 1/4: give one"
+    ):
         make_policy("twilight", compression="1/8", head_size=64, context=1024, inner=inner)
     with pytest.raises(UserError, match="dense attention reads everything"):
         make_policy("twilight", compression="1/8", head_size=64, context=1024, inner="dense")
@@ -144,7 +146,7 @@ def test_a_compression_stands_with_the_whole_or_with_a_part_of_it():
 def test_the_race_that_ships_has_every_method_at_every_ratio():
     race = config.load(Path(__file__).parent.parent / "configs/selection.yaml")
     fit.check(race)  # its contexts and compressions can be had
-    entered = {(spec.name, spec.compression) for spec in race.policies}
+    entered = {(spec.name, spec.budget and spec.budget.amount) for spec in race.policies}
     assert entered >= {(name, ratio) for name in RACED for ratio in RATIOS} - IMPOSSIBLE.keys() | {
         ("twilight", RATIOS[-1])
     } | {("dense", None)}
@@ -162,4 +164,4 @@ def test_the_race_that_ships_runs(tmp_path):
         # One sample, the last step of which is a few tokens longer; SparQ's mean value is not in its share.
         # HiP's search is paid for by 8 steps, and the answer has fewer.
         most = 1.1 if row.policy == "hip" else 1.03
-        assert not row.compression or row.bytes_ratio <= most * float(Fraction(row.compression))
+        assert not row.budget or row.bytes_ratio <= most * float(Fraction(row.budget))

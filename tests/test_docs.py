@@ -38,8 +38,8 @@ def with_includes(text: str) -> str:
 def by_policy(summary: Path) -> str:
     """summary.csv with a line per policy and a column per task and context.
 
-    A line is named as the harness names it, without the parameters of a policy within; where no compression
-    was asked for, by those parameters in which a policy's lines differ.
+    A line is named as the harness names it, without the parameters of a policy within; where no budget was
+    asked for, by those parameters in which a policy's lines differ.
     """
     table: dict[str, dict[str, str]] = {}
     with summary.open() as file:
@@ -50,7 +50,7 @@ def by_policy(summary: Path) -> str:
                 part for part in row["parameters"].split() if not all(part in other for other in others)
             ]
             label = f"{row['policy']} {' '.join(differ)}".strip()
-            if row["compression"]:
+            if row.get("budget") or row.get("compression"):  # its name at first
                 label = re.sub(r"\(.*\)", "", row["policy_label"])
             cells = table.setdefault(label, {})
             cells.setdefault("bytes read", f"{float(row['bytes_ratio']):.2f}")

@@ -85,7 +85,7 @@ def test_all_mistakes_are_told_at_once():
         "dense_layers.layers.1: must be an integer (got 'x')",
         "dense_layers.inner.sparq.k: must be an integer (got True)",
         "dense_layers.inner.sparq.rr: unknown parameter of sparq 'rr'; did you mean 'r'? Legal: "
-        "block, compression, group_score, k, layout, local, mean_value, mean_value_limit, r",
+        "block, compression, group_score, k, layout, local, mean_value, mean_value_limit, r, tokens",
     ]
 
 
@@ -107,8 +107,7 @@ def test_a_compression_within_a_nested_policy_is_of_the_same_context():
     [
         (
             {},
-            "sparq: which parameters a compression means depends on the model and the context: "
-            "give head_size=",
+            "sparq: which parameters a budget means depends on the model and the context: give head_size=",
         ),
         ({"head_size": 64}, "give head_size=... (channels per head) and context=... (tokens)"),
         ({"head_size": True, "context": 9}, "head_size: must be an integer of at least 1 (got True)"),

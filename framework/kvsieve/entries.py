@@ -19,11 +19,34 @@ from .values import NOTHING, Loc, Mistake, is_list, read_value, shortened
 if typing.TYPE_CHECKING:
     from .plugins import Registered
 
-COMPRESSION = "compression"
+COMPRESSION, MEMORY, TOKENS = "compression", "memory", "tokens"
+# What may stand in place of parameters; each policy says which of them it can be asked for.
+BUDGETS = (COMPRESSION, MEMORY, TOKENS)
 MOST_COMBINATIONS = 1000
 _FRACTION = re.compile(r"\d{1,9}(/\d{1,9})?|\d{0,9}\.\d{0,20}([eE]-?\d{1,2})?|\d{1,9}[eE]-?\d{1,2}")
 # Reads the entry of a nested policy.
 ReadNested = Callable[[Any, Loc], list[Any]]
+
+
+class Budget(NamedTuple):
+    """Asked for in place of parameters, which follow from it."""
+
+    kind: str  # one of BUDGETS
+    amount: Fraction  # of dense attention's bytes read, or of its cache's bytes; or a number of tokens
+
+    def __str__(self) -> str:
+        """`1/8`, `memory 1/4`, `tokens 512`."""
+        return str(self.amount) if self.kind == COMPRESSION else f"{self.kind} {self.amount}"
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """The budget that is written so.
+
+        Raises:
+            ValueError: it is none.
+        """
+        kind, space, amount = text.rpartition(" ")
+        return cls(kind if space else COMPRESSION, Fraction(amount))
 
 
 class Field(NamedTuple):
@@ -51,29 +74,42 @@ def fields(cls: Any) -> dict[str, Field]:
     }
 
 
-def can_compress(cls: Any) -> bool:
-    """Whether this class is a policy that says what parameters a compression means."""
+def budgets(cls: Any) -> list[str]:
+    """The budgets that this class can be asked for: it is a policy that says what parameters they mean."""
     from .policy import Policy
 
     if not issubclass(cls, Policy):
-        return False
-    ours: Any = Policy.for_compression
-    return cls is Policy or getattr(cls.for_compression, "__func__", None) is not ours.__func__
+        return []
+    if cls is Policy:
+        return [COMPRESSION, MEMORY]
+    answers = [kind for kind in BUDGETS if _own(cls, f"for_{kind}", Policy)]
+    return [kind for kind in answers if kind not in fields(cls)]
 
 
-def fraction(given: Any) -> Fraction:
-    """`1/8`, `0.125` or `1` as a fraction of dense attention's bytes.
+def _own(cls: type, method: str, base: type) -> bool:
+    """Whether a class has a method of its own in place of the base's."""
+    ours, base_s = getattr(cls, method), getattr(base, method)
+    return getattr(ours, "__func__", ours) is not getattr(base_s, "__func__", base_s)
+
+
+def _amount(kind: str, given: Any) -> Fraction:
+    """The amount of a budget: tokens, or a fraction such as `1/8`, `0.125` or `1`.
 
     Raises:
-        UserError: not a fraction in (0, 1].
+        UserError: not an integer from 1 on, or not a fraction in (0, 1].
     """
+    if kind == TOKENS:
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise UserError("must be a number of tokens, an integer of at least 1, such as 512")
+        return Fraction(given)
     text = "" if isinstance(given, bool) else str(given).replace(" ", "")
     try:
         ratio = Fraction(text) if len(text) < 40 and _FRACTION.fullmatch(text) else Fraction(0)
     except (ValueError, ZeroDivisionError):
         ratio = Fraction(0)
     if not 0 < ratio <= 1:
-        raise UserError("must be a fraction of dense attention's bytes, above 0 and up to 1, such as 1/8")
+        whole = "memory" if kind == MEMORY else "bytes"
+        raise UserError(f"must be a fraction of dense attention's {whole}, above 0 and up to 1, such as 1/8")
     return ratio
 
 
@@ -113,9 +149,11 @@ def combinations(
     read_nested: ReadNested | None = None,
 ) -> list[dict[str, Any]]:
     """Every combination of those values that are right; the rest goes to `mistakes`."""
-    known = fields(cls)
+    known, asked = fields(cls), [kind for kind in budgets(cls) if kind in parameters]
+    for kind in asked[1:]:
+        mistakes.append(Mistake((*loc, kind), f"stands beside {asked[0]}: one budget at a time"))
     ways: dict[str, list[Any]] = {}
-    for key, given in sorted(parameters.items(), key=lambda item: item[0] == COMPRESSION):  # varies fastest
+    for key, given in sorted(parameters.items(), key=lambda item: item[0] in asked):  # varies fastest
         at = (*loc, str(key))
         reason = _why_unknown(cls, key)
         if reason is not None:
@@ -129,7 +167,7 @@ def combinations(
                 mistakes.append(Mistake(at, "an empty list sweeps over nothing", given))
         ways[key] = []
         for item, place in several:
-            ways[key] += _read(field, item, place, mistakes, read_nested)
+            ways[key] += _read(key, field, item, place, mistakes, read_nested)
             if len(ways[key]) > MOST_COMBINATIONS:
                 break
     for key, field in known.items():
@@ -146,23 +184,40 @@ def _why_unknown(cls: Any, key: str) -> str | None:
     """Why this class has no such parameter; None if it has."""
     from .policy import Policy
 
-    known, compresses = fields(cls), can_compress(cls)
-    if key in known or (key == COMPRESSION and compresses):
+    known, answers = fields(cls), budgets(cls)
+    if key in known or key in answers:
         return None
-    if key == COMPRESSION and issubclass(cls, Policy):
-        legal = ", ".join(known) or "none"
-        return f"{name_of(cls)} cannot be asked for a compression; its parameters: {legal}"
-    legal_names = [*known, COMPRESSION] if compresses else known
-    return unknown(f"parameter of {name_of(cls)}", shortened(key), legal_names)
+    if key not in BUDGETS or not issubclass(cls, Policy):
+        return unknown(f"parameter of {name_of(cls)}", shortened(key), [*known, *answers])
+    what = "a compression" if key == COMPRESSION else key
+    why = ": it keeps every token" if key == MEMORY and _keeps_all(cls) else ""
+    legal = f"its budgets: {', '.join(answers)}; " if answers else ""
+    return (
+        f"{name_of(cls)} cannot be asked for {what}{why}; {legal}its parameters: {', '.join(known) or 'none'}"
+    )
+
+
+def _keeps_all(cls: type) -> bool:
+    """Whether a policy class, no wrapper of another, has none of the methods by which tokens are dropped."""
+    from .policy import Policy
+    from .wrapper import Wrapper
+
+    dropping = ("keeps", "keeps_per_head", "cut", "cut_together", "plan")
+    return not issubclass(cls, Wrapper) and not any(_own(cls, method, Policy) for method in dropping)
 
 
 def _read(
-    field: Field | None, given: Any, loc: Loc, mistakes: list[Mistake], read_nested: ReadNested | None
+    key: str,
+    field: Field | None,
+    given: Any,
+    loc: Loc,
+    mistakes: list[Mistake],
+    read_nested: ReadNested | None,
 ) -> list[Any]:
-    """Read one value: a nested policy may be several. Without a field it is the compression."""
+    """Read one value: a nested policy may be several. Without a field it is a budget, `key` its kind."""
     if field is None:
         try:
-            return [fraction(given)]
+            return [Budget(key, _amount(key, given))]
         except UserError as error:
             mistakes.append(Mistake(loc, str(error), given))
             return []

@@ -341,7 +341,31 @@ class Policy:
             if ratio != 1:
                 raise UserError(f"dense attention reads everything: its compression is 1, not {ratio:g}")
             return cls()
-        raise NotImplementedError(f"{cls.name} has no for_compression: give its parameters instead")
+        raise NotImplementedError(
+            f"{cls.name} cannot be asked for a compression: give its parameters instead"
+        )
+
+    @classmethod
+    def for_memory(cls, share: float, head_size: int, context: int) -> Self:
+        """Make this policy with the parameters that hold `share` of the bytes of dense attention's cache.
+
+        Of a prompt of `context` tokens, once it is complete; columns and summaries are counted. Where the
+        cache grows, what is generated comes on top.
+        """
+        if cls is Policy:
+            if share != 1:
+                raise UserError(f"dense attention keeps everything: its memory is 1, not {share:g}")
+            return cls()
+        raise NotImplementedError(f"{cls.name} cannot be asked for memory: give its parameters instead")
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        """Make this policy with the parameters that read `tokens` tokens whole, keys and values, at a step.
+
+        At most so many; per KV head, or on average where heads or layers differ. Where tokens are dropped
+        once, they are so many of the prompt, and what is generated comes on top.
+        """
+        raise NotImplementedError(f"{cls.name} cannot be asked for tokens: give its parameters instead")
 
     def for_layer(self, layer: int, layers: int) -> Policy:
         """Return the policy of layer `layer` of `layers`; wrappers answer differently per layer."""

@@ -1,8 +1,9 @@
 """Policies and tasks from plain data: one strictness for YAML, the command line, bench and `make_policy`.
 
 An entry is a name, or `{name: {parameter: value}}`. A parameter that is a policy is an entry itself.
-`compression` stands beside the parameters of a policy that can be asked for it, and gives those that are left
-out once head size and context are known. Where lists sweep, a list in place of a value stands for its values.
+A budget (`compression`, `memory` or `tokens`) stands beside the parameters of a policy that can be asked for
+it, and gives those that are left out once head size and context are known. Where lists sweep, a list in place
+of a value stands for its values.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fractions import Fraction
 from typing import Any, TypeVar, cast
 
 from . import plugins
-from .entries import COMPRESSION, combinations, name_of, named
+from .entries import COMPRESSION, MEMORY, TOKENS, Budget, budgets, combinations, name_of, named
 from .errors import UserError
 from .values import Loc, Mistake
 
@@ -26,7 +27,7 @@ if typing.TYPE_CHECKING:
     from .policy import Policy
 
 Made = TypeVar("Made")
-_ITEMSIZE = "itemsize"  # an argument of `for_compression`, beside parameters
+_ITEMSIZE = "itemsize"  # an argument of `for_compression` and the like, beside parameters
 
 
 def make_policy(
@@ -34,6 +35,8 @@ def make_policy(
     /,
     *,
     compression: str | float | Fraction | None = None,
+    memory: str | float | Fraction | None = None,
+    tokens: int | None = None,
     head_size: int | None = None,
     context: int | None = None,
     **parameters: Any,
@@ -49,25 +52,28 @@ def make_policy(
 
     Args:
         compression: the fraction of dense attention's bytes to read; parameters not given follow from it.
-        head_size: channels per head of the model; needed with a compression, as `context` is.
-        context: tokens that the compression refers to.
+        memory: or the fraction of its cache's bytes to hold.
+        tokens: or how many are read whole at a step.
+        head_size: channels per head of the model; needed with one of these budgets, as `context` is.
+        context: tokens that the budget refers to.
         parameters: the policy's own; one that is a policy may be given as its name or spec.
 
     Raises:
         UserError: with all that is wrong: an unknown name or parameter, a value of another kind or one that
-            the policy refuses, a compression without head size and context. It names what is legal.
+            the policy refuses, two budgets, or one without head size and context. It names what is legal.
     """
     from .policy import Policy
 
-    if isinstance(policy, Policy) and not parameters and compression is None:
+    asked = {COMPRESSION: compression, MEMORY: memory, TOKENS: tokens}
+    given = {kind: amount for kind, amount in asked.items() if amount is not None} | parameters
+    if isinstance(policy, Policy) and not given:
         return policy
-    given = parameters if compression is None else {COMPRESSION: compression} | parameters
     spec = read_policy(with_parameters(policy, given))
     if not spec.needs_context:
         return spec.build(0, 0)
     if head_size is None or context is None:
         raise UserError(
-            f"{spec.name}: which parameters a compression means depends on the model and the context: "
+            f"{spec.name}: which parameters a budget means depends on the model and the context: "
             "give head_size=... (channels per head) and context=... (tokens), or the parameters themselves"
         )
     for name, value in (("head_size", head_size), ("context", context)):
@@ -76,12 +82,14 @@ def make_policy(
     return spec.build(head_size, context)
 
 
-def build(cls: type[Policy], parameters: Mapping[str, Any]) -> Policy:
-    """An instance of a policy class, registered or not, from plain parameters; see make_policy."""
+def build(
+    cls: type[Policy], parameters: Mapping[str, Any], head_size: int = 0, context: int = 0, itemsize: int = 2
+) -> Policy:
+    """An instance of a policy class, registered or not, from plain parameters; see PolicySpec.build."""
     mistakes: list[Mistake] = []
     specs = _policy_specs(cls, dict(parameters), (name_of(cls),), mistakes, sweep=False)
     _refuse(mistakes)
-    return specs[0].build(0, 0)
+    return specs[0].build(head_size, context, itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +99,7 @@ class PolicySpec:
     cls: type[Policy]
     # As given; a nested policy is a PolicySpec.
     parameters: dict[str, Any]
-    compression: Fraction | None = None
+    budget: Budget | None = None
     loc: Loc = dataclasses.field(compare=False, default=())
 
     @property
@@ -101,7 +109,7 @@ class PolicySpec:
     @property
     def needs_context(self) -> bool:
         nested = [value for value in self.parameters.values() if isinstance(value, PolicySpec)]
-        return self.compression is not None or any(spec.needs_context for spec in nested)
+        return self.budget is not None or any(spec.needs_context for spec in nested)
 
     def build(self, head_size: int, context: int, itemsize: int = 2) -> Policy:
         """The policy itself; a spec that needs no context takes anything for all three.
@@ -109,7 +117,7 @@ class PolicySpec:
         `itemsize`: bytes of a number in the cache, for methods whose share depends on it.
 
         Raises:
-            UserError: the parameters do not go together, or none give this compression here.
+            UserError: the parameters do not go together, or none give this budget here.
         """
         from .policy import Policy
 
@@ -117,37 +125,44 @@ class PolicySpec:
             name: value.build(head_size, context, itemsize) if isinstance(value, PolicySpec) else value
             for name, value in self.parameters.items()
         }
-        if self.compression is None:
+        if self.budget is None:
             return _make(functools.partial(self.cls, **given))
-        asked = inspect.signature(self.cls.for_compression).parameters
+        kind, amount = self.budget
+        make = getattr(self.cls, f"for_{kind}")
+        asked = inspect.signature(make).parameters
         told = {name: value for name, value in (given | {_ITEMSIZE: itemsize}).items() if name in asked}
         nested = [name for name in told if isinstance(given.get(name), Policy)]
         shares = {name: self._share(name, head_size, context, itemsize) for name in nested}
         try:
-            compressed = functools.partial(self.cls.for_compression, float(self.compression))
-            policy = _make(functools.partial(compressed, head_size, context, **told | shares))
+            plain = int(amount) if kind == TOKENS else float(amount)
+            policy = _make(functools.partial(make, plain, head_size, context, **told | shares))
             rest = {name: value for name, value in given.items() if name not in shares}
             return _make(functools.partial(dataclasses.replace, policy, **rest))
         except UserError as error:
-            shown = self.compression.limit_denominator(10_000)
-            raise UserError(f"compression {shown} at context {context}: {error}") from None
+            raise UserError(
+                f"{kind} {amount.limit_denominator(10_000)} at context {context}: {error}"
+            ) from None
 
     def _share(self, name: str, head_size: int, context: int, itemsize: int) -> Callable[[float], Policy]:
-        """A nested policy as a function of the fraction of dense attention's bytes that it may read.
+        """A nested policy as a function of its part of this budget.
 
         Raises:
-            UserError: it has a compression of its own.
+            UserError: it has a budget of its own.
         """
-        inner = self.parameters[name]
+        assert self.budget is not None
+        inner, kind = self.parameters[name], self.budget.kind
 
         def policy(share: float) -> Policy:
             if not isinstance(inner, PolicySpec):
                 return cast("Policy", inner)  # an object: its parameters are given
-            spec = dataclasses.replace(inner, compression=Fraction(share))
+            spec = dataclasses.replace(inner, budget=Budget(kind, Fraction(share)))
             return spec.build(head_size, context, itemsize)
 
-        if isinstance(inner, PolicySpec) and inner.compression is not None:
-            raise UserError(f"{self.name} and {self.name}.{name} have a compression each: give one of them")
+        if isinstance(inner, PolicySpec) and inner.budget is not None:
+            raise UserError(
+                f"{self.name} and {self.name}.{name} have a budget each, {self.budget} and {inner.budget}: "
+                "give one of them"
+            )
         return policy
 
     def entry(self) -> Any:
@@ -160,8 +175,9 @@ class PolicySpec:
             return value.spec() if isinstance(value, Policy) else value
 
         values = {name: plain(value) for name, value in self.parameters.items()}
-        if self.compression is not None:
-            values = {COMPRESSION: str(self.compression)} | values
+        if self.budget is not None:
+            kind, amount = self.budget
+            values = {kind: int(amount) if kind == TOKENS else str(amount)} | values
         return {self.name: values} if values else self.name
 
 
@@ -223,12 +239,21 @@ def _policy_specs(
 
     before = len(mistakes)
     specs = [
-        PolicySpec(cls, values, values.pop(COMPRESSION, None), loc)
+        PolicySpec(cls, values, _budget(cls, values), loc)
         for values in combinations(cls, parameters, loc, mistakes, sweep=sweep, read_nested=nested)
     ]
     now = [functools.partial(spec.build, 0, 0) for spec in specs if not spec.needs_context]
     _made(now, loc, before, mistakes)
     return specs if len(mistakes) == before else []
+
+
+def _budget(cls: type[Policy], values: dict[str, Any]) -> Budget | None:
+    """Taken out of the values of an entry."""
+    for kind in budgets(cls):
+        if kind in values:
+            budget: Budget = values.pop(kind)
+            return budget
+    return None
 
 
 def _made(makes: Iterable[Callable[[], Made]], loc: Loc, before: int, mistakes: list[Mistake]) -> list[Made]:

@@ -1,4 +1,4 @@
-"""Tokens that a share of dense attention's bytes buys, once what a method reads to choose them is paid.
+"""Tokens that a share of dense attention's bytes buys, once what a method needs beside them is paid.
 
 Reckoned for one row, and for numbers of `itemsize` bytes: 2 where nothing is said. Where rows share static
 data, a method reads less than was asked for.
@@ -42,8 +42,33 @@ def tokens(
     return found
 
 
-def too_small(method: str, least: int, whole: int) -> UserError:
-    """The error of a ratio at which not even `least` of `whole` bytes can be read."""
+def held(
+    method: str,
+    share: float,
+    head_size: int,
+    context: int,
+    itemsize: int = 2,
+    *,
+    column: int = 0,
+    beside: int = 0,
+    fewest: int = 1,
+) -> int:
+    """Tokens held in `share` of dense attention's memory; each takes `column` bytes more, all `beside` more.
+
+    Raises:
+        UserError: fewer than `fewest`; it names the smallest share.
+    """
+    whole, token = dense(head_size, context, itemsize), 2 * vector(head_size, itemsize) + column
+    found = int((share * whole - beside) / token)
+    if found < fewest:
+        raise too_small(method, beside + fewest * token, whole, "holds", "memory")
+    return found
+
+
+def too_small(
+    method: str, least: int, whole: int, does: str = "reads", budget: str = "compression"
+) -> UserError:
+    """The error of a ratio at which not even `least` of `whole` bytes can be read, or held."""
     n = math.floor(whole / least)
-    legal = f"the smallest compression here is 1/{n}" if n else "it saves nothing here"
-    return UserError(f"{method} reads {least} of dense attention's {whole} bytes at least: {legal}")
+    legal = f"the smallest {budget} here is 1/{n}" if n else "it saves nothing here"
+    return UserError(f"{method} {does} {least} of dense attention's {whole} bytes at least: {legal}")

@@ -28,7 +28,7 @@ import torch
 
 from kvsieve import KVView, NewTokens, Observe, Pass, Policy, Positions, UserError
 
-from .budgets import dense, too_small, vector
+from . import budgets
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,39 @@ class CItruS(Policy):
         """Hold `ratio * context` tokens, an instruction of so many included; the answer comes on top."""
         kept = round(ratio * context) - instruction
         if kept < 1:
-            least = (instruction + 1) * 2 * vector(head_size)
-            raise too_small("citrus", least, dense(head_size, context))
+            least = (instruction + 1) * 2 * budgets.vector(head_size)
+            raise budgets.too_small("citrus", least, budgets.dense(head_size, context))
+        return cls.for_tokens(kept + instruction, head_size, context, instruction, score)
+
+    @classmethod
+    def for_memory(
+        cls,
+        share: float,
+        head_size: int,
+        context: int,
+        instruction: int = 64,
+        score: Literal["instruction", "chunk"] = "instruction",
+        itemsize: int = 2,
+    ) -> Self:
+        """Hold so much once the prompt is complete, an instruction of so many tokens included."""
+        fewest = instruction + 1
+        tokens = budgets.held("citrus", share, head_size, context, itemsize, column=4, fewest=fewest)
+        return cls.for_tokens(tokens, head_size, context, instruction, score)
+
+    @classmethod
+    def for_tokens(
+        cls,
+        tokens: int,
+        head_size: int,
+        context: int,
+        instruction: int = 64,
+        score: Literal["instruction", "chunk"] = "instruction",
+    ) -> Self:
+        """Hold so many, an instruction of so many tokens included; the answer comes on top."""
+        kept = tokens - instruction
+        if kept < 1:
+            raise UserError(
+                f"citrus counts its instruction of {instruction} tokens: at least {instruction + 1} are "
+                "needed"
+            )
         return cls(kept, max(1, min(256, kept // 2)), score, instruction)

@@ -145,3 +145,8 @@ class DoubleSparsity(Calibrated):
         given = {"beside": beside(r), "least": beside(fewest)}
         k = budgets.tokens("double_sparsity", ratio, head_size, context, itemsize, **given)
         return cls(r=r, k=k, bits=bits)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        """Guess by an eighth of the channels. The calibration stands beside the tokens."""
+        return cls(r=max(2, head_size // 16 * 2), k=tokens)

@@ -137,3 +137,8 @@ class DuoAttention(Policy):
         rest = 1 - window / context
         share = min(1.0, max(0.0, (ratio - window / context) / rest)) if rest > 0 else 1.0
         return cls(sinks=sinks, recent=window - 1 - sinks, share=round(share, 6))
+
+    @classmethod
+    def for_memory(cls, share: float, head_size: int, context: int) -> Self:
+        """Hold what is read: see for_compression."""
+        return cls.for_compression(share, head_size, context)

@@ -22,6 +22,8 @@ import torch
 
 from kvsieve import KVView, NewTokens, Policy, Positions, UserError
 
+from . import budgets
+
 _AT_ONCE = 4096  # queries
 
 
@@ -117,5 +119,13 @@ class ExpectedAttention(Policy):
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
         """Keep `ratio * context` tokens of the prompt; what is generated comes on top."""
-        budget = max(1, round(ratio * context))
-        return cls(budget=budget, sinks=min(4, budget - 1))
+        return cls.for_tokens(max(1, round(ratio * context)), head_size, context)
+
+    @classmethod
+    def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:
+        tokens = budgets.held("expected_attention", share, head_size, context, itemsize)
+        return cls.for_tokens(tokens, head_size, context)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        return cls(budget=tokens, sinks=min(4, tokens - 1))

@@ -15,6 +15,8 @@ import torch
 
 from kvsieve import KVView, Observe, Policy, UserError
 
+from . import budgets
+
 
 @dataclass(frozen=True)
 class H2O(Policy):
@@ -46,5 +48,13 @@ class H2O(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        budget = max(1, round(ratio * context))
-        return cls(budget=budget, recent=max(1, budget // 4))
+        return cls.for_tokens(max(1, round(ratio * context)), head_size, context)
+
+    @classmethod
+    def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:
+        tokens = budgets.held("h2o", share, head_size, context, itemsize, column=4)
+        return cls.for_tokens(tokens, head_size, context)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        return cls(budget=tokens, recent=max(1, tokens // 4))

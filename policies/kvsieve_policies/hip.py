@@ -138,3 +138,9 @@ class HiP(Policy):
         if k < 1:
             raise budgets.too_small("hip", read(1, 0), whole)
         return cls(k=k, sinks=sinks, window=window, refresh=refresh)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        """Spend a quarter on the window, a sixteenth on sinks, and the rest on k."""
+        window, sinks = tokens // 4, min(cls.sinks, tokens // 16)
+        return cls(k=tokens - window - sinks, sinks=sinks, window=window)

@@ -216,3 +216,19 @@ class InfLLM(Policy):
             least = min(beside(block) + 2 * vector * block + near for block in _SIZES)
             raise budgets.too_small("infllm", math.ceil(least), whole)
         return cls(window=window, sinks=sinks, blocks=blocks, block=block)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        """Split them as for_compression does; as many as fill a block are left for those that fill none yet.
+
+        Blocks are as large as an eighth of the tokens, up to 128.
+        """
+        block = max([size for size in _SIZES if size <= tokens // 8] or _SIZES[:1])
+        rest = tokens - block
+        blocks = max(1, rest * 11 // 16 // block)
+        sinks = min(cls.sinks, max(0, (rest - blocks * block) // 5))
+        window = rest - blocks * block - sinks
+        if window < 1:
+            least = 2 * _SIZES[0] + 1
+            raise UserError(f"infllm reads a window, a block, and what fills none: at least {least} tokens")
+        return cls(window=window, sinks=sinks, blocks=blocks, block=block)

@@ -32,6 +32,8 @@ import torch.nn.functional as F
 
 from kvsieve import KVView, NewTokens, Pass, Policy, UserError
 
+from . import budgets
+
 _AT_ONCE = 256  # queries
 
 
@@ -138,3 +140,14 @@ class KVzip(Policy):
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
         """Keep `ratio` of the context's pairs; the sinks, the question and what is generated come on top."""
         return cls(ratio=ratio)
+
+    @classmethod
+    def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:
+        """Hold so many pairs of a context of `context` tokens, the sinks included."""
+        tokens = budgets.held("kvzip", share, head_size, context, itemsize, fewest=cls.sinks + 1)
+        return cls.for_tokens(tokens, head_size, context)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        """Keep so many of the context on average, the sinks included; the question comes on top, too."""
+        return cls(budget=tokens)

@@ -13,6 +13,8 @@ import torch
 
 from kvsieve import KVView, Policy, UserError
 
+from . import budgets
+
 
 @dataclass(frozen=True)
 class LocalWindow(Policy):
@@ -41,5 +43,13 @@ class LocalWindow(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        budget = max(1, round(ratio * context))
-        return cls(budget=budget, sinks=min(16, budget // 4))
+        return cls.for_tokens(max(1, round(ratio * context)), head_size, context)
+
+    @classmethod
+    def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:
+        tokens = budgets.held("local_window", share, head_size, context, itemsize)
+        return cls.for_tokens(tokens, head_size, context)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        return cls(budget=tokens, sinks=min(16, tokens // 4))

@@ -83,3 +83,10 @@ class Loki(Calibrated):
         # A k of 1 would be a share.
         given = {"beside": beside(r), "least": beside(1), "fewest": 2}
         return cls(r=r, k=budgets.tokens("loki", ratio, head_size, context, itemsize, **given))
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        """Guess in a quarter of the directions. The calibration stands beside the tokens."""
+        if tokens < 2:
+            raise UserError("loki reads at least 2 tokens: its k of 1 is a share")
+        return cls(r=max(1, head_size // 4), k=tokens)

@@ -80,3 +80,10 @@ class Quest(Policy):
             smallest = min(map(least, range(1, context + 1)))
             raise budgets.too_small("quest", smallest, budgets.dense(head_size, context))
         return cls(pages=1 + int(left / (2 * vector * page)), page=page)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int, page: int = 16) -> Self:
+        """Read as many whole pages as that is; the newest may not be full."""
+        if tokens < page:
+            raise UserError(f"quest reads whole pages: at least {page} tokens are needed")
+        return cls(pages=tokens // page, page=page)

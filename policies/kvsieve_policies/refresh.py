@@ -93,6 +93,22 @@ class Refresh(Wrapper):
             raise UserError("refresh needs the policy `inner` to be asked for a compression")
         return cls(inner(ratio), every)
 
+    @classmethod
+    def for_tokens(
+        cls,
+        tokens: int,
+        head_size: int,
+        context: int,
+        inner: Callable[[int], Policy] | None = None,
+        every: int = 8,
+    ) -> Self:
+        """Let `inner` choose what the newest leave, that come until it is asked again."""
+        if inner is None:
+            raise UserError("refresh needs the policy `inner` to be asked for tokens")
+        if tokens < every:
+            raise UserError(f"refresh reads {every - 1} tokens that come between two searches: give {every}")
+        return cls(inner(tokens - every + 1), every)
+
     def _age(self, kv: KVView) -> int:
         """Steps since the search, 0 at one."""
         return (kv.steps - 1) % self.every

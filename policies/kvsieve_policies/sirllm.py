@@ -23,6 +23,8 @@ import torch
 
 from kvsieve import KVView, NewTokens, Pass, Policy, Positions, UserError, Wants
 
+from . import budgets
+
 
 @dataclass(frozen=True)
 class SirLLM(Policy):
@@ -76,6 +78,14 @@ class SirLLM(Policy):
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
         """Hold `ratio * context` tokens of a conversation; what is generated comes on top."""
-        size = max(2, round(ratio * context))
-        sinks = min(4, size - 1)
-        return cls(sinks=sinks, surprising=size - sinks)
+        return cls.for_tokens(max(2, round(ratio * context)), head_size, context)
+
+    @classmethod
+    def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:
+        tokens = budgets.held("sirllm", share, head_size, context, itemsize, column=4)
+        return cls.for_tokens(tokens, head_size, context)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        sinks = min(4, tokens - 1)
+        return cls(sinks=sinks, surprising=tokens - sinks)

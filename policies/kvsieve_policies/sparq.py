@@ -91,3 +91,8 @@ class SparQ(Policy):
         """
         k = max(1, round(context * ratio / 2))
         return cls(r=max(1, round(head_size * ratio)), k=k, local=k // 4)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        """Guess by a quarter of the channels, as the paper's r of 32 is of its models' 128."""
+        return cls(r=max(1, head_size // 4), k=tokens, local=tokens // 4)

@@ -21,6 +21,8 @@ import torch
 
 from kvsieve import KVView, NewTokens, Policy, Positions, Shape, UserError
 
+from . import budgets
+
 
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
@@ -69,5 +71,18 @@ class StreamingLLM(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        budget = max(1, round(ratio * context))
-        return cls(budget=budget, sinks=min(4, budget - 1))
+        return cls.for_tokens(max(1, round(ratio * context)), head_size, context)
+
+    @classmethod
+    def for_memory(
+        cls, share: float, head_size: int, context: int, sinks: int = 4, itemsize: int = 2
+    ) -> Self:
+        """Hold the first keys of the sinks, too: float32 summaries."""
+        first, fewest = sinks * 4 * head_size, sinks + 1
+        given = {"beside": first, "fewest": fewest}
+        tokens = budgets.held("streaming_llm", share, head_size, context, itemsize, **given)
+        return cls.for_tokens(tokens, head_size, context)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        return cls(budget=tokens, sinks=min(4, tokens - 1))

@@ -15,6 +15,8 @@ import torch
 
 from kvsieve import KVView, Observe, Policy, UserError, ops
 
+from . import budgets
+
 
 @dataclass(frozen=True)
 class TOVA(Policy):
@@ -47,4 +49,13 @@ class TOVA(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        return cls(budget=max(1, round(ratio * context)))
+        return cls.for_tokens(max(1, round(ratio * context)), head_size, context)
+
+    @classmethod
+    def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:
+        tokens = budgets.held("tova", share, head_size, context, itemsize, column=4)
+        return cls.for_tokens(tokens, head_size, context)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        return cls(budget=tokens)

@@ -103,3 +103,12 @@ class Twilight(Wrapper):
             return cls(inner(ratio / (1 + codes)))
         except UserError as error:
             raise UserError(f"twilight.inner, at 1/{1 + codes:.2f} of that: {error}") from None
+
+    @classmethod
+    def for_tokens(
+        cls, tokens: int, head_size: int, context: int, inner: Callable[[int], Policy] | None = None
+    ) -> Self:
+        """Let `inner` select so many; where attention is peaked fewer are read."""
+        if inner is None:
+            raise UserError("twilight needs the policy `inner` to be asked for tokens")
+        return cls(inner(tokens))

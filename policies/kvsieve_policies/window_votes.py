@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from kvsieve import KVView, Policy, UserError, ops
 
+from . import budgets
+
 
 @dataclass(frozen=True)
 class WindowVotes(Policy):
@@ -47,8 +49,16 @@ class WindowVotes(Policy):
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
         """Keep `ratio * context` tokens of the prompt; what is generated comes on top."""
-        budget = max(2, round(ratio * context))
-        return cls(budget=budget, window=min(32, budget // 2))
+        return cls.for_tokens(max(2, round(ratio * context)), head_size, context)
+
+    @classmethod
+    def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:
+        tokens = budgets.held(cls.name, share, head_size, context, itemsize, fewest=2)
+        return cls.for_tokens(tokens, head_size, context)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:
+        return cls(budget=tokens, window=max(1, min(32, tokens // 2)))
 
     def _votes(self, kv: KVView) -> torch.Tensor:
         """`[B, K, T]`: the pooled votes for the tokens before the window; -inf elsewhere."""

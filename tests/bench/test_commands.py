@@ -11,7 +11,7 @@ from kvsieve import plugins
 from kvsieve.bench import attention_speed, decode_speed, memory, record
 from kvsieve.bench.layer_step import ROOM
 from kvsieve.cli import app
-from kvsieve.entries import can_compress
+from kvsieve.entries import COMPRESSION, budgets
 
 ATTENTION = [
     "bench",
@@ -224,7 +224,7 @@ def test_by_default_every_policy_that_fits_is_measured(tmp_path):
     for name, entry in plugins.policies().items():
         told = any(name in line for line in output.splitlines() if "left out at T=256:" in line)
         told |= any(other.startswith(name) for other in cell["not_run"])
-        assert name in names or told or name == "dense_layers" or not can_compress(entry.cls)
+        assert name in names or told or name == "dense_layers" or COMPRESSION not in budgets(entry.cls)
     assert "policy kvzip reads prompts by a plan" in output
     assert "twilight.inner, at" in output  # Quest's bounds and 4-bit keys are more than an eighth of 256
     assert str(tmp_path) not in path.read_text()

@@ -79,7 +79,7 @@ def row(task, context, policy, score, compression="", **values):
         "policy": policy,
         "policy_label": f"{policy} {compression}".strip(),
         "parameters": "",
-        "compression": compression,
+        "budget": compression,
         "metric": metric,
         "higher_is_better": higher_is_better,
         "chance": 0.0 if higher_is_better else 8.0,
@@ -251,7 +251,7 @@ def test_the_headline_claims_no_more_than_was_measured():
     needle = [one for one in synthetic_rows() if one.task == "needle"]
     dense = [one for one in needle if one.policy == "dense"]
     others = [one for one in needle if one.policy != "dense"]
-    eighths = [one for one in others if one.compression == "1/8" and one.context == 512]
+    eighths = [one for one in others if one.budget == "1/8" and one.context == 512]
     many = [row("needle", context, f"p{i}", i / 10, "1/8") for i in range(4) for context in (512, 1024, 2048)]
     assert "the 6 others were worse than dense in 3 of 3" in headline_of(needle + many)
     assert "in all 3 task settings" in headline_of(needle)
@@ -364,9 +364,7 @@ def attacked_run(folder):
     hostile = dict.fromkeys(("model", "task", "parameters", "metric"), ATTACK)
     hostile["task_parameters"] = {ATTACK: ATTACK}
     rows = [dataclasses.replace(one, **hostile) for one in synthetic_rows()[0:7:2]]
-    rows[2] = dataclasses.replace(
-        rows[2], policy=ATTACK, compression=ATTACK, policy_label=f"{ATTACK} {ATTACK}"
-    )
+    rows[2] = dataclasses.replace(rows[2], policy=ATTACK, budget=ATTACK, policy_label=f"{ATTACK} {ATTACK}")
     rows[3] = dataclasses.replace(rows[3], mark=ATTACK, ran_eagerly=ATTACK)
     write_run(folder, rows)
     (folder / "config.yaml").write_text(ATTACK)

@@ -16,6 +16,7 @@ from kvsieve.compare.manifest import Entry
 from kvsieve.compare.markdown import markdown
 from kvsieve.compare.results import Results, Row
 from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition
+from kvsieve.entries import Budget
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "benchmarks" / "results" / "quickstart"
@@ -27,7 +28,7 @@ def entry(cell, policy="dense", samples=16, task="needle", context=512, **values
         "cell": cell, "label": f"{task} {context}, {policy}", "model": "m", "task": task,
         "task_parameters": {},
         "context": context, "policy": policy.split()[0], "policy_label": policy, "parameters": "",
-        "compression": policy.partition(" ")[2], "metric": "exact match", "higher_is_better": True,
+        "budget": policy.partition(" ")[2], "metric": "exact match", "higher_is_better": True,
         "chance": 0.0, "limits": (0.0, 1.0), "samples": samples,
     }  # fmt: skip
     return Entry(**found | values)
@@ -110,8 +111,8 @@ def test_the_sweep_that_ships_makes_groups_of_its_own(model):
     ]
 
 
-def cell(policy, compression=None, **task):
-    return Cell("id", Needle(**task), policy, compression)
+def cell(policy, budget=None, **task):
+    return Cell("id", Needle(**task), policy, Budget.parse(budget) if budget else None)
 
 
 def test_a_label_says_what_is_not_the_default():
@@ -123,7 +124,7 @@ def test_a_label_says_what_is_not_the_default():
     assert describe_parameters(policies[1]).startswith("r=8 k=64 local=32 mean_value=true")
 
 
-def test_policies_of_the_same_compression_are_told_apart():
+def test_policies_of_the_same_budget_are_told_apart():
     single, double = (
         make_policy("sparq", r=8, k=64, local=16, layout=layout) for layout in ("single", "double")
     )
@@ -132,6 +133,12 @@ def test_policies_of_the_same_compression_are_told_apart():
         "sparq 1/8 layout=single",
         "sparq 1/8 layout=double",
         "sparq 1/8",
+    ]
+    asked = [cell(single, "tokens 64"), cell(double, "tokens 64"), cell(make_policy("h2o"), "memory 1/4")]
+    assert manifest.policy_labels(asked) == [
+        "sparq tokens 64 layout=single",
+        "sparq tokens 64 layout=double",
+        "h2o memory 1/4",
     ]
 
 
@@ -198,7 +205,7 @@ def test_a_run_folder_of_version_0_1_0_is_read(old_run):
         "reference",
         {"distractors": 0, "text": None},
     )
-    assert (half.policy_label, half.compression, half.mark) == ("sparq 1/2", "1/2", "indistinguishable")
+    assert (half.policy_label, half.budget, half.mark) == ("sparq 1/2", "1/2", "indistinguishable")
     assert half.parameters.startswith("r=32 k=256 local=64 mean_value=true")
     by_label = {(row.task, row.policy_label): row for row in rows}
     perplexity = by_label["perplexity", "sparq 1/8"]
@@ -220,12 +227,14 @@ def test_a_cells_json_of_version_0_1_0_keeps_its_order_and_its_failures(old_run)
         "model",
         "policy",
         "parameters",
-        "compression",
         "metric",
         "higher_is_better",
         "samples",
     )
-    cells = [{name: getattr(one, name) for name in old} | {"error": None} for one in reversed(found)]
+    cells = [
+        {name: getattr(one, name) for name in old} | {"compression": one.budget, "error": None}
+        for one in reversed(found)
+    ]
     cells[0] |= {"samples": 4, "error": "no luck"}
     (old_run / "cells.json").write_text(json.dumps(cells))
     again = summary.write(old_run)

@@ -39,7 +39,7 @@ def test_a_run_writes_all_that_it_promises(compare):
     assert outcome.failures == {}
     rows = lines(outcome.folder)
     promised = {
-        "model", "task", "context", "policy", "parameters", "compression", "score", "score_low", "score_high",
+        "model", "task", "context", "policy", "parameters", "budget", "score", "score_low", "score_high",
         "samples", "bytes_per_step", "bytes_ratio", "kv_bytes", "slots_per_head", "tokens_per_second",
         "ran_eagerly",
     }  # fmt: skip
@@ -49,7 +49,7 @@ def test_a_run_writes_all_that_it_promises(compare):
         for task, context in (("needle", "120"), ("needle", "160"), ("perplexity", "120"))
         for policy in ("dense", "sparq", "h2o")
     ]
-    assert [r["compression"] for r in rows[:3]] == ["", "1/4", "1/4"]
+    assert [r["budget"] for r in rows[:3]] == ["", "1/4", "1/4"]
     assert [r["samples"] for r in rows] == ["3"] * 6 + ["2"] * 3
     assert {r["higher_is_better"] for r in rows[:6]} == {"true"}
     assert {r["metric"] for r in rows[6:]} == {"bits per byte"}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from .. import plugins
 from ..cache.layouts import AUTO, KINDS, KeyLayout
 from ..compare.sweep import policies_from_option
-from ..entries import can_compress, fields
+from ..entries import COMPRESSION, budgets, fields
 from ..errors import UserError, unknown
 from ..policy import Policy
 from .shapes import Heads
@@ -64,7 +64,7 @@ def every_policy(head_size: int, calibration: Path) -> list[str]:
     found = {text.partition(":")[0]: text for text in default_policies(head_size)}
     for name, entry in plugins.policies().items():
         parameters = _PARAMETERS.get(name, _EIGHTH)
-        if name in found or parameters is None or not can_compress(entry.cls):
+        if name in found or parameters is None or COMPRESSION not in budgets(entry.cls):
             continue
         if "calibration" in fields(entry.cls):
             parameters = parameters | {"calibration": str(calibration)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from fractions import Fraction
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..entries import Budget
 from ..errors import UserError
 from ..policy import Policy
 from ..values import Mistake
@@ -24,7 +24,7 @@ class Cell:
     id: str
     task: Task
     policy: Policy
-    compression: Fraction | None  # what was asked for, if that is how the policy got its parameters
+    budget: Budget | None  # what was asked for, if that is how the policy got its parameters
 
     @property
     def policy_name(self) -> str:
@@ -38,7 +38,7 @@ class Cell:
     @property
     def label(self) -> str:
         """A name that tells it from its neighbours: `needle 512, sparq 1/8`."""
-        how = str(self.compression or describe_parameters(self.policy, changed=True))
+        how = str(self.budget or describe_parameters(self.policy, changed=True))
         return f"{self.task.title} {self.task.context}, {self.policy_name} {how}".rstrip()
 
     def record(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Cell:
             "cell": self.id,
             "task": {self.task.name: identity.task_parameters(self.task)},
             "policy": self.policy.spec(),
-            "compression": None if self.compression is None else str(self.compression),
+            "budget": None if self.budget is None else str(self.budget),
         }
 
 
@@ -108,7 +108,7 @@ def expand(config: Config, model: PreTrainedModel, shared: identity.Fields | Non
                 mistakes.append(Mistake(choice.loc, str(error)))
                 continue
             found = identity.identify(identity.fields(task, policy, shared))
-            cells.append(Cell(found, task, policy, choice.compression))
+            cells.append(Cell(found, task, policy, choice.budget))
     config.source.refuse(mistakes)
     return cells
 

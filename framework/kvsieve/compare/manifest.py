@@ -56,7 +56,7 @@ def entries(cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> l
             policy=cell.policy_name,
             policy_label=label,
             parameters=cell.parameters,
-            compression=_text(cell.compression),
+            budget=_text(cell.budget),
             metric=cell.task.metric,
             higher_is_better=cell.task.higher_is_better,
             chance=cell.task.chance,
@@ -73,23 +73,23 @@ def entries(cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> l
 def policy_labels(cells: Sequence[Cell]) -> list[str]:
     """A short name for the policy of each cell, unlike those of the other policies on the same task.
 
-    The compression that was asked for, or the parameters that are not the defaults; policies of the same
-    compression get those parameters in which they differ.
+    The budget that was asked for, or the parameters that are not the defaults; policies of the same budget
+    get those parameters in which they differ.
     """
     from .cells import describe_parameters
 
     rivals: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
-        rivals.setdefault((cell.task, cell.policy_name, cell.compression), []).append(cell)
+        rivals.setdefault((cell.task, cell.policy_name, cell.budget), []).append(cell)
     labels = []
     for cell in cells:
-        same = [one.policy for one in rivals[cell.task, cell.policy_name, cell.compression]]
-        if cell.compression is None:
+        same = [one.policy for one in rivals[cell.task, cell.policy_name, cell.budget]]
+        if cell.budget is None:
             how = describe_parameters(cell.policy, changed=True)
         else:
             names = [field.name for field in dataclasses.fields(cell.policy)]
             differ = [n for n in names if any(getattr(p, n) != getattr(same[0], n) for p in same[1:])]
-            how = f"{cell.compression} {describe_parameters(cell.policy, only=differ)}"
+            how = f"{cell.budget} {describe_parameters(cell.policy, only=differ)}"
         labels.append(f"{cell.policy_name} {how}".strip())
     return labels
 
@@ -107,6 +107,8 @@ def read(folder: Path, records: Sequence[Record]) -> list[Entry]:
         return list(_recovered(folder, records).values())
     try:
         given = json.loads(files.read(folder / NAME))
+        for one in given:
+            one.setdefault("budget", one.pop("compression", ""))  # its name at first
         if all(field.name in one for one in given for field in dataclasses.fields(Entry)):
             return [Entry(**one) for one in given]
         recovered = _recovered(folder, records)
@@ -115,7 +117,7 @@ def read(folder: Path, records: Sequence[Record]) -> list[Entry]:
             for one in given
             if one["cell"] in recovered
         ]
-    except (TypeError, KeyError, ValueError, RecursionError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder} is not the folder of a run: {NAME} cannot be read ({error!r})") from None
@@ -134,11 +136,10 @@ def failures(folder: Path) -> list[tuple[str, str]]:
 
 def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
     """An entry for every cell that has samples."""
-    from fractions import Fraction
-
     import yaml
 
     from .. import plugins
+    from ..entries import Budget
     from ..specs import make_policy
     from .cells import Cell
 
@@ -153,9 +154,9 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
                 raise UserError(f"unknown task {name!r}")
             samples = 1 + max(record["sample"] for record in (first, *others))
             task = plugins.tasks()[name].cls(**parameters, samples=samples)
-            asked = first.get("compression")
+            asked = first.get("budget") or first.get("compression")  # its name in version 0.1
             policy = make_policy(first["policy"])
-            cells.append(Cell(id, task, policy, None if asked is None else Fraction(asked)))
+            cells.append(Cell(id, task, policy, None if asked is None else Budget.parse(asked)))
             recorded[id] = parameters
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(

@@ -38,7 +38,7 @@ class Subject:
     policy: str
     policy_label: str  # `sparq 1/8`, `sparq r=8 k=64`: tells it from the other policies of its group
     parameters: str  # all of the policy's: `r=8 k=64 local=16 ...`
-    compression: str  # as asked for, `1/8`; empty: the policy was given by its parameters
+    budget: str  # as asked for, `1/8`, `memory 1/4`, `tokens 512`; empty: it was given by its parameters
     metric: str
     higher_is_better: bool
     chance: float | None  # the score of a model that knows nothing
@@ -90,7 +90,8 @@ class Row(Subject):
     def parse(cls, line: Mapping[str, str | None]) -> Self:
         """From a line of summary.csv; columns that an older version did not write stay empty."""
         text = {name: (value or "").strip() for name, value in line.items() if isinstance(value, str | None)}
-        how = text.get("compression") or text.get("parameters", "")
+        text.setdefault("budget", text.get("compression", ""))  # its name in version 0.1
+        how = text["budget"] or text.get("parameters", "")
         text.setdefault("policy_label", f"{text.get('policy', '')} {how}".strip())
         return cls(
             **{field.name: _parsed(field, text.get(field.name, "")) for field in dataclasses.fields(cls)}

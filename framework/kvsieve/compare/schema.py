@@ -9,17 +9,24 @@ from typing import Any
 
 import pydantic
 
-from ..entries import COMPRESSION, can_compress, fields
+from ..entries import COMPRESSION, MEMORY, TOKENS, budgets, fields
 from ..plugins import Registered
 from ..values import is_list
 from .config import Settings
 
-_FRACTION = {
-    "description": "the fraction of dense attention's bytes to read, from which the other parameters follow",
+_FRACTION: dict[str, Any] = {
     "anyOf": [
         {"type": "string", "pattern": "^ *[0-9]+ */ *[0-9]+ *$"},
         {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     ],
+}
+_BUDGETS: dict[str, dict[str, Any]] = {
+    COMPRESSION: {
+        "description": "fraction of dense attention's bytes to read, from which the other parameters follow"
+    }
+    | _FRACTION,
+    MEMORY: {"description": "instead, fraction of its cache's bytes to hold"} | _FRACTION,
+    TOKENS: {"description": "instead, how many are read whole at a step", "type": "integer", "minimum": 1},
 }
 
 
@@ -49,7 +56,7 @@ def _entry(registered: Iterable[Registered]) -> dict[str, Any]:
 
 
 def _parameters(cls: Any) -> dict[str, Any]:
-    properties: dict[str, Any] = {COMPRESSION: _sweep(_FRACTION)} if can_compress(cls) else {}
+    properties: dict[str, Any] = {kind: _sweep(_BUDGETS[kind]) for kind in budgets(cls)}
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     for name, field in fields(cls).items():
         if field.is_policy:

@@ -50,7 +50,7 @@ def without_repetitions(
 
 
 def printed_policy(spec: PolicySpec) -> str:
-    """Equal for policies that are the same, were it by defaults; a compression stands for itself."""
+    """Equal for policies that are the same, were it by defaults; a budget stands for itself."""
     return repr(spec.entry() if spec.needs_context else spec.build(0, 0))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
 from ..cache.rotary import Rotary
 from ..cache.slots import Slots
+from ..entries import MEMORY, TOKENS
 from ..errors import UserError
 from ..policy import Policy, Positions
 from .rollout import Inputs, one_step, read_prompts
@@ -270,6 +272,46 @@ def a_step_never_waits_for_the_device(tight: Policy, loose: Policy) -> None:
     )
 
 
+def a_budget_is_what_it_promises(tight: Policy, loose: Policy) -> None:
+    """Asked for a share of the memory or for tokens, a policy holds or reads no more, columns included.
+
+    If it can be asked, and reads a prompt as a whole; to half a head, where heads are full or not. Files and
+    what is inside are those of `tight`.
+    """
+    inputs = Inputs.random((128,), steps=1)
+    heads, prompt, size = inputs.keys.shape[1], inputs.prefill_queries.shape[2], 2 * inputs.keys.shape[3] * 4
+    for kind, amount in ((MEMORY, Fraction(1, 2)), (TOKENS, 48)):
+        try:
+            policy = specs.build(type(tight), {kind: amount} | _beside(tight), 16, prompt, itemsize=4)
+            policy.check(16)
+        except UserError:
+            continue  # it says that it cannot
+        if policy.plan([prompt]) is not None:
+            continue
+        if kind == MEMORY:
+            layer = _layer(policy.for_layer(0, 1))
+            _read(layer, inputs)
+            share = layer.slots.memory() / (heads * prompt * size)
+            whole_heads = 0 if policy.keeps_per_head(0, range(heads)) is None else 0.5 / heads
+            assert share <= amount + whole_heads, (
+                f"{policy} holds {share:.3f} of dense attention's memory, not {amount}"
+            )
+            continue
+        with transfer.measure() as meter:
+            rollout(policy, *inputs)
+        read = meter.by_kind["values"] / (heads * size / 2)
+        grows = policy.drops and not (policy.overwrites and policy.keeps)
+        assert read <= amount + grows, f"{policy} reads {read:.1f} tokens at a step, not {amount}"
+
+
+def _beside(policy: Policy) -> dict[str, Any]:
+    """Parameters that stand beside a budget: files, and a policy within."""
+    inner = getattr(policy, "inner", None)
+    if isinstance(inner, Policy):
+        return {"inner": {inner.name: _beside(inner)}}
+    return dict(policy.files())
+
+
 def odd_inputs_stay_finite(tight: Policy, loose: Policy) -> None:
     """Zero queries (as of a pad token), equal keys and prompts of one token give finite outputs."""
     inputs = Inputs.random((5, 1, 40))
@@ -316,6 +358,7 @@ LAWS: list[Callable[[Policy, Policy], None]] = [
     nothing_is_read_behind_the_meter,
     leaving_out_saves_bytes,
     a_step_never_waits_for_the_device,
+    a_budget_is_what_it_promises,
     odd_inputs_stay_finite,
     the_spec_round_trips,
     a_misspelt_parameter_is_named,

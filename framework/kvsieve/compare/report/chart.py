@@ -200,12 +200,12 @@ def image(panels: Sequence[Panel], palette: Palette, suffix: str) -> bytes:
 
 
 def _series(rows: Sequence[Row], group: Group) -> list[dict[str, Any]]:
-    """The points of one policy; of several at the same compression each starts a line of its own."""
+    """The points of one policy; of several at the same budget each starts a line of its own."""
     seen: dict[str, int] = {}
     points = []
     for row in rows:
-        seen[row.compression] = seen.get(row.compression, 0) + bool(row.compression)
-        points.append(_point(group, row) | {"series": seen[row.compression]})
+        seen[row.budget] = seen.get(row.budget, 0) + bool(row.budget)
+        points.append(_point(group, row) | {"series": seen[row.budget]})
     return points
 
 
