@@ -8,9 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 from kvsieve import plugins
-from kvsieve.bench import attention_speed, decode_speed, memory, record
+from kvsieve.bench import attention_speed, decode_speed, memory, record, terminal
 from kvsieve.bench.layer_step import ROOM
 from kvsieve.cli import app
+from kvsieve.compare import environment
 from kvsieve.entries import COMPRESSION, budgets
 
 ATTENTION = [
@@ -248,6 +249,83 @@ def test_a_policy_that_fails_costs_no_other_and_rows_are_written_as_they_come(mo
     assert rows == [0, 0, 1]
     assert "was not measured: OutOfMemoryError: no room" in output
     assert [row["policy"].split()[0] for row in record["cells"][0]["rows"]] == ["h2o", "dense"]
+
+
+def test_what_others_took_of_the_machine_is_marked_beside_the_numbers(monkeypatch, tmp_path):
+    why = "other processes had 2% of the cores' time, other guests of the host 31%"
+    times = iter([(0.0, 0.0), (0.0, 0.31)])  # of the dense attentions, then of the row
+
+    def since(self):
+        other, stolen = next(times)
+        return {"other_processes": other, "stolen": stolen, "not_to_be_quoted": why if stolen else None}
+
+    monkeypatch.setattr(environment.Load, "since", since)
+    given = [*ATTENTION[:4], "--context", "64", "--seconds", "0", "--policy", "dense", "--no-plot"]
+    record, output, _ = run(given, tmp_path)
+    assert record["not_to_be_quoted"] == record["cells"][0]["rows"][0]["load"]["not_to_be_quoted"] == why
+    assert record["cells"][0]["load"]["not_to_be_quoted"] is None
+    assert "dense *" in output
+    assert f"* not to be quoted: {why}" in " ".join(output.split())
+
+
+def test_a_legend_under_the_table_says_what_the_columns_are(attention_run, decode_run):
+    for benchmark, (_, output, _) in (("attention", attention_run), ("decode", decode_run)):
+        said = " ".join(output.split())
+        for heading, column in terminal._COLUMNS[benchmark].items():
+            assert f"{heading}: {column.meaning}" in said
+
+
+def test_a_killed_run_goes_on_in_its_file_and_measures_nothing_twice(monkeypatch, tmp_path):
+    measured, rows = [], attention_speed._row
+
+    def row(plan, contender, *others):
+        if len(measured) == 3:
+            measured.append("killed")
+            raise KeyboardInterrupt
+        measured.append((others[0].keys.shape[2], contender.policy.name))
+        return rows(plan, contender, *others)
+
+    monkeypatch.setattr(attention_speed, "_row", row)
+    command = [*ATTENTION, *POLICIES, "--no-plot"]
+    killed = CliRunner().invoke(app, [*command, "--out", str(tmp_path)])
+    assert killed.exit_code != 0
+    (path,) = tmp_path.glob("*.json")
+    before = json.loads(path.read_text())
+    assert not before["complete"]
+    path.with_name("attention-cpu-0.json").write_text("[not a record")
+    path.with_name("attention-cpu-1.json").write_text(json.dumps(before | {"settings": {}}))
+    other = before | {"machine": before["machine"] | {"git_commit": "another"}}
+    path.with_name("attention-cpu-2.json").write_text(json.dumps(other))
+    again = CliRunner().invoke(app, [*command, "--out", str(tmp_path)])
+    assert f"continuing {path}, which holds 2 cells" in again.output
+    assert measured == [(64, "sparq"), (64, "h2o"), (128, "sparq"), "killed", (128, "h2o")]
+    after = json.loads(path.read_text())
+    assert after["complete"]
+    assert after["cells"][0] == before["cells"][0]
+    assert after["cells"][1]["rows"][0] == before["cells"][1]["rows"][0]
+    assert [row["policy"] for row in after["cells"][1]["rows"]] == [
+        "sparq r=4 k=8 local=2",
+        "h2o compression=1/8",
+    ]
+    assert len(list(tmp_path.glob("*.json"))) == 4
+
+
+def test_a_killed_decode_keeps_its_complete_cells(monkeypatch, tmp_path):
+    measured, measure = [], decode_speed._measure
+
+    def cell(plan, sizes, models):
+        measured.append(sizes.context)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return measure(plan, sizes, models)
+
+    monkeypatch.setattr(decode_speed, "_measure", cell)
+    command = [*DECODE[:6], "--context", "16,32", *DECODE[8:], "--policy", "dense", "--no-plot"]
+    assert CliRunner().invoke(app, [*command, "--out", str(tmp_path)]).exit_code != 0
+    record, _, _ = run(command, tmp_path)
+    assert measured == [16, 32, 32]
+    assert [found["context"] for found in record["cells"]] == [16, 32]
+    assert record["complete"]
 
 
 def test_a_cell_that_fails_costs_no_other(monkeypatch, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import tempfile
@@ -12,11 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import ops, specs
+from .. import specs
+from ..compare.environment import Load
 from ..errors import UserError
 from . import baselines, memory
 from .contenders import Contender, contenders, every_policy, random_calibration
 from .layer_step import ROOM, PolicyStep, Tokens
+from .record import Cell, Known
 from .shapes import Heads
 from .timing import (
     Bandwidth,
@@ -62,15 +63,17 @@ class Sizes(NamedTuple):
         return f"B={self.batch} T={self.context} heads {self.heads}"
 
 
-def run(plan: AttentionPlan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def run(plan: AttentionPlan, say: Callable[[str], None], known: Known) -> Iterator[Cell]:
     """Measure every cell of the plan: its record, again after each row, as soon as that is there.
+
+    What is `known` of a cell is not measured again.
 
     Raises:
         UserError: before anything is allocated, for settings that do not exist or do not fit.
     """
     families = baselines.families(plan.device, list(plan.dense))
     cells = [Sizes(h, b, t) for h in plan.heads for b in plan.batches for t in plan.contexts]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         todo = []
         for cell in cells:
             if cell.context < 2:
@@ -86,18 +89,21 @@ def run(plan: AttentionPlan, say: Callable[[str], None]) -> Iterator[dict[str, A
                 say(f"left out: {error}")
             else:
                 todo.append((cell, field))
-        if plan.implementation:
-            stack.enter_context(ops.use(plan.implementation))
         watch = Stopwatch(plan.device)
         for cell, field in todo:
-            say(f"{cell} ...")
             sizes = {"batch": cell.batch, "context": cell.context, "heads": cell.heads._asdict()}
+            before = known(sizes) or {}
+            if before.get("complete"):
+                yield before
+                continue
+            say(f"{cell} ...")
+            rows = before.get("rows", [])
             try:
-                for found in _measure(plan, cell, field, families, watch, say):
+                for found in _measure(plan, cell, field, families, watch, rows, say):
                     yield sizes | found
             except Exception as error:
                 gc.collect()  # frees the tensors of an exhausted memory
-                yield sizes | {"failed": describe_failure(error)["not_run"], "rows": []}
+                yield sizes | {"failed": describe_failure(error)["not_run"], "rows": rows}
 
 
 def _contenders(
@@ -134,9 +140,10 @@ def _measure(
     field: Sequence[Contender],
     families: Sequence[str],
     watch: Stopwatch,
+    rows: list[dict[str, Any]],
     say: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:
-    """The record of a cell: of the dense attentions first, then with one more row each time.
+) -> Iterator[Cell]:
+    """The record of a cell: of the dense attentions and the `rows` there are, then with one more each time.
 
     One policy after the other is timed, in the same rounds as the best dense attention: caches of all at once
     would not fit.
@@ -144,7 +151,7 @@ def _measure(
     tokens = Tokens.random(cell.batch, cell.context, cell.heads, plan.dtype, plan.device)
     reference = PolicyStep(specs.make_policy("dense"), tokens, fixed=_graphs(plan))
     candidates, notes = _dense_candidates(plan, cell, families, tokens, reference, watch)
-    bandwidth = Bandwidth(watch)
+    bandwidth, load = Bandwidth(watch), Load()
     times = interleave(candidates | bandwidth.measures, plan.seconds)
     notes |= {name: summary(times[name]) | notes[name] for name in candidates}
     best = min(candidates, key=lambda name: notes[name]["median"])
@@ -159,11 +166,16 @@ def _measure(
             "bytes_per_second": dense_moved / notes[best]["median"],
         },
         "dense": notes,
-        "rows": [],
+        "load": load.since(),
+        "rows": rows,
         "not_run": {},
+        "complete": False,
     }
     yield found
+    there = {(row["policy"], row["layout"]) for row in rows}
     for contender in field:
+        if (contender.label, contender.layout) in there:
+            continue
         try:
             row = _row(plan, contender, tokens, watch, candidates[best], dense_moved)
         except Exception as error:  # of one policy, which costs the others nothing
@@ -176,6 +188,7 @@ def _measure(
             row["share_of_copy_bandwidth"] = row["bytes_per_second"] / found["bandwidth"]["copy"]
             found["rows"].append(row)
         yield found
+    yield found | {"complete": True}
 
 
 def _row(
@@ -188,8 +201,9 @@ def _row(
 ) -> dict[str, Any]:
     capturable = contender.policy.capturable
     step = PolicyStep(contender.policy, tokens, fixed=_graphs(plan) and capturable)
-    graph = _Capture(plan, step.run, step.prepare, capturable)
+    graph, load = _Capture(plan, step.run, step.prepare, capturable), Load()
     times = interleave({"policy": watch.measure(graph.run, step.prepare), "dense": dense}, plan.seconds)
+    disturbed = load.since()
     traffic, seconds, against = step.traffic(), summary(times["policy"]), summary(times["dense"])
     moved = traffic["read"] + traffic["written"]
     speedup, limit = ratio(times["policy"], times["dense"]), dense_moved / moved
@@ -205,6 +219,7 @@ def _row(
         "speedup_of_minima": against["min"] / seconds["min"],
         "limit": limit,
         "share_of_limit": speedup / limit,
+        "load": disturbed,
         "graph": graph.note,
     }
 

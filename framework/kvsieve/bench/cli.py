@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,33 +181,32 @@ def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
     """Measure; print the table of each cell and write it to the file as it comes; say where the files are."""
     from rich.console import Console
 
-    from . import record
-    from .terminal import tables
+    from .. import ops
+    from .record import Record
+    from .terminal import table
 
-    record.prepare_folder(out)
-    path, settings = record.new_file(out, benchmark, plan.device), _settings(plan)
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
     console = Console(highlight=False)
-    cells: list[dict[str, Any]] = []
-
-    def show(cell: dict[str, Any]) -> None:
-        if "failed" in cell:
-            typer.echo(f"B={cell['batch']} T={cell['context']} failed: {cell['failed']}", err=True)
-        for table in tables(benchmark, [cell]):
-            console.print(table, end="\n\n")
-
-    for cell in run(plan, lambda line: typer.echo(line, err=True)):
-        if cells and all(cell.get(size) == cells[-1].get(size) for size in ("batch", "context", "heads")):
-            cells.pop()  # it has grown by a row
-        elif cells:
-            show(cells[-1])
-        cells.append(cell)
-        record.write(path, benchmark, plan.device, settings, cells)
-    if cells:
-        show(cells[-1])
+    with ops.use(plan.implementation) if plan.implementation else contextlib.nullcontext():
+        record = Record(out, benchmark, plan.device, _settings(plan))
+        if record.cells:
+            say(f"continuing {record.path}, which holds {len(record.cells)} cells")
+        if record.machine["ops"] == "cpu" and "numba" not in record.machine["versions"]:
+            say("without numba torch's ops are measured; pip install 'kvsieve[cpu]' brings compiled ones")
+        for cell in run(plan, say, record.measured):
+            record.write(cell)
+            if "failed" in cell:
+                say(f"B={cell['batch']} T={cell['context']} failed: {cell['failed']}")
+            elif cell["complete"]:
+                console.print(table(benchmark, cell), end="\n\n")
+    cells, path = record.cells, record.path
     if not cells:
         raise UserError("nothing was measured: no cell fits in memory; take a smaller --batch or --context")
-    typer.echo(f"numbers: {path}")
     measured = [cell for cell in cells if "failed" not in cell]
+    record.write(complete=len(measured) == len(cells))
+    typer.echo(f"numbers: {path}")
     if plot and measured:
         try:
             from . import plot as drawing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -13,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from .. import ops, specs
+from .. import specs
+from ..compare.environment import Load
 from ..errors import UserError
 from ..policy import Policy
 from . import memory
 from .contenders import Contender, contenders, default_policies
 from .model_step import Models, OurSteps, StepsWithoutAttention, StockGenerate
+from .record import Cell, Known
 from .shapes import heads_of, model_config
 from .timing import Measure, attempt, describe_failure, interleave, ratio, summary
 
@@ -56,8 +57,10 @@ class Sizes(NamedTuple):
         return f"B={self.batch} T={self.context}"
 
 
-def run(plan: DecodePlan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def run(plan: DecodePlan, say: Callable[[str], None], known: Known) -> Iterator[Cell]:
     """Measure every cell of the plan; one record a cell, as soon as it is there.
+
+    A complete cell that is `known` is not measured again.
 
     Raises:
         UserError: before anything is allocated, for settings that do not exist or do not fit.
@@ -72,15 +75,18 @@ def run(plan: DecodePlan, say: Callable[[str], None]) -> Iterator[dict[str, Any]
                 if not plan.skip_too_large:
                     raise
                 say(f"left out: {error}")
-    if not cells:
-        return
-    say(f"making {plan.shape} with random weights ...")
-    models = Models(config, plan.dtype, plan.device)
-    with ops.use(plan.implementation) if plan.implementation else contextlib.nullcontext():
-        for cell in cells:
-            say(f"{cell} ...")
-            sizes = {"batch": cell.batch, "context": cell.context}
-            yield sizes | attempt(lambda: _measure(plan, cell, models))  # noqa: B023
+    models: Models | None = None
+    for cell in cells:
+        sizes = {"batch": cell.batch, "context": cell.context}
+        before = known(sizes)
+        if before and before.get("complete"):
+            yield before
+            continue
+        if models is None:
+            say(f"making {plan.shape} with random weights ...")
+            models = Models(config, plan.dtype, plan.device)
+        say(f"{cell} ...")
+        yield sizes | attempt(functools.partial(_measure, plan, cell, models))
 
 
 def _planned(plan: DecodePlan, config: Any, batch: int, context: int) -> Sizes:
@@ -120,14 +126,14 @@ def _measure(plan: DecodePlan, cell: Sizes, models: Models) -> dict[str, Any]:
         )
         for c in cell.field
     }
-    found = _Found()
+    found, load = _Found(), Load()
     if cell.together:
         _time(plan, cell, models, makers, found, stock=True)
     else:
         for name, make in makers.items():
             _time(plan, cell, models, {name: make}, found, stock=False)
         _time(plan, cell, models, {}, found, stock=True)
-    return _record(cell, models, found)
+    return _record(cell, models, found) | {"load": load.since(), "complete": True}
 
 
 def _our_steps(

@@ -1,4 +1,4 @@
-"""The record of a benchmark: a JSON file that names the machine."""
+"""The record of a benchmark: a JSON file that names the machine, and in which a killed run is continued."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,96 @@ from typing import Any
 import torch
 
 from .. import __version__, ops
+from ..compare import files
 from ..compare.environment import cpu_name, git_commit
 from ..errors import UserError
 
 _PACKAGES = ("torch", "transformers", "triton", "numba", "flashinfer-python", "flash-attn")
+_MOST_BYTES = 64 * 1024 * 1024
+_SIZES = ("batch", "context", "heads")
+
+Cell = dict[str, Any]  # what was measured at one batch and context; plain data
+# The cell of these sizes, as far as it was measured before.
+Known = Callable[[Mapping[str, Any]], Cell | None]
+
+
+class Record:
+    """The file of one benchmark; seconds, bytes and bytes a second throughout.
+
+    If the folder has one with the same settings, machine and commit that is not complete, the run goes on
+    there: `cells` is what it holds.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+
+    def __init__(
+        self, folder: Path, benchmark: str, device: torch.device, settings: Mapping[str, Any]
+    ) -> None:
+        _prepare(folder)
+        self.machine = machine(device)
+        self._head = {"benchmark": benchmark, "machine": self.machine, "settings": dict(settings)}
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        begin = f"{benchmark}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
+        self.path = folder / f"{begin}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        self.cells: list[Cell] = []
+        for path in sorted(folder.glob(f"{begin}-*.json"), reverse=True):
+            if (cells := self._unfinished(path)) is not None:
+                self.path, self.cells = path, cells
+                break
+
+    def measured(self, sizes: Mapping[str, Any]) -> Cell | None:
+        """The cell of these sizes, as far as it was measured before."""
+        return next((cell for cell in self.cells if _sizes(cell) == _sizes(sizes)), None)
+
+    def write(self, cell: Cell | None = None, complete: bool = False) -> None:
+        """Put a cell in, in place of what there is of it, and replace the file.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if cell is not None:
+            places = [i for i, known in enumerate(self.cells) if _sizes(known) == _sizes(cell)]
+            self.cells[slice(places[0], places[0] + 1) if places else slice(len(self.cells), None)] = [cell]
+        contents = {
+            **self._head,
+            "complete": complete,
+            "not_to_be_quoted": disturbance(self.cells),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": command(sys.argv[1:]),
+            "cells": self.cells,
+        }
+        files.write(self.path, json.dumps(contents, indent=1, default=str) + "\n")
+
+    def _unfinished(self, path: Path) -> list[Cell] | None:
+        """The cells of a file that this run can go on with."""
+        try:
+            found = json.loads(files.read(path, _MOST_BYTES))
+        except (UserError, ValueError, RecursionError):
+            return None
+        if not isinstance(found, dict) or found.get("complete") is not False:
+            return None
+        ours, theirs = (_comparable(each) for each in (json.loads(json.dumps(self._head)), found))
+        cells = found.get("cells")
+        return cells if ours == theirs and isinstance(cells, list) else None
+
+
+def _sizes(cell: Mapping[str, Any]) -> list[Any]:
+    return [cell.get(name) for name in _SIZES]
+
+
+def _comparable(contents: dict[str, Any]) -> list[Any]:
+    known = contents.get("machine")
+    steady = {k: v for k, v in known.items() if k != "load_average"} if isinstance(known, dict) else known
+    return [contents.get("benchmark"), contents.get("settings"), steady]
+
+
+def disturbance(cells: Iterable[Cell]) -> str | None:
+    """Why these cells are not to be quoted, from the most disturbed of their measurements; None: they are."""
+    loads = [part.get("load") for cell in cells for part in (cell, *cell.get("rows", []))]
+    disturbed = [load for load in loads if load and load["not_to_be_quoted"]]
+    worst = max(disturbed, key=lambda load: load["stolen"] + load["other_processes"], default=None)
+    return worst and str(worst["not_to_be_quoted"])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -74,40 +160,8 @@ def command(arguments: Sequence[str]) -> str:
     return shlex.join(kept)
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make it before hours are spent. Raises UserError if that cannot be done."""
+def _prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror or error}") from error
-
-
-def new_file(folder: Path, benchmark: str, device: torch.device) -> Path:
-    """`<benchmark>-<device>-<time>.json` in the folder."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    device_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return folder / f"{benchmark}-{device_name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-
-
-def write(
-    path: Path,
-    benchmark: str,
-    device: torch.device,
-    settings: dict[str, Any],
-    cells: Sequence[dict[str, Any]],
-) -> None:
-    """All cells so far; seconds, bytes and bytes a second throughout."""
-    record = {
-        "benchmark": benchmark,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": command(sys.argv[1:]),
-        "machine": machine(device),
-        "settings": settings,
-        "cells": list(cells),
-    }
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error

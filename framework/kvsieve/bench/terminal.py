@@ -2,54 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-Column = Callable[[dict[str, Any]], str]
+from .record import disturbance
 
-_JUDGED: dict[str, Column] = {
-    "faster": lambda row: f"{row['speedup']:.2f}x",
-    "limit": lambda row: f"{row['limit']:.2f}x",
-    "reached": lambda row: f"{row['share_of_limit']:.0%}",
+
+class Column(NamedTuple):
+    show: Callable[[dict[str, Any]], str]  # of a row
+    meaning: str
+
+
+_LIMIT = {
+    "limit": Column(lambda row: f"{row['limit']:.2f}x", "as much faster if only bytes counted"),
+    "reached": Column(lambda row: f"{row['share_of_limit']:.0%}", "faster / limit"),
 }
 _COLUMNS: dict[str, dict[str, Column]] = {
     "attention": {
-        "time": lambda row: duration(row["seconds"]["median"]),
-        "GB/s": lambda row: f"{row['bytes_per_second'] / 1e9:.3g}",
-        "of copy": lambda row: f"{row['share_of_copy_bandwidth']:.0%}",
-        **_JUDGED,
+        "time": Column(lambda row: duration(row["seconds"]["median"]), "of one step, median of the rounds"),
+        "GB/s": Column(lambda row: f"{row['bytes_per_second'] / 1e9:.3g}", "bytes read and written in it"),
+        "of copy": Column(lambda row: f"{row['share_of_copy_bandwidth']:.0%}", "of a copy's GB/s"),
+        "faster": Column(lambda row: f"{row['speedup']:.2f}x", "than the best dense attention"),
+        **_LIMIT,
     },
     "decode": {
-        "tokens/s": lambda row: f"{row['tokens_per_second']:.3g}",
-        "attention": lambda row: duration(row["attention_seconds"]),
-        **_JUDGED,
-        "than HF": lambda row: _optional(row["speedup_over_transformers"]),
+        "tokens/s": Column(lambda row: f"{row['tokens_per_second']:.3g}", "of all rows together"),
+        "attention": Column(lambda row: duration(row["attention_seconds"]), "its part of a step"),
+        "faster": Column(lambda row: f"{row['speedup']:.2f}x", "than our own dense decoding"),
+        **_LIMIT,
+        "than HF": Column(
+            lambda row: _optional(row["speedup_over_transformers"]), "faster than transformers' generate"
+        ),
     },
 }
 
 
-def tables(benchmark: str, cells: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    """One for each cell, with a line for each policy and key layout."""
+def table(benchmark: str, cell: dict[str, Any]) -> Table:
+    """A line for each policy and key layout of a cell, and what the columns mean; 80 columns wide."""
     columns = _COLUMNS[benchmark]
-    for cell in cells:
-        if "failed" in cell:
-            continue
-        # 80 columns are enough for it.
-        shown = Table(
-            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0), header_style="bold"
-        )
-        shown.title, shown.title_justify = Text(_title(cell)), "left"
-        shown.add_column("policy", min_width=13, max_width=22)
-        shown.add_column("keys", no_wrap=True)
-        for heading in columns:
-            shown.add_column(heading, justify="right", no_wrap=True)
-        for row in cell["rows"]:
-            shown.add_row(Text(row["policy"]), row["layout"], *(column(row) for column in columns.values()))
-        yield shown
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0), header_style="bold")
+    shown.title, shown.title_justify = Text(_title(cell)), "left"
+    shown.add_column("policy", min_width=13, max_width=22)
+    shown.add_column("keys", no_wrap=True)
+    for heading in columns:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in cell["rows"]:
+        values = (column.show(row) for column in columns.values())
+        shown.add_row(Text(row["policy"] + " *" * bool(disturbance([row]))), row["layout"], *values)
+    legend = "; ".join(f"{heading}: {column.meaning}" for heading, column in columns.items())
+    if why := disturbance([cell]):
+        legend += f"\n* not to be quoted: {why}"
+    shown.caption, shown.caption_justify = Text(legend), "left"
+    return shown
 
 
 def _title(cell: dict[str, Any]) -> str:

@@ -48,6 +48,9 @@ def describe(model: PreTrainedModel, cells: list[Cell], shared: Fields, started:
     }
 
 
+_QUIET = 0.05  # of the cores' time: a speed measured while others had more of it says little
+
+
 class Load:
     """The load of this machine since the object was made."""
 
@@ -61,7 +64,10 @@ class Load:
         return {"load_average": [round(value, 2) for value in psutil.getloadavg()]}
 
     def since(self) -> dict[str, Any]:
-        """The same, and the shares of the cores' time that others took: processes, virtual machines."""
+        """The same, and the shares of the cores' time that others took: processes, virtual machines.
+
+        `not_to_be_quoted` says why a speed that was measured meanwhile is not; None: it is.
+        """
         times, seconds = psutil.cpu_times(), time.monotonic() - self._began
         spent = {name: getattr(times, name) - getattr(self._times, name) for name in times._fields}
         stolen = spent.get("steal", 0.0)
@@ -69,11 +75,23 @@ class Load:
         guests = spent.get("guest", 0.0) + spent.get("guest_nice", 0.0)  # in user and nice, too
         whole = max(sum(spent.values()) - guests, 1e-9)
         others = whole - idle - stolen - (_own_seconds() - self._own)
-        return self.now() | {
-            "seconds": round(seconds, 1),
+        shares = {
             "other_processes": round(max(0.0, others / whole), 3),
             "stolen": round(max(0.0, stolen / whole), 3),
         }
+        return self.now() | {
+            "seconds": round(seconds, 1),
+            **shares,
+            "not_to_be_quoted": _disturbance(**shares),
+        }
+
+
+def _disturbance(other_processes: float, stolen: float) -> str | None:
+    if other_processes + stolen <= _QUIET:
+        return None
+    return (
+        f"other processes had {other_processes:.0%} of the cores' time, other guests of the host {stolen:.0%}"
+    )
 
 
 def _own_seconds() -> float:

@@ -89,8 +89,13 @@ def compare(
             identity.write(folder, prepared.fields)
         failures = _measure(executor, work, prepared, store, console)
         with _safe():
-            _write_environment(folder, prepared, {"start": at_start, "run": load.since()})
+            during = load.since()
+            if not isinstance(executor, Local):  # its workers are other processes, and maybe elsewhere
+                del during["not_to_be_quoted"]
+            _write_environment(folder, prepared, {"start": at_start, "run": during})
             manifest.write(folder, cells, config.settings.model, failures)
+        if work and (disturbed := during.get("not_to_be_quoted")):
+            console.print(f"tokens/s are not to be quoted: {disturbed}", style="yellow", soft_wrap=True)
         store.restore()
         rows = summary.write(folder, store.records.values())
         _tell(console, "run_finished", folder=folder, summary=list(rows))

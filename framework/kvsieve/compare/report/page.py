@@ -50,7 +50,9 @@ def render(run: RunFolder) -> str:
         header=HEADER,
         parameters=_parameters(results),
         failures=run.failures,
-        notes=[note for note in [noise_note(results.rows), *eager_notes(results.rows)] if note],
+        notes=[
+            note for note in [noise_note(results.rows), *eager_notes(results.rows), _disturbed(run)] if note
+        ],
         config=run.config,
         environment=json.dumps(run.environment, indent=2, ensure_ascii=False),
         charts=_data_block(specifications),
@@ -58,6 +60,14 @@ def render(run: RunFolder) -> str:
         script_hashes=Markup(" ".join(_hash(script) for script in scripts)),
         css=Markup(_css(results)),
     )
+
+
+def _disturbed(run: RunFolder) -> str:
+    """Why the speeds are not to be quoted; empty if they are, or if older runs did not note it."""
+    load = run.environment.get("load")
+    during = load.get("run") if isinstance(load, dict) else None
+    why = during.get("not_to_be_quoted") if isinstance(during, dict) else None
+    return f"tokens/s are not to be quoted: {why}." if why else ""
 
 
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
