@@ -24,7 +24,7 @@ pytest.importorskip("accelerate", reason="lm_eval's HFLM needs accelerate: pip i
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from kvsieve.lm_eval import run
+from kvsieve.lm_eval import loading, run
 from kvsieve.lm_eval.model import PolicyLM
 from tests.models import save_byte_llama
 
@@ -228,7 +228,7 @@ def test_an_evaluation_is_that_of_hflm_in_every_metric(model, stock, task_folder
 
     ours = run.evaluate(model, list(TASKS), include_path=task_folder, batch_size=2, bootstrap_iters=0)
     theirs = lm_eval.simple_evaluate(
-        stock, tasks=list(TASKS), task_manager=run._manager(list(TASKS), task_folder), bootstrap_iters=0
+        stock, tasks=list(TASKS), task_manager=loading.load(list(TASKS), task_folder)[0], bootstrap_iters=0
     )
     for task in TASKS:
         mine, other = ours.results["results"][task], theirs["results"][task]

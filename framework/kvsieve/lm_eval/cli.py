@@ -27,6 +27,13 @@ def lm_eval(
         int | None,
         typer.Option(min=1, help="tokens that the compression refers to; default: the mean prompt"),
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="tokens of prompts that are made to a length, such as RULER's: 4096,16384; "
+            "default: 4096, or as many as the model has positions"
+        ),
+    ] = None,
     include_path: Annotated[
         Path | None, typer.Option("--include-path", help="a folder with task files of your own")
     ] = None,
@@ -92,6 +99,7 @@ def lm_eval(
             num_fewshot=num_fewshot,
             batch_size=batch_size,
             context=context,
+            lengths=_lengths(lengths),
             apply_chat_template=apply_chat_template,
             seed=seed,
         )
@@ -103,3 +111,12 @@ def lm_eval(
     if out is not None:
         run.write(outcome.results, out)
         typer.echo(f"results: {out}")
+
+
+def _lengths(given: str | None) -> list[int] | None:
+    if given is None:
+        return None
+    numbers = [part.strip() for part in given.split(",")]
+    if not all(part.isdecimal() and int(part) for part in numbers):
+        raise UserError(f"--lengths must be numbers of tokens with commas between them, not {given!r}")
+    return [int(part) for part in numbers]

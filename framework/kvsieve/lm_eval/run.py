@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from .. import transfer
+from ..compare.tasks import text as texts
 from ..errors import UserError
 from ..policy import Policy
-from . import quiet, require
+from . import require
+from .loading import load
 
+_RULER = 4096  # tokens: the length that lm_eval makes RULER's prompts to unless told otherwise
 MakePolicy = Callable[[int], Policy]  # from the context, in tokens, that a compression refers to
 
 
@@ -39,6 +42,7 @@ def evaluate(
     num_fewshot: int | None = None,
     batch_size: int = 1,
     context: int | None = None,
+    lengths: Sequence[int] | None = None,
     apply_chat_template: bool = False,
     bootstrap_iters: int = 100_000,
     seed: int = 0,
@@ -52,6 +56,8 @@ def evaluate(
         include_path: a folder with task files of your own.
         limit: documents per task; below 1 a fraction of them.
         context: for such a function. None: the mean prompt of all requests, in tokens.
+        lengths: in tokens, of prompts with their answers, for tasks that make them to a length, such as
+            RULER's. None: 4096, or as many as the model has positions.
         bootstrap_iters: for the standard errors of metrics that are no mean; 0 leaves all standard errors
         out. seed: of the sampling, for tasks that sample.
 
@@ -64,15 +70,15 @@ def evaluate(
 
     from .model import PolicyLM
 
-    if apply_chat_template and not getattr(model.tokenizer, "chat_template", None):
-        raise UserError("chat is asked for, and the model's tokenizer has no chat template")
+    if apply_chat_template:
+        texts.check_chat(model.tokenizer)
     lm = PolicyLM(model, batch_size=batch_size, seed=seed)
-    manager = _manager(tasks, include_path)
+    lengths = lengths or [min(_RULER, lm.max_length)]
+    manager, loaded = load(tasks, include_path, tokenizer=model.tokenizer, lengths=lengths)
+    manager.load = lambda names: loaded  # prompts that are made take a while, and are made once
     if policy is not None and not isinstance(policy, Policy):
         if context is None:
-            with quiet():  # lm_eval says it when it loads them
-                loaded = _load(manager, tasks)
-            context = _mean_prompt(lm, loaded, limit, num_fewshot)
+            context = _mean_prompt(lm, loaded["tasks"], limit, num_fewshot)
         policy = policy(context)
     lm.policy = policy = policy or Policy()
     with transfer.measure() as meter:
@@ -116,41 +122,6 @@ def write(results: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
-    """Index lm_eval's tasks; its own ones, which takes a while, only if one of them is asked for."""
-    from lm_eval.tasks import TaskManager
-
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"include path {include_path}: no such folder")
-    folder = str(include_path) if include_path else None
-    if folder:
-        manager = TaskManager(include_path=folder, include_defaults=False)
-        if set(tasks) <= set(manager.all_tasks):
-            return manager
-    manager = TaskManager(include_path=folder)
-    known = set(manager.all_tasks)
-    missing = [task for task in tasks if task not in known]
-    if missing:
-        raise UserError(_unknown_task(missing[0], known))
-    return manager
-
-
-def _unknown_task(name: str, known: set[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"lm_eval has no task {name!r} among its {len(known)}{hint} `lm_eval ls tasks` lists them"
-
-
-def _load(manager: Any, tasks: Sequence[str]) -> dict[str, Any]:
-    """lm_eval's task objects by name."""
-    try:
-        return dict(manager.load(list(tasks))["tasks"])
-    except (OSError, ValueError, ConnectionError) as error:
-        raise UserError(f"lm_eval cannot load {', '.join(tasks)}: {error}") from error
-
-
 def _mean_prompt(lm: Any, tasks: dict[str, Any], limit: float | None, num_fewshot: int | None) -> int:
     """Tokens in the prompt of a request, on average over all tasks."""
     from lm_eval.evaluator_utils import get_sample_size
@@ -189,10 +160,7 @@ def load_one(name: str, include_path: str | None, num_fewshot: int | None) -> An
     Raises:
         UserError: lm_eval is missing; the task is unknown, a group, or cannot be loaded.
     """
-    require()
-    with quiet():
-        manager = _manager([name], Path(include_path).expanduser() if include_path else None)
-        tasks = _load(manager, [name])
+    tasks = load([name], Path(include_path).expanduser() if include_path else None)[1]["tasks"]
     if list(tasks) != [name]:
         raise UserError(f"{name} is a group of lm_eval's: name one of its tasks: {', '.join(tasks)}")
     task = tasks[name]

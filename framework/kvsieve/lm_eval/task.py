@@ -1,5 +1,5 @@
-"""A task of lm-evaluation-harness as a task of a comparison (`kvsieve[lm-eval]`); registered as a plugin's
-task is.
+"""A task of lm-evaluation-harness as a task of a comparison (`kvsieve[lm-eval]`); registered, with RULER, as
+a plugin's tasks are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from ..compare.tasks.base import Answer, Sample, Task
 from ..errors import UserError, unknown
 from ..hooks import hookimpl
+from .ruler import Ruler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,3 +132,4 @@ def _digest(name: str, include_path: str | None, num_fewshot: int | None) -> str
 @hookimpl
 def register_tasks(register: Callable[[type[Task]], None]) -> None:
     register(LmEval)
+    register(Ruler)

@@ -61,14 +61,19 @@ def beginning(tokenizer: Any) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
+def check_chat(tokenizer: Any) -> None:
+    """Raise UserError if the tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("chat is asked for, and the model's tokenizer has no chat template")
+
+
 def in_chat(tokenizer: Any, message: str) -> str:
     """The message as a user's turn in the tokenizer's chat template, up to where the answer begins.
 
     Raises:
         UserError: it has no chat template.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("chat is asked for, and the model's tokenizer has no chat template")
+    check_chat(tokenizer)
     turn = [{"role": "user", "content": message}]
     text: str = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     return text
