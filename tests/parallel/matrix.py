@@ -26,8 +26,12 @@ ON_LLAMA = [
     *("streaming_llm", "snapkv", "pyramidkv", "expected_attention", "sirllm", "anllm"),
     *("quest", "twilight", "hip", "refresh_sparq"),
 ]
-CELLS = [(family, name) for family in FAMILIES for name in EVERYWHERE]
-CELLS += [("llama (GQA)", name) for name in ON_LLAMA]
+# Always one of each kind: what decides for all heads, is packed, reads by a plan, or by a calibration.
+ALWAYS = [("llama (GQA)", name) for name in (*EVERYWHERE, "adakv", "kvzip", "infllm", "loki", "twilight")]
+ALWAYS += [(family, "sparq") for family in FAMILIES[1:]]
+REST = [(family, name) for family in FAMILIES for name in EVERYWHERE]
+REST += [("llama (GQA)", name) for name in ON_LLAMA]
+REST = [cell for cell in REST if cell not in ALWAYS]
 CALIBRATION = "calibration.safetensors"
 NEW = 10
 PROMPTS = [[(7 * i + 3 * i * i) % 101 for i in range(24)], [(5 * i + 1) % 101 for i in range(15)]]
@@ -61,11 +65,11 @@ def measured(model: Any, name: str, calibration: Path) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cells: list[tuple[str, str]]) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {family: {} for family in FAMILIES}
     models = {family: kvsieve.load(str(folder / family), tensor_parallel=True) for family in FAMILIES}
-    for family, name in CELLS:
+    for family, name in cells:
         found[family][name] = measured(models[family], name, folder / CALIBRATION)
     try:
         kvsieve.load(str(folder / "one KV head"), tensor_parallel=True)
@@ -77,4 +81,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), ALWAYS + (REST if sys.argv[2:] == ["all"] else []))

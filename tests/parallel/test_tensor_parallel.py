@@ -34,6 +34,12 @@ policies: [dense, sparq: {{compression: 1/4}}, h2o: {{compression: 1/4}}]
 """
 
 
+each_cell = pytest.mark.parametrize(
+    ("family", "policy"),
+    [*matrix.ALWAYS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in matrix.REST)],
+)
+
+
 def torchrun(*command, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -65,10 +71,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def split(folder):
+def split(folder, request):
     """Results of each of two processes: one start for the whole matrix."""
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'kvsieve[parallel]'")
-    done = torchrun("-m", matrix.__name__, folder, timeout=300, cwd=Path(__file__).parents[2])
+    mine = (item for item in request.session.items if item.path == request.path)
+    slowly = any(item.get_closest_marker("slow") for item in mine)
+    which = ["all"] if slowly else []
+    done = torchrun("-m", matrix.__name__, folder, *which, timeout=300, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -81,7 +90,7 @@ def whole(folder):
     )
 
 
-@pytest.mark.parametrize(("family", "policy"), matrix.CELLS)
+@each_cell
 def test_two_processes_decode_what_one_does(split, whole, family, policy):
     alone = whole(family, policy)
     for rank in split:
@@ -99,7 +108,7 @@ def test_two_processes_decode_what_one_does(split, whole, family, policy):
         assert [a + b for a, b in zip(own, others, strict=True)] == all_heads
 
 
-@pytest.mark.parametrize(("family", "policy"), matrix.CELLS)
+@each_cell
 def test_each_meter_counts_its_own_heads_and_their_sum_is_the_whole(split, whole, family, policy):
     alone = whole(family, policy)
     assert alone["here"] == alone["everywhere"]
