@@ -228,6 +228,21 @@ def test_sinks_of_a_model_are_no_tokens_to_be_missed():
     torch.testing.assert_close(found.mass, torch.ones_like(found.mass))
 
 
+def test_questions_are_asked_of_what_the_policy_has_kept_of_each_prompt():
+    questions, answers = random_prompts(7, 4, seed=3), [[1, 2, 3]] * 2
+    for name in ("snapkv", "sirllm"):
+        policy, options = of_two_layers(name), {"steps": 2}
+        found = diagnose(tiny_llama(), PROMPTS, policy, questions=questions, answers=answers, **options)
+        for b in range(2):
+            alone = diagnose(
+                tiny_llama(), PROMPTS[b : b + 1], policy, questions=questions[b : b + 1], answers=answers[:1], **options
+            )
+            torch.testing.assert_close(found.mass[b], alone.mass[0])
+            torch.testing.assert_close(found.error[b], alone.error[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="2 prompts, but 1 questions"):
+        diagnose(tiny_llama(), PROMPTS, questions=questions[:1])
+
+
 @pytest.mark.parametrize("steps", [0, True, 2.5])
 def test_steps_are_a_number_of_at_least_one(steps):
     with pytest.raises(UserError, match="steps must be a whole number of at least 1"):

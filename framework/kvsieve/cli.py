@@ -353,11 +353,14 @@ def generate(
 
 def _show(folder: Path, rows: list[Row]) -> None:
     """Print the tables, make the report, and say where everything is."""
+    from .compare import diagnostics
     from .compare.report import write_report
     from .compare.results import Results
     from .compare.terminal import show
 
-    show(Results(rows), Console(highlight=False))
+    console = Console(highlight=False)
+    show(Results(rows), console)
+    diagnostics.show(folder, console)
     try:
         typer.echo(f"report: {write_report(folder)}")
     except UserError as error:

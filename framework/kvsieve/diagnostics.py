@@ -22,7 +22,10 @@ from .ops import reference
 from .plans import Segments
 from .policy import Policy, Selection
 from .prompts import Prompts, end_tokens, token_lists
+from .reading import read
 from .scoring import Scoring
+
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 class Diagnosis(NamedTuple):
@@ -49,6 +52,7 @@ def diagnose(
     policy: Policy | None = None,
     *,
     steps: int = 8,
+    questions: Prompts | None = None,
     answers: Prompts | None = None,
     segments: Segments | None = None,
     prefill_chunk: int | None = None,
@@ -70,6 +74,8 @@ def diagnose(
         prompts, policy, segments, prefill_chunk: as in `decode`.
         steps: decode steps, at most; as in `decode`, the first new token comes from the prompt, so that N
             steps are fed the first N tokens of an answer of N + 1.
+        questions: one for every prompt, asked once the policy has read it and decided who stays, as in
+            `kvsieve.read(..., leave=0)`. None: the prompts ask.
         answers: a text for every prompt to go on with; of each, steps + 1 tokens are taken.
 
     Raises:
@@ -79,11 +85,15 @@ def diagnose(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"steps must be a whole number of at least 1, not {steps!r}")
     rows = token_lists(model, prompts)
+    asked = [[] for _ in rows] if questions is None else token_lists(model, questions, "question")
+    if len(asked) != len(rows):
+        raise UserError(f"{len(rows)} prompts, but {len(asked)} questions")
+    texts = [[*row, *question] for row, question in zip(rows, asked, strict=True)]
     cache = KVCache(model, policy)
     _check_model(model, cache)
     with transfer.measure():  # the steps count in this meter alone
         if answers is None:
-            given = dense_answers(model, rows, steps, prefill_chunk)
+            given = dense_answers(model, texts, steps, prefill_chunk)
         else:
             given = [row[: steps + 1] for row in token_lists(model, answers, "continuation")]
         if max(map(len, given)) < 2:
@@ -91,6 +101,10 @@ def diagnose(
                 "there is no step to diagnose: every answer is a single token, which comes from the prompt; "
                 "give longer `answers`"
             )
+        records = [Record(layer, max(map(len, texts)) + steps) for layer in cache.policy_layers]
+        if questions is not None:
+            read(model, rows, cache, segments=segments, leave=0, prefill_chunk=prefill_chunk)
+            rows, segments = asked, None
         scoring = Scoring(
             model,
             rows,
@@ -101,7 +115,6 @@ def diagnose(
             cache=cache,
             eager=True,
         )
-        records = [Record(layer, max(map(len, rows)) + steps) for layer in cache.policy_layers]
         next(iter(scoring))  # the prefill
         for record in records:
             record.compares = True
@@ -186,7 +199,7 @@ class Record:
         numbers = [
             (weights * read).sum(3),
             (read & (weights >= last)).sum(3) / count.clamp(min=1),
-            (output.float() - dense).norm(dim=3) / dense.norm(dim=3),
+            (output.float() - dense).norm(dim=3) / dense.norm(dim=3).clamp(min=_LEAST),
             torch.zeros_like(dense[..., 0])
             if selection is None or selection.tail is None
             else selection.tail.weight,

@@ -98,7 +98,7 @@ def describe(kind: Any) -> str:  # noqa: PLR0911
         return "a path"
     if is_list(kind):
         return _describe_list(parts)
-    if issubclass(origin, Mapping):
+    if issubclass(origin, Mapping | pydantic.BaseModel):
         return "`key: value` pairs"
     return _ONE.get(origin, f"a {origin.__name__}")
 

@@ -58,6 +58,11 @@ def framework_files() -> dict[str, str]:
     return files | {name: _files(name)[name] for name in _ALONE}
 
 
+def digest_of(*modules: str) -> str:
+    """Of the files of these modules, without what they import."""
+    return _digest(_files(name)[name] for name in modules)
+
+
 def class_files(*classes: type) -> dict[str, str]:
     """A digest for each file that these classes are written in, and for each that it imports from its
     package.

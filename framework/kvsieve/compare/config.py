@@ -17,6 +17,7 @@ from ..specs import PolicySpec, read_policies, read_tasks
 from ..values import NOTHING, Loc, Mistake, read_value, shortened
 from .sweep import printed_policy, read_section, without_repetitions
 from .tasks import Task
+from .tasks.base import MOST_SAMPLES
 from .tasks.text import MOST_BYTES_OF_TEXT
 from .yaml_source import Source, unquoted
 
@@ -26,10 +27,19 @@ MOST_BYTES_OF_NAME = 255
 _SECTIONS = ("tasks", "policies")
 
 
-class Settings(pydantic.BaseModel):
-    """The top level of the file."""
-
+class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Diagnose(_Section):
+    """Samples of every cell whose first decode steps are compared with dense attention."""
+
+    steps: int = pydantic.Field(8, ge=1, le=65_536, description="decode steps of a sample, at most")
+    samples: int = pydantic.Field(4, ge=1, le=MOST_SAMPLES, description="of each cell, the first ones")
+
+
+class Settings(_Section):
+    """The top level of the file."""
 
     model: str = pydantic.Field(min_length=1, description="`reference`, a Hugging Face id, or a local folder")
     revision: str | None = pydantic.Field(None, description="branch, tag or commit on the hub")
@@ -50,6 +60,9 @@ class Settings(pydantic.BaseModel):
     batch_size: int = pydantic.Field(1, ge=1, le=65_536, description="prompts decoded together")
     eager: bool = pydantic.Field(
         False, description="run decode steps from Python, on a GPU too, instead of as one CUDA graph"
+    )
+    diagnose: Diagnose | None = pydantic.Field(
+        None, description="compare decode steps with dense attention, per layer and head"
     )
     tasks: list[Any] = pydantic.Field(min_length=1)
     policies: list[Any] = pydantic.Field(min_length=1)
@@ -167,17 +180,7 @@ def _read_policies(entry: Any, loc: Loc, mistakes: list[Mistake]) -> list[tuple[
 
 def _settings(data: dict[str, Any], mistakes: list[Mistake], *, trust_remote_code: bool) -> Settings | None:
     before = len(mistakes)
-    values: dict[str, Any] = {}
-    for name, field in Settings.model_fields.items():
-        if name in data:
-            limited = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-            section = name in _SECTIONS and isinstance(data[name], list) and data[name]
-            values[name] = data[name] if section else read_value(limited, data[name], (name,), mistakes)
-        elif field.is_required():
-            mistakes.append(Mistake((), f"{name} is missing"))
-    for key in data:
-        if key not in Settings.model_fields:
-            mistakes.append(Mistake((key,), unknown("key", shortened(key), Settings.model_fields)))
+    values = _values(Settings, data, (), mistakes)
     if values.get("trust_remote_code") is True and not trust_remote_code:
         message = (
             "runs code that comes with the checkpoint, which a file alone cannot ask for: if you trust it, "
@@ -187,7 +190,34 @@ def _settings(data: dict[str, Any], mistakes: list[Mistake], *, trust_remote_cod
     model = values.get("model", NOTHING)
     if isinstance(model, str) and (why := wrong_name(model)):
         mistakes.append(Mistake(("model",), why, model))
+    if values.get("diagnose") and values.get("tensor_parallel") is True:
+        message = "needs all heads of the model in one process: leave out tensor_parallel, or diagnose"
+        mistakes.append(Mistake(("diagnose",), message))
     return Settings(**values) if len(mistakes) == before else None
+
+
+def _values(kind: type[_Section], data: dict[str, Any], loc: Loc, mistakes: list[Mistake]) -> dict[str, Any]:
+    """The values of a section's fields; NOTHING, and the reason in `mistakes`, for what is wrong."""
+    values: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        if name not in data:
+            if field.is_required():
+                mistakes.append(Mistake(loc, f"{name} is missing"))
+            continue
+        given, here = data[name], (*loc, name)
+        if field.annotation == Diagnose | None and isinstance(given, dict):
+            before = len(mistakes)
+            found = _values(Diagnose, given, here, mistakes)
+            values[name] = Diagnose(**found) if len(mistakes) == before else NOTHING
+        elif name in _SECTIONS and isinstance(given, list) and given:
+            values[name] = given
+        else:
+            limited = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+            values[name] = read_value(limited, given, here, mistakes)
+    for key in data:
+        if key not in kind.model_fields:
+            mistakes.append(Mistake((*loc, key), unknown("key", shortened(key), kind.model_fields)))
+    return values
 
 
 def wrong_name(path: str) -> str | None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import plugins, processes
 from ..errors import UserError
-from . import files, identity, manifest, summary
+from . import diagnostics, files, identity, manifest, summary
 from .config import Config
 from .environment import Load
 from .execute import Executor, Failed, Measured, Prepared, Restarted, Work
@@ -98,6 +98,16 @@ def compare(
             console.print(f"tokens/s are not to be quoted: {disturbed}", style="yellow", soft_wrap=True)
         store.restore()
         rows = summary.write(folder, store.records.values())
+        if config.settings.diagnose is not None:
+            measured = [cell for cell in cells if cell.id not in failures]
+            with _safe():
+                failed = diagnostics.run(executor, config.settings.diagnose, measured, folder, console)
+            for cell, reason, details in failed:
+                console.print(
+                    f"no diagnostics of {cell.label}: {reason}", style="yellow", soft_wrap=True, markup=False,
+                    highlight=False,
+                )  # fmt: skip
+                _append(folder / "errors.txt", f"diagnostics of {cell.label}\n{details}\n")
         _tell(console, "run_finished", folder=folder, summary=list(rows))
         store.restore()
         if store.restored:

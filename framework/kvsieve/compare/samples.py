@@ -1,4 +1,5 @@
 """samples.jsonl: a line per measured sample, appended as it comes, so that a run continues where it stopped.
+diagnostics.jsonl is kept in the same way.
 
 Every line ends with a checksum of the rest of it. A line that is torn, damaged or no whole record is skipped:
 its sample is missing then, and is measured again.
@@ -12,7 +13,7 @@ import re
 import stat
 import zlib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import filelock
 import pydantic
@@ -20,18 +21,24 @@ import pydantic
 from ..errors import UserError
 from . import files
 
-Record = dict[str, Any]  # the fields of `_Fields`, and more
+Record = dict[str, Any]  # the fields of `Fields`, and more
 
 _CHECKED = re.compile(rb'(.*), "crc32": "([0-9a-f]{8})"\}', re.DOTALL)
 
 
-class _Fields(pydantic.BaseModel):
-    """The fields that every record has."""
+class Fields(pydantic.BaseModel):
+    """The fields that every line of a file has; `KEY` names those that tell it from the others."""
 
     model_config = pydantic.ConfigDict(strict=True)
+    KEY: ClassVar[tuple[str, ...]] = ("cell", "sample")
 
     cell: str
     sample: pydantic.NonNegativeInt
+
+
+class SampleFields(Fields):
+    """The fields of a line of samples.jsonl."""
+
     score: pydantic.FiniteFloat
     answer: str
     # Before version 0.2 there was one.
@@ -47,17 +54,14 @@ class _Fields(pydantic.BaseModel):
     tokens_per_second: list[pydantic.FiniteFloat] | pydantic.FiniteFloat | None  # one number in version 0.1
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, fields: type[Fields] = SampleFields) -> list[Record]:
     """Complete, undamaged lines only; no file is no lines.
 
     Raises:
         UserError: the file cannot be read, or is no regular file.
     """
-    return _parse(files.read(path)) if path.exists() else []
-
-
-def _parse(data: bytes) -> list[Record]:
-    return [record for line in data.split(b"\n")[:-1] if (record := _decode(line)) is not None]
+    lines = files.read(path).split(b"\n")[:-1] if path.exists() else []
+    return [record for line in lines if (record := _decode(line, fields)) is not None]
 
 
 def _encode(record: Record) -> bytes:
@@ -65,7 +69,7 @@ def _encode(record: Record) -> bytes:
     return line[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(line)
 
 
-def _decode(line: bytes) -> Record | None:
+def _decode(line: bytes, fields: type[Fields]) -> Record | None:
     """The record in a line; None if it is damaged. Lines of version 0.1 have no checksum."""
     if checked := _CHECKED.fullmatch(line):
         line = checked[1] + b"}"
@@ -73,7 +77,7 @@ def _decode(line: bytes) -> Record | None:
             return None
     try:
         record: Record = json.loads(line)
-        _Fields.model_validate(record)
+        fields.model_validate(record)
     except (ValueError, RecursionError):  # pydantic's errors are ValueErrors
         return None
     return record
@@ -84,12 +88,15 @@ class Store:
 
     Everything that is in it stays in memory too: what another program takes out of the file is written again.
 
+    Args:
+        fields: of its lines.
+
     Raises:
         UserError: another run writes into the folder, or it cannot be written to.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fields: type[Fields] = SampleFields) -> None:
+        self.path, self.fields = path, fields
         self.restored = 0  # lines that had vanished from the file, and were written again
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +110,9 @@ class Store:
             raise UserError(f"{path}: cannot be written: {_why(error)}") from None
         try:
             self._open()
-            self.records: dict[tuple[str, int], Record] = {}
-            for record in read(path):
-                self.records.setdefault(_key(record), record)
+            self.records: dict[tuple[Any, ...], Record] = {}
+            for record in read(path, fields):
+                self.records.setdefault(self._key(record), record)
         except BaseException:
             self._lock.release()
             raise
@@ -129,7 +136,7 @@ class Store:
         """
         self.restore()
         self._append(records)
-        self.records |= {_key(record): record for record in records}
+        self.records |= {self._key(record): record for record in records}
 
     def restore(self) -> int:
         """Write again what another program took out of the file; returns how many samples.
@@ -142,7 +149,7 @@ class Store:
         before = self._file
         self._open()
         os.close(before)
-        present = {_key(record) for record in read(self.path)}
+        present = {self._key(record) for record in read(self.path, self.fields)}
         lost = [record for key, record in self.records.items() if key not in present]
         self._append(lost)
         self.restored += len(lost)
@@ -194,14 +201,13 @@ class Store:
         except OSError:
             return False
 
+    def _key(self, record: Record) -> tuple[Any, ...]:
+        return tuple(record[name] for name in self.fields.KEY)
+
     def _state(self) -> tuple[int, ...]:
         """Which file it is, and the marks that any change of it leaves."""
         found = os.stat(self.path)
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _key(record: Record) -> tuple[str, int]:
-    return record["cell"], record["sample"]
 
 
 def _why(error: Exception) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..cells import Cell
-from ..config import Config
+from ..config import Config, Diagnose
 from ..identity import Fields
 from ..samples import Record
 
@@ -63,3 +63,6 @@ class Executor(Protocol):
 
     def measure(self, work: Work) -> Events:
         """For each cell its batches and then how it ended; cells may be mixed."""
+
+    def diagnose(self, asked: Diagnose, cells: Sequence[Cell], missing: Mapping[str, list[int]]) -> Events:
+        """Compare the `missing` samples, by cell id, with dense attention: a record for each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
@@ -10,10 +11,11 @@ from ...errors import UserError
 from ...hf import models, parallel
 from .. import environment, identity
 from ..cells import Cell, expand
-from ..config import Config, Settings
+from ..config import Config, Diagnose, Settings
 from ..samples import Record
 from . import Events, Failed, Finished, Measured, Prepared, Work
 from .cell import Measurement
+from .diagnose import diagnose_cells
 
 
 class Local:
@@ -32,6 +34,10 @@ class Local:
         assert self.model is not None
         for cell, missing in work:
             yield from measure_cell(self.model, self.settings, cell, missing)
+
+    def diagnose(self, asked: Diagnose, cells: Sequence[Cell], missing: Mapping[str, list[int]]) -> Events:
+        assert self.model is not None
+        return diagnose_cells(self.model, self.settings, asked, cells, missing)
 
 
 def load_model(settings: Settings) -> PreTrainedModel:

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from . import Event, Events, Failed, Finished, Measured, Prepared, Restarted, Work
+from .diagnose import diagnose_cells
 from .local import failed, load_model, measure_cell, prepare
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from ..cells import Cell
-    from ..config import Config, Settings
+    from ..config import Config, Diagnose, Settings
 
 _SECONDS_TO_ANSWER = 10
 _ONE_BY_ONE = {"_generator_backpressure_num_objects": 1}  # no batch starts before the last one has arrived
@@ -133,6 +136,18 @@ class OnRay:
             for stream, _ in running:
                 self.ray.cancel(stream, force=True)
 
+    def diagnose(self, asked: Diagnose, cells: Sequence[Cell], missing: Mapping[str, list[int]]) -> Events:
+        diagnose = self._remote(_diagnose, **_ONE_BY_ONE)  # few samples: in one worker
+        stream = diagnose.remote(os.getcwd(), self.settings, asked, list(cells), dict(missing))
+        try:
+            for event in stream:
+                yield self.ray.get(event)
+        except self.ray.exceptions.RayError as error:
+            for cell in cells:
+                yield failed(cell, error)
+        finally:
+            self.ray.cancel(stream, force=True)
+
     def _next(self, stream: Any, job: _Job) -> Event:
         """The next event of a cell; if its worker died, that it restarts."""
         try:
@@ -181,6 +196,14 @@ def _measure(folder: str, settings: Settings, cell: Cell, missing: list[int]) ->
         yield failed(cell, error)
         return
     yield from measure_cell(model, settings, cell, missing)
+
+
+def _diagnose(
+    folder: str, settings: Settings, asked: Diagnose, cells: list[Cell], missing: dict[str, list[int]]
+) -> Events:
+    """On a worker: all cells, sample by sample."""
+    _enter(folder)
+    yield from diagnose_cells(load_model(settings), settings, asked, cells, missing)
 
 
 def _enter(folder: str) -> None:

@@ -1,0 +1,119 @@
+"""diagnostics.jsonl: the first samples of every cell beside dense attention, by layer and head; on request.
+
+They are made when everything else is measured and written, are no part of a cell's id, and change nothing of
+its samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pydantic
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import code, manifest, samples
+from .cells import Cell
+from .config import Diagnose
+from .execute import Executor, Failed, Measured
+from .samples import Record
+from .tasks import Task
+
+NAME = "diagnostics.jsonl"
+NUMBERS = ("mass", "recall", "error", "tail")
+_ByHead = list[list[pydantic.FiniteFloat]]  # of every layer, its query heads
+
+
+class Fields(samples.Fields):
+    """The fields of a line: means over the decode steps of a sample."""
+
+    KEY: ClassVar[tuple[str, ...]] = ("cell", "sample", "method")
+
+    method: str  # the steps that were asked for, and the code that compared
+    steps: pydantic.NonNegativeInt  # made; 0: there are no numbers
+    layers: list[int]  # their numbers in the model
+    mass: _ByHead
+    recall: _ByHead
+    error: _ByHead
+    tail: _ByHead
+
+
+def run(
+    executor: Executor, asked: Diagnose, cells: Sequence[Cell], folder: Path, console: Console
+) -> list[Failed]:
+    """Diagnose what the folder does not hold yet; return the cells that failed.
+
+    Tasks that implement `answer` are left out: their requests are not the samples.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    left_out = dict.fromkeys(c.task.title for c in cells if type(c.task).answer is not Task.answer)
+    for title in left_out:
+        console.print(f"no diagnostics of {title}: it asks the model in its own way", markup=False)
+    cells = [cell for cell in cells if cell.task.title not in left_out]
+    method = (
+        f"{asked.steps} steps, {code.digest_of('kvsieve.diagnostics', 'kvsieve.compare.execute.diagnose')}"
+    )
+    failed = []
+    with samples.Store(folder / NAME, Fields) as store, console.status("diagnostics") as status:
+        missing = {
+            cell.id: [
+                index
+                for index in range(min(asked.samples, cell.task.samples))
+                if (cell.id, index, method) not in store.records
+            ]
+            for cell in cells
+        }
+        done, total = 0, sum(map(len, missing.values()))
+        for event in executor.diagnose(asked, [cell for cell in cells if missing[cell.id]], missing):
+            if isinstance(event, Measured):
+                store.append([{**record, "method": method} for record in event.records])
+                done += len(event.records)
+                status.update(f"diagnostics: {done}/{total} samples, {event.cell.label}")
+            elif isinstance(event, Failed):
+                failed.append(event)
+    return failed
+
+
+def read(folder: Path) -> dict[str, list[Record]]:
+    """The lines of a run folder that have numbers, by cell; of several methods, those of the last."""
+    found: dict[str, list[Record]] = {}
+    for record in samples.read(folder / NAME, Fields):
+        of_cell = found.setdefault(record["cell"], [])
+        if of_cell and of_cell[-1]["method"] != record["method"]:
+            of_cell.clear()
+        of_cell.append(record)
+    numbers = {cell: [record for record in records if record["steps"]] for cell, records in found.items()}
+    return {cell: records for cell, records in numbers.items() if records}
+
+
+def by_policy(folder: Path) -> dict[str, list[float]]:
+    """The `NUMBERS` of every policy, by its label: means over layers, heads, samples and tasks."""
+    diagnosed = read(folder)
+    if not diagnosed:
+        return {}
+    found: dict[str, list[np.ndarray]] = {}
+    for entry in manifest.read(folder, samples.read(folder / "samples.jsonl")):
+        if entry.cell in diagnosed:
+            of_samples = [[np.mean(record[name]) for name in NUMBERS] for record in diagnosed[entry.cell]]
+            found.setdefault(entry.policy_label, []).append(np.mean(of_samples, axis=0))
+    return {label: np.mean(tasks, axis=0).tolist() for label, tasks in found.items()}
+
+
+def show(folder: Path, console: Console) -> None:
+    """Print a line for every policy that was diagnosed."""
+    found = by_policy(folder)
+    if not found:
+        return
+    table = Table(box=box.SIMPLE, title="beside dense attention", title_justify="left")
+    table.add_column("policy")
+    for heading in ("mass kept", "recall", "error", "tail"):
+        table.add_column(heading, justify="right")
+    for label, numbers in found.items():
+        table.add_row(label, *(f"{number:.3f}" for number in numbers))
+    console.print(table)
