@@ -235,7 +235,12 @@ def test_questions_are_asked_of_what_the_policy_has_kept_of_each_prompt():
         found = diagnose(tiny_llama(), PROMPTS, policy, questions=questions, answers=answers, **options)
         for b in range(2):
             alone = diagnose(
-                tiny_llama(), PROMPTS[b : b + 1], policy, questions=questions[b : b + 1], answers=answers[:1], **options
+                tiny_llama(),
+                PROMPTS[b : b + 1],
+                policy,
+                questions=questions[b : b + 1],
+                answers=answers[:1],
+                **options,
             )
             torch.testing.assert_close(found.mass[b], alone.mass[0])
             torch.testing.assert_close(found.error[b], alone.error[0], atol=1e-4, rtol=1e-4)

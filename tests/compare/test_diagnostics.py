@@ -159,7 +159,9 @@ def test_an_answer_of_one_token_has_no_step(model):
 
 
 def test_samples_without_steps_are_kept_and_not_shown(tmp_path):
-    line = {"cell": "a", "sample": 0, "method": "m", "steps": 0, "layers": []} | {name: [] for name in NUMBERS}
+    line = {"cell": "a", "sample": 0, "method": "m", "steps": 0, "layers": []} | {
+        name: [] for name in NUMBERS
+    }
     with samples.Store(tmp_path / "diagnostics.jsonl", diagnostics.Fields) as store:
         store.append([line])
     assert samples.read(tmp_path / "diagnostics.jsonl", diagnostics.Fields) == [line]

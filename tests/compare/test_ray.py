@@ -13,7 +13,7 @@ from rich.console import Console
 from tests.reliability import record
 
 from kvsieve import UserError, plugins
-from kvsieve.compare import run, samples
+from kvsieve.compare import diagnostics, run, samples
 from kvsieve.compare.execute import ray as on_ray
 
 PLUGIN = '''
@@ -162,6 +162,20 @@ def test_a_cell_whose_worker_always_dies_is_given_up(cluster, compare, tmp_path)
         ("deadly", "1"),
         ("dense", "3"),
     ]
+
+
+@pytest.mark.slow
+def test_diagnostics_of_a_worker_are_those_of_this_process(cluster, compare):
+    text = """\
+        device: cpu
+        diagnose: {steps: 2, samples: 2}
+        tasks: [needle: {context: 120, samples: 2}]
+        policies: [dense, h2o: {compression: 1/4}]
+        """
+    folders = compare(text, "here").folder, compare(text, "ray", on_ray.OnRay()).folder
+    here, there = ([*diagnostics.read(folder).values()] for folder in folders)
+    assert here == there
+    assert [len(records) for records in here] == [2, 2]
 
 
 LISTENS = """

@@ -38,7 +38,7 @@ def schema(policies: Iterable[Registered], tasks: Iterable[Registered]) -> dict[
         "description": "each meets every policy",
     }
     whole["properties"]["policies"] |= {"items": {"$ref": "#/$defs/policy"}}
-    whole["$defs"] |= {"task": _entry(tasks), "policy": _entry(policies)}
+    whole["$defs"] = whole.pop("$defs") | {"task": _entry(tasks), "policy": _entry(policies)}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **whole,
