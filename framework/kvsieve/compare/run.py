@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .. import plugins, processes
 from ..errors import UserError
 from . import diagnostics, files, identity, manifest, summary
+from .cells import Cell
 from .config import Config
 from .environment import Load
 from .execute import Executor, Failed, Measured, Prepared, Restarted, Work
@@ -98,16 +99,7 @@ def compare(
             console.print(f"tokens/s are not to be quoted: {disturbed}", style="yellow", soft_wrap=True)
         store.restore()
         rows = summary.write(folder, store.records.values())
-        if config.settings.diagnose is not None:
-            measured = [cell for cell in cells if cell.id not in failures]
-            with _safe():
-                failed = diagnostics.run(executor, config.settings.diagnose, measured, folder, console)
-            for cell, reason, details in failed:
-                console.print(
-                    f"no diagnostics of {cell.label}: {reason}", style="yellow", soft_wrap=True, markup=False,
-                    highlight=False,
-                )  # fmt: skip
-                _append(folder / "errors.txt", f"diagnostics of {cell.label}\n{details}\n")
+        _diagnose(executor, config, [cell for cell in cells if cell.id not in failures], folder, console)
         _tell(console, "run_finished", folder=folder, summary=list(rows))
         store.restore()
         if store.restored:
@@ -175,6 +167,20 @@ def _measure(
             else:
                 progress.finish(cell)
     return failures
+
+
+def _diagnose(executor: Executor, config: Config, cells: list[Cell], folder: Path, console: Console) -> None:
+    """Compare samples of these cells with dense attention, if the file asks for it; report what fails."""
+    if config.settings.diagnose is None:
+        return
+    with _safe():
+        failed = diagnostics.run(executor, config.settings.diagnose, cells, folder, console)
+    for cell, reason, details in failed:
+        console.print(
+            f"no diagnostics of {cell.label}: {reason}", style="yellow", soft_wrap=True, markup=False,
+            highlight=False,
+        )  # fmt: skip
+        _append(folder / "errors.txt", f"diagnostics of {cell.label}\n{details}\n")
 
 
 def _take_part(executor: Executor, folder: Path) -> Compared:
