@@ -162,11 +162,13 @@ def validate(
     Contexts and policies are checked against the model's config.json, where it is on this machine.
     """
     checked = _load(config, overrides, trust_remote_code=trust_remote_code, trust_task_code=trust_task_code)
-    cells = len(checked.tasks) * len(checked.policies)
-    samples = sum(task.samples for task, _ in checked.tasks) * len(checked.policies)
+    models = checked.models
+    on = f"the model {models[0]}" if len(models) == 1 else f"the {len(models)} models {', '.join(models)}"
+    cells = len(checked.tasks) * len(checked.policies) * len(models)
+    samples = sum(task.samples for task, _ in checked.tasks) * len(checked.policies) * len(models)
     typer.echo(
         f"{config}: right. {len(checked.tasks)} tasks x {len(checked.policies)} policies = {cells} cells, "
-        f"{samples} samples, on the model {checked.settings.model}"
+        f"{samples} samples, on {on}"
     )
 
 

@@ -22,7 +22,10 @@ def register_tasks(register: Callable[[type], None]) -> None:
 
 @hookspec
 def run_started(folder: Path, cells: list[Any]) -> None:
-    """Called when a comparison begins, with its run folder and a copy of the cells that it will run."""
+    """Called when a comparison begins, with its run folder and a copy of the cells that it will run.
+
+    Of several models, for each when its turn comes.
+    """
 
 
 @hookspec

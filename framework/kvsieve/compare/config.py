@@ -25,6 +25,7 @@ MOST_CELLS = 10_000
 # Of one name in a path, on nearly every file system.
 MOST_BYTES_OF_NAME = 255
 _SECTIONS = ("tasks", "policies")
+_MODEL = "`reference`, a Hugging Face id, or a local folder"
 
 
 class _Section(pydantic.BaseModel):
@@ -39,9 +40,9 @@ class Diagnose(_Section):
 
 
 class Settings(_Section):
-    """The top level of the file."""
+    """The top level of the file; of several models, for one of them."""
 
-    model: str = pydantic.Field(min_length=1, description="`reference`, a Hugging Face id, or a local folder")
+    model: str = pydantic.Field(min_length=1, description=_MODEL)
     revision: str | None = pydantic.Field(None, description="branch, tag or commit on the hub")
     trust_remote_code: bool = pydantic.Field(
         False,
@@ -70,12 +71,14 @@ class Settings(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A checked configuration: every task (one context each) meets every policy."""
+    """A checked configuration: every task (one context each) meets every policy, on every model."""
 
     source: Source
+    # With the first of the models.
     settings: Settings
     tasks: list[tuple[Task, Loc]]
     policies: list[PolicySpec]
+    models: list[str]
     # What is worth saying although it is no mistake, a line each, with its place.
     remarks: list[str] = dataclasses.field(default_factory=list)
 
@@ -83,9 +86,20 @@ class Config:
     def name(self) -> str:
         return self.source.path.stem
 
+    def each(self) -> list[Config]:
+        """This comparison on each of its models alone."""
+        return [
+            dataclasses.replace(
+                self, settings=self.settings.model_copy(update={"model": model}), models=[model]
+            )
+            for model in self.models
+        ]
+
     def resolved(self, **facts: Any) -> str:
         """The same comparison as YAML, nothing left to a default; `facts` are settings known better now."""
         settings = self.settings.model_dump(exclude={"tasks", "policies"}) | facts
+        if len(self.models) > 1:
+            settings["model"] = self.models
         tasks = [{task.name: dataclasses.asdict(task)} for task, _ in self.tasks]
         policies = [spec.entry() for spec in self.policies]
         everything = settings | {"tasks": tasks, "policies": policies}
@@ -153,7 +167,10 @@ def load(
             f"{path}: {found}; a comparison names a model, tasks and policies: see configs/quickstart.yaml"
         )
     mistakes = source.mistakes
-    settings = _settings(source.data, mistakes, trust_remote_code=trust_remote_code)
+    models, twice = _models(source.data, mistakes)
+    # Where a list holds none, that is a mistake already.
+    first = {"model": models[0] if models else "none"} if isinstance(source.data.get("model"), list) else {}
+    settings = _settings(source.data | first, mistakes, trust_remote_code=trust_remote_code)
     sections = {_meant(key, source.data): key for key in source.data}
     tasks, remarks = without_repetitions(
         read_section(source.data, sections.get("tasks", "tasks"), read_tasks, mistakes), repr
@@ -162,20 +179,48 @@ def load(
         read_section(source.data, sections.get("policies", "policies"), _read_policies, mistakes),
         printed_policy,
     )
-    if len(tasks) * len(policies) > MOST_CELLS:
-        what = f"{len(tasks)} tasks x {len(policies)} policies are more than {MOST_CELLS} cells"
+    if len(tasks) * len(policies) * len(models) > MOST_CELLS:
+        on = f" on {len(models)} models" if len(models) > 1 else ""
+        what = f"{len(tasks)} tasks x {len(policies)} policies{on} are more than {MOST_CELLS} cells"
         mistakes.append(Mistake((), what))
     for task, loc in tasks:
         mistakes += _files(task, loc, trust_task_code=trust_task_code)
     source.refuse(mistakes)
     # Without them there was a mistake.
     assert settings is not None
-    lines = [source.describe(remark) for remark in [*remarks, *more]]
-    return Config(source, settings, tasks, [spec for spec, _ in policies], lines)
+    lines = [source.describe(remark) for remark in [*twice, *remarks, *more]]
+    return Config(source, settings, tasks, [spec for spec, _ in policies], models, lines)
 
 
 def _read_policies(entry: Any, loc: Loc, mistakes: list[Mistake]) -> list[tuple[PolicySpec, Loc]]:
     return [(spec, spec.loc) for spec in read_policies(entry, loc, mistakes)]
+
+
+def _models(data: dict[str, Any], mistakes: list[Mistake]) -> tuple[list[str], list[Mistake]]:
+    """The models of a file, each once, and a remark for every one that is named twice."""
+    given = data.get("model")
+    if not isinstance(given, list):
+        if isinstance(given, str) and (why := wrong_name(given)):
+            mistakes.append(Mistake(("model",), why, given))
+        return [given] if isinstance(given, str) else [], []
+    if not given:
+        mistakes.append(Mistake(("model",), "an empty list names no model", given))
+    places: dict[str, int] = {}
+    remarks = []
+    for i, one in enumerate(given):
+        name = read_value(Annotated[str, pydantic.Field(min_length=1)], one, ("model", i), mistakes)
+        if name is NOTHING:
+            continue
+        if why := wrong_name(name):
+            mistakes.append(Mistake(("model", i), why, name))
+        if (before := places.setdefault(name, i)) != i:
+            remarks.append(Mistake(("model", i), f"the same as model.{before}; it is measured once"))
+    models = list(places)
+    if len(models) > 1 and data.get("revision") is not None:
+        mistakes.append(
+            Mistake(("revision",), "is one model's, and there are several: leave it out, or run them apart")
+        )
+    return models, remarks
 
 
 def _settings(data: dict[str, Any], mistakes: list[Mistake], *, trust_remote_code: bool) -> Settings | None:
@@ -187,9 +232,6 @@ def _settings(data: dict[str, Any], mistakes: list[Mistake], *, trust_remote_cod
             "give --trust-remote-code on the command line, too"
         )
         mistakes.append(Mistake(("trust_remote_code",), message))
-    model = values.get("model", NOTHING)
-    if isinstance(model, str) and (why := wrong_name(model)):
-        mistakes.append(Mistake(("model",), why, model))
     if values.get("diagnose") and values.get("tensor_parallel") is True:
         message = "needs all heads of the model in one process: leave out tensor_parallel, or diagnose"
         mistakes.append(Mistake(("diagnose",), message))

@@ -20,6 +20,7 @@ from . import code, manifest, samples
 from .cells import Cell
 from .config import Diagnose
 from .execute import Executor, Failed, Measured
+from .results import short_models
 from .samples import Record
 from .tasks import Task
 
@@ -93,15 +94,18 @@ def read(folder: Path) -> dict[str, list[Record]]:
 
 
 def by_policy(folder: Path) -> dict[str, list[float]]:
-    """The `NUMBERS` of every policy, by its label: means over layers, heads, samples and tasks."""
+    """The `NUMBERS` of every policy on each model, by its label: means over layers, heads, samples, tasks."""
     diagnosed = read(folder)
     if not diagnosed:
         return {}
     found: dict[str, list[np.ndarray]] = {}
-    for entry in manifest.read(folder, samples.read(folder / "samples.jsonl")):
+    entries = manifest.read(folder, samples.read(folder / "samples.jsonl"))
+    models = short_models(entry.model for entry in entries)
+    for entry in entries:
         if entry.cell in diagnosed:
             of_samples = [[np.mean(record[name]) for name in NUMBERS] for record in diagnosed[entry.cell]]
-            found.setdefault(entry.policy_label, []).append(np.mean(of_samples, axis=0))
+            label = " on ".join(filter(None, [entry.policy_label, models[entry.model]]))
+            found.setdefault(label, []).append(np.mean(of_samples, axis=0))
     return {label: np.mean(tasks, axis=0).tolist() for label, tasks in found.items()}
 
 

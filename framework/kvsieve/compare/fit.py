@@ -22,26 +22,24 @@ class Facts(NamedTuple):
     head_size: int | None
 
 
-def check(config: Config) -> Facts | None:
-    """Check every task and policy against the model's config.json, where it is at hand without the network.
-
-    Returns:
-        What it says, or None if it is not at hand.
+def check(config: Config) -> None:
+    """Check every task and policy against each model's config.json, where it is at hand without the network.
 
     Raises:
         UserError: with the place of every context beyond the model's positions, every policy that its head
             size does not allow, and every compression that cannot be had.
     """
     mistakes: list[Mistake] = []
-    if config.settings.model.startswith((".", "/", "~")) and not user_path(config.settings.model).is_dir():
-        mistakes.append(Mistake(("model",), "no such folder", config.settings.model))
-    facts = read_facts(config.settings.model, config.settings.revision)
-    if facts is not None and facts.positions is not None:
-        mistakes += _contexts(config, facts.positions)
-    if facts is not None and facts.head_size is not None:
-        mistakes += _policies(config, facts.head_size)
+    for i, model in enumerate(config.models):
+        several = len(config.models) > 1
+        if model.startswith((".", "/", "~")) and not user_path(model).is_dir():
+            mistakes.append(Mistake(("model", i) if several else ("model",), "no such folder", model))
+        facts = read_facts(model, config.settings.revision)
+        if facts is not None and facts.positions is not None:
+            mistakes += _contexts(config, facts.positions, model if several else "the model")
+        if facts is not None and facts.head_size is not None:
+            mistakes += _policies(config, facts.head_size, f" (on {model})" if several else "")
     config.source.refuse(mistakes)
-    return facts
 
 
 def read_facts(model: str, revision: str | None = None) -> Facts | None:
@@ -86,11 +84,11 @@ def _in_hub_cache(model: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _contexts(config: Config, positions: int) -> list[Mistake]:
+def _contexts(config: Config, positions: int, model: str) -> list[Mistake]:
     return [
         Mistake(
             loc,
-            f"context {task.context} needs at least {needed} positions with its answer, and the model has "
+            f"context {task.context} needs at least {needed} positions with its answer, and {model} has "
             f"{positions}: the longest context here is at most {positions - (needed - task.context)}",
         )
         for task, loc in config.tasks
@@ -98,7 +96,7 @@ def _contexts(config: Config, positions: int) -> list[Mistake]:
     ]
 
 
-def _policies(config: Config, head_size: int) -> list[Mistake]:
+def _policies(config: Config, head_size: int, where: str) -> list[Mistake]:
     mistakes = []
     for spec in config.policies:
         reasons: dict[str, None] = {}
@@ -107,5 +105,5 @@ def _policies(config: Config, head_size: int) -> list[Mistake]:
                 spec.build(head_size, context).check(head_size)
             except UserError as error:
                 reasons[str(error)] = None
-        mistakes += [Mistake(spec.loc, reason) for reason in reasons]
+        mistakes += [Mistake(spec.loc, f"{reason}{where}") for reason in reasons]
     return mistakes

@@ -31,21 +31,18 @@ class Entry(Subject):
     error: str | None = None  # why it failed
 
 
-def write(folder: Path, cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> None:
+def write(folder: Path, cells: Sequence[Entry]) -> None:
     """Write cells.json.
-
-    Args:
-        failures: why a cell failed, by its id.
 
     Raises:
         UserError: it cannot be written.
     """
-    plain = [dataclasses.asdict(entry) for entry in entries(cells, model, failures)]
+    plain = [dataclasses.asdict(entry) for entry in cells]
     files.write(folder / NAME, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
 def entries(cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> list[Entry]:
-    """The entries of cells.json; see write."""
+    """The entries of cells.json for the cells of one model; `failures`: why a cell failed, by its id."""
     labels = policy_labels(cells)
     return [
         Entry(

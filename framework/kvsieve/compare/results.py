@@ -104,14 +104,14 @@ class Group:
 
     rows: list[Row]
     told: tuple[str, ...] = ()  # parameters that tell it from other groups of the same task
+    model: str = ""  # its short name, where the run has several
 
     @property
     def task(self) -> str:
-        """`needle`, or `needle distractors=7` where the run has needles with others."""
+        """`needle`; `needle distractors=7 on tiny` where the run has other needles, and other models."""
         parameters = self.rows[0].task_parameters
-        return " ".join(
-            [self.rows[0].task, *(f"{name}={_plain(parameters.get(name))}" for name in self.told)]
-        )
+        told = [f"{name}={_plain(parameters.get(name))}" for name in self.told]
+        return " ".join([self.rows[0].task, *told, *(["on", self.model] if self.model else [])])
 
     @property
     def context(self) -> str:
@@ -191,8 +191,8 @@ class Results:
             found.setdefault(group_key(row), []).append(row)
         order = list(dict.fromkeys(key[:3] for key in found))
         keys = sorted(found, key=lambda key: (order.index(key[:3]), key[3]))
-        told = self._told()
-        return [Group(found[key], told[found[key][0].task]) for key in keys]
+        told, short = self._told(), short_models(row.model for row in self.rows)
+        return [Group(found[key], told[found[key][0].task], short[key[0]]) for key in keys]
 
     @cached_property
     def policies(self) -> list[str]:
@@ -222,6 +222,15 @@ class Results:
             )
             for task, given in by_task.items()
         }
+
+
+def short_models(models: Iterable[str]) -> dict[str, str]:
+    """By model: the last part of its name, or all of it where that is another's, too; empty for one alone."""
+    names = list(dict.fromkeys(models))
+    last = [name.rstrip("/").rpartition("/")[2] or name for name in names]
+    if len(names) == 1:
+        return {names[0]: ""}
+    return {name: end if last.count(end) == 1 else name for name, end in zip(names, last, strict=True)}
 
 
 def group_key(subject: Subject) -> tuple[str, str, str, int]:

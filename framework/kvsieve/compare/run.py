@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from .. import plugins, processes
 from ..errors import UserError
-from . import diagnostics, files, identity, manifest, summary
+from . import diagnostics, identity, summary
 from .cells import Cell
 from .config import Config
-from .environment import Load
 from .execute import Executor, Failed, Measured, Prepared, Restarted, Work
 from .execute.local import Local
+from .journal import Journal, safe
 from .progress import RunProgress
 from .results import Row
 from .samples import Store
@@ -32,7 +32,7 @@ class Compared(NamedTuple):
 
     folder: Path
     rows: list[Row]  # of summary.csv
-    failures: dict[str, str]  # by cell id: why
+    failures: dict[str, str]  # by cell id, or model: why
     missing: int = 0  # samples that were asked for and are not in the folder, though their cells did not fail
 
 
@@ -63,43 +63,37 @@ def compare(
     console = console or Console(stderr=True)
     folder = folder or Path("results") / config.name
     config.check_output(folder)
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    if model is not None and len(config.models) > 1:
+        raise UserError(f"a prepared model is one, and the file names {len(config.models)}: leave it out")
     executor = executor or Local(model)
-    load = Load()
-    at_start = load.now()
-    prepared = executor.prepare(config, started)
+    models = _prepared(executor, config)
+    first = next(models)  # refused before anything is written
     if config.settings.tensor_parallel and processes.rank() > 0:
-        return _take_part(executor, folder)
-    cells = prepared.cells
+        return _take_part(executor, itertools.chain([first], models), folder)
     with Store(folder / "samples.jsonl") as store:
-        with _safe():
-            files.write(folder / "config.yaml", config.resolved(**prepared.facts))
-            _write_environment(folder, prepared, {"start": at_start})
-            manifest.write(folder, cells, config.settings.model, {})
-        _tell(console, "run_started", folder=folder, cells=list(cells))
-        missing = {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells}
-        work = [(cell, missing[cell.id]) for cell in cells if missing[cell.id]]
-        if config.settings.tensor_parallel:
-            processes.gather(work)  # the other processes measure the same
-        found = sum(cell.task.samples - len(missing[cell.id]) for cell in cells)
-        if found:
-            console.print(f"{found} samples are already in {folder}", soft_wrap=True)
-        for line in _unused(store, work, prepared, identity.read(folder)):
-            console.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
-        with _safe():
-            identity.write(folder, prepared.fields)
-        failures = _measure(executor, work, prepared, store, console)
-        with _safe():
-            during = load.since()
-            if not isinstance(executor, Local):  # its workers are other processes, and maybe elsewhere
-                del during["not_to_be_quoted"]
-            _write_environment(folder, prepared, {"start": at_start, "run": during})
-            manifest.write(folder, cells, config.settings.model, failures)
-        if work and (disturbed := during.get("not_to_be_quoted")):
-            console.print(f"tokens/s are not to be quoted: {disturbed}", style="yellow", soft_wrap=True)
-        store.restore()
-        rows = summary.write(folder, store.records.values())
-        _diagnose(executor, config, [cell for cell in cells if cell.id not in failures], folder, console)
+        # The workers of another executor are other processes, and maybe elsewhere.
+        journal = Journal(config, folder, here=isinstance(executor, Local))
+        before = len(store.records)
+        for one, prepared in itertools.chain([first], models):
+            if isinstance(prepared, UserError):
+                journal.cannot(one.settings.model, prepared)
+                console.print(
+                    f"failed: model {one.settings.model}: {prepared}",
+                    style="red", soft_wrap=True, markup=False, highlight=False,
+                )  # fmt: skip
+                continue
+            if len(config.models) > 1:
+                console.print(f"model {one.settings.model}", soft_wrap=True, markup=False, highlight=False)
+            journal.begin(one.settings.model, prepared)
+            _tell(console, "run_started", folder=folder, cells=list(prepared.cells))
+            journal.end(_measure_missing(executor, one, config.models, prepared, store, journal, console))
+            store.restore()
+            rows = summary.write(folder, store.records.values())
+            measured = [cell for cell in prepared.cells if cell.id not in journal.failures]
+            _diagnose(executor, one, measured, journal, console)
+        if len(store.records) > before and journal.disturbed:
+            note = f"tokens/s are not to be quoted: {journal.disturbed}"
+            console.print(note, style="yellow", soft_wrap=True)
         _tell(console, "run_finished", folder=folder, summary=list(rows))
         store.restore()
         if store.restored:
@@ -108,17 +102,75 @@ def compare(
                 "written again",
                 style="yellow", soft_wrap=True, markup=False, highlight=False,
             )  # fmt: skip
-        lost = sum(len(store.missing(c.id, c.task.samples)) for c in cells if c.id not in failures)
-    return Compared(folder, rows, failures, lost)
+        cells = [cell for prepared in journal.prepared.values() for cell in prepared.cells]
+        lost = sum(len(store.missing(c.id, c.task.samples)) for c in cells if c.id not in journal.failures)
+    return Compared(folder, rows, journal.failures, lost)
 
 
-def _unused(store: Store, work: Work, prepared: Prepared, known: dict[str, identity.Fields]) -> list[str]:
-    """A line for each reason why samples of the same task and policy in the folder are not used."""
+def _prepared(executor: Executor, config: Config) -> Iterator[tuple[Config, Prepared | UserError]]:
+    """The comparison on each model, prepared when its turn comes; or why a later one cannot be.
+
+    Raises:
+        UserError: what the first model cannot do.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    for number, one in enumerate(config.each()):
+        found: Prepared | UserError
+        try:
+            found = executor.prepare(one, started)
+        except UserError as error:
+            if number == 0:
+                raise
+            found = error
+        yield one, found
+
+
+def _measure_missing(
+    executor: Executor,
+    config: Config,
+    models: Sequence[str],
+    prepared: Prepared,
+    store: Store,
+    journal: Journal,
+    console: Console,
+) -> dict[str, str]:
+    """Measure what the folder does not hold of one of the `models`. Returns why cells failed, by their id."""
+    cells = prepared.cells
+    missing = {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells}
+    work = [(cell, missing[cell.id]) for cell in cells if missing[cell.id]]
+    if config.settings.tensor_parallel:
+        processes.gather(work)  # the other processes measure the same
+    folder = store.path.parent
+    found = sum(cell.task.samples - len(missing[cell.id]) for cell in cells)
+    if found:
+        console.print(f"{found} samples are already in {folder}", soft_wrap=True)
+    known = identity.read(folder)
+    theirs = {
+        id for id, fields in known.items() if fields.get("model") in {*models} - {config.settings.model}
+    }
+    for line in _unused(store, work, prepared, known, theirs):
+        console.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
+    with safe():
+        identity.write(folder, prepared.fields)
+    return _measure(executor, work, prepared, store, journal, console)
+
+
+def _unused(
+    store: Store,
+    work: Work,
+    prepared: Prepared,
+    known: dict[str, identity.Fields],
+    theirs: Collection[str],
+) -> list[str]:
+    """A line for each reason why samples of the same task and policy in the folder are not used.
+
+    But for cells of the comparison's other models, `theirs`.
+    """
     asked: dict[str, str] = {_asked(cell.record()): cell.id for cell, _ in work}
     others: Counter[tuple[str, str]] = Counter()
     for record in store.records.values():
         now = asked.get(_asked(record)) or record["cell"]
-        if record["cell"] != now:
+        if record["cell"] != now and record["cell"] not in theirs:
             others[now, record["cell"]] += 1
     labels = {cell.id: cell.label for cell in prepared.cells}
     reasons: dict[str, list[tuple[str, int]]] = {}
@@ -141,7 +193,12 @@ def _asked(record: dict[str, Any]) -> str:
 
 
 def _measure(
-    executor: Executor, work: Work, prepared: Prepared, store: Store, console: Console
+    executor: Executor,
+    work: Work,
+    prepared: Prepared,
+    store: Store,
+    journal: Journal,
+    console: Console,
 ) -> dict[str, str]:
     """Store batches as they come; report cells that fail. Returns the reasons by cell id."""
     failures: dict[str, str] = {}
@@ -160,7 +217,7 @@ def _measure(
             elif isinstance(event, Failed):
                 failures[cell.id] = event.reason
                 progress.fail(cell, event.reason)
-                _append(store.path.parent / "errors.txt", f"{cell.label}\n{event.details}\n")
+                journal.error(cell.label, event.details)
                 progress.advance(cell, left[cell.id], measured=False)
             elif isinstance(event, Restarted):
                 progress.again(cell, event.reason)
@@ -169,54 +226,32 @@ def _measure(
     return failures
 
 
-def _diagnose(executor: Executor, config: Config, cells: list[Cell], folder: Path, console: Console) -> None:
+def _diagnose(
+    executor: Executor, config: Config, cells: list[Cell], journal: Journal, console: Console
+) -> None:
     """Compare samples of these cells with dense attention, if the file asks for it; report what fails."""
     if config.settings.diagnose is None:
         return
-    with _safe():
-        failed = diagnostics.run(executor, config.settings.diagnose, cells, folder, console)
+    with safe():
+        failed = diagnostics.run(executor, config.settings.diagnose, cells, journal.folder, console)
     for cell, reason, details in failed:
         console.print(
             f"no diagnostics of {cell.label}: {reason}", style="yellow", soft_wrap=True, markup=False,
             highlight=False,
         )  # fmt: skip
-        _append(folder / "errors.txt", f"diagnostics of {cell.label}\n{details}\n")
+        journal.error(f"diagnostics of {cell.label}", details)
 
 
-def _take_part(executor: Executor, folder: Path) -> Compared:
+def _take_part(
+    executor: Executor, models: Iterable[tuple[Config, Prepared | UserError]], folder: Path
+) -> Compared:
     """In a process that does not write: measure the work that the first process hands out."""
-    work: Work = []
-    for _ in executor.measure(processes.gather(work)[0]):
-        pass
+    for _, prepared in models:
+        if isinstance(prepared, Prepared):
+            work: Work = []
+            for _ in executor.measure(processes.gather(work)[0]):
+                pass
     return Compared(folder, [], {})
-
-
-def _write_environment(folder: Path, prepared: Prepared, load: dict[str, Any]) -> None:
-    """environment.json; `load` is how busy the machine was that stores the samples."""
-    text = json.dumps(prepared.environment | {"load": load}, indent=2, ensure_ascii=False)
-    files.write(folder / "environment.json", text + "\n")
-
-
-def _append(path: Path, text: str) -> None:
-    """Add to a log; a link is not followed."""
-    flags = (
-        os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    )
-    with _safe():
-        try:
-            with open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _safe() -> Iterator[None]:
-    """Add to the message of a file that cannot be written that nothing is lost."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error}; the samples measured so far are safe") from None
 
 
 def _tell(console: Console, hook: str, **arguments: Any) -> None:

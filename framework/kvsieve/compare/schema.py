@@ -37,6 +37,7 @@ def schema(policies: Iterable[Registered], tasks: Iterable[Registered]) -> dict[
         "items": {"$ref": "#/$defs/task"},
         "description": "each meets every policy",
     }
+    whole["properties"]["model"] = _sweep(whole["properties"]["model"])
     whole["properties"]["policies"] |= {"items": {"$ref": "#/$defs/policy"}}
     whole["$defs"] = whole.pop("$defs") | {"task": _entry(tasks), "policy": _entry(policies)}
     return {

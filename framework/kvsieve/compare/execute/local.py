@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Mapping, Sequence
 
@@ -23,11 +24,15 @@ class Local:
 
     def __init__(self, model: PreTrainedModel | None = None) -> None:
         """`model`: a prepared model with its tokenizer, instead of the one that the configuration names."""
-        self.model = model
+        self.model, self.given = model, model is not None
 
     def prepare(self, config: Config, started: str) -> Prepared:
         self.settings = config.settings
-        self.model = self.model or load_model(config.settings)
+        if self.model is None or not self.given:
+            # Never two at a time.
+            self.model = None
+            gc.collect()
+            self.model = load_model(config.settings)
         return prepare(config, self.model, started)
 
     def measure(self, work: Work) -> Events:

@@ -1,0 +1,98 @@
+"""The files that a run writes beside its samples: config.yaml, environment.json, cells.json, errors.txt."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import files, manifest
+from .config import Config
+from .environment import Load
+from .execute import Prepared
+
+
+class Journal:
+    """The files of a run, of the models that were prepared so far, and what of them failed."""
+
+    def __init__(self, config: Config, folder: Path, here: bool) -> None:
+        """`here`: this machine measures, so that its load says whether speeds are to be quoted."""
+        self.config, self.folder, self.here = config, folder, here
+        self.disturbed: str | None = None  # why speeds are not to be quoted
+        self.prepared: dict[str, Prepared] = {}  # by model
+        self.failures: dict[str, str] = {}  # by cell id, or model: why
+        self._load = Load()
+        self._at_start = self._load.now()
+
+    def begin(self, model: str, prepared: Prepared) -> None:
+        """Write what is about to be measured.
+
+        Raises:
+            UserError: a file cannot be written; `end` and `error` too.
+        """
+        self.prepared[model] = prepared
+        # Of several models each has its own type and revision: their settings stay as they were given.
+        facts = prepared.facts if len(self.config.models) == 1 else {}
+        with safe():
+            files.write(self.folder / "config.yaml", self.config.resolved(**facts))
+        self._write({"start": self._at_start})
+
+    def end(self, failures: dict[str, str]) -> None:
+        """Write what became of it, and how busy the machine was; `failures` by cell id."""
+        self.failures |= failures
+        during = self._load.since()
+        if not self.here:
+            del during["not_to_be_quoted"]
+        self.disturbed = during.get("not_to_be_quoted")
+        self._write({"start": self._at_start, "run": during})
+
+    def cannot(self, model: str, error: UserError) -> None:
+        """Write that a model cannot be prepared."""
+        self.failures[model] = str(error)
+        self.error(f"model {model}", str(error))
+
+    def error(self, label: str, details: str) -> None:
+        """Add to errors.txt; a link is not followed."""
+        path = self.folder / "errors.txt"
+        regular = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        with safe():
+            try:
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | regular, 0o666)
+                with open(file, "a", encoding="utf-8", errors="replace") as log:
+                    log.write(f"{label}\n{details}\n")
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def _write(self, load: dict[str, Any]) -> None:
+        entries = [
+            entry
+            for model, prepared in self.prepared.items()
+            for entry in manifest.entries(prepared.cells, model, self.failures)
+        ]
+        text = json.dumps(self._environment() | {"load": load}, indent=2, ensure_ascii=False)
+        with safe():
+            files.write(self.folder / "environment.json", text + "\n")
+            manifest.write(self.folder, entries)
+
+    def _environment(self) -> dict[str, Any]:
+        """Those that `environment.describe` found; what differs between models stands under `models`."""
+        found = {model: prepared.environment for model, prepared in self.prepared.items()}
+        first, *others = found.values()
+        common = {key: value for key, value in first.items() if all(one[key] == value for one in others)}
+        if not others:
+            return common
+        own = {model: {k: v for k, v in one.items() if k not in common} for model, one in found.items()}
+        return common | {"models": own}
+
+
+@contextlib.contextmanager
+def safe() -> Iterator[None]:
+    """Add to the message of a file that cannot be written that nothing is lost."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; the samples measured so far are safe") from None
