@@ -44,11 +44,11 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"kvsieve needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[report]'
+	$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.demo
-	$(PIP) --editable '.[report,dev]'
+	$(PIP) --editable '.[dev]'
 	@touch $@
 
 clean:

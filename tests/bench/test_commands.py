@@ -120,7 +120,6 @@ def test_the_command_of_a_record_names_no_folder_of_this_machine():
 
 
 def test_the_plot_shows_measured_and_theoretical(attention_run):
-    pytest.importorskip("altair")
     _, output, path = attention_run
     picture = path.with_suffix(".svg")
     assert f"plot: {picture}" in output.replace("\n", "")

@@ -1,136 +1,29 @@
-"""The report, on a run folder made up here in the shape of a real one."""
+"""The report, on a run folder made up in the shape of a real one. test_report_browser.py opens it, too."""
 
 import dataclasses
 import html
 import json
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from tests.report_run import PROMPT, SAMPLES, TASKS, row, synthetic_rows, write_run
 
-from kvsieve.errors import UserError
-
-pytest.importorskip("altair", reason="the extra 'report' is not installed")
-pytest.importorskip("vl_convert", reason="the extra 'report' is not installed")
-
+from kvsieve.compare import summary
 from kvsieve.compare.report import write_picture, write_report
 from kvsieve.compare.report.__main__ import main
+from kvsieve.compare.report.depth import depth_maps
 from kvsieve.compare.report.folder import read
 from kvsieve.compare.report.headline import headline
-from kvsieve.compare.results import Results, Row, write_csv
+from kvsieve.compare.report.style import styles
+from kvsieve.compare.report.svg import Scale
+from kvsieve.compare.results import Results, Row, csv_lines, read_csv
+from kvsieve.errors import UserError
 
-POLICIES = {"sparq": "r=8 k={k}", "h2o": "budget={k} recent={q}", "local_window": "budget={k} sinks=16"}
-SHARES = (1 / 2, 1 / 4, 1 / 8)
-# metric, higher is better, dense score, and how much of it each policy keeps at SHARES of the bytes
-TASKS = {
-    ("needle", 512): ("accuracy", True, 1.0, (1, 1, 1), (0.53, 0.22, 0.03), (0.5, 0.25, 0.09)),
-    ("needle", 1024): ("accuracy", True, 1.0, (1, 1, 0.97), (0.5, 0.19, 0.0), (0.44, 0.28, 0.12)),
-    ("needle", 2048): ("accuracy", True, 0.97, (1, 1, 0.97), (0.47, 0.13, 0.0), (0.5, 0.22, 0.06)),
-    ("repetition", 512): (
-        "characters of 64",
-        True,
-        51.3,
-        (1, 1.02, 0.99),
-        (0.62, 0.3, 0.1),
-        (0.5, 0.2, 0.09),
-    ),
-    ("repetition", 1024): (
-        "characters of 64",
-        True,
-        46.0,
-        (1, 0.99, 0.97),
-        (0.6, 0.2, 0.08),
-        (0.5, 0.2, 0.08),
-    ),
-    ("perplexity", 1024): (
-        "bits per byte",
-        False,
-        1.62,
-        (1, 1.001, 1.012),
-        (1, 1.02, 1.05),
-        (1.01, 1.03, 1.06),
-    ),
-}
-
-
-def row(task, context, policy, score, compression="", **values):
-    metric, higher_is_better, dense = TASKS[task, context][:3]
-    spread = 0.0 if score in (0, 1) else {"accuracy": 0.08, "bits per byte": 0.03}.get(metric, 4.0)
-    share = 1 / int(compression[2:]) if compression else 1.0
-    dense_bytes = context * 4096
-    far = abs(score - dense) > 0.06 * dense
-    difference = {
-        "difference": score - dense,
-        "difference_low": score - dense - 0.02 * dense,
-        "difference_high": score - dense + 0.02 * dense,
-        "pairs": 32,
-        "mark": ("better" if (score > dense) == higher_is_better else "worse")
-        if far
-        else "indistinguishable",
-    }
-    found = {
-        "model": "reference",
-        "task": task,
-        "task_parameters": {},
-        "context": context,
-        "policy": policy,
-        "policy_label": f"{policy} {compression}".strip(),
-        "parameters": "",
-        "budget": compression,
-        "metric": metric,
-        "higher_is_better": higher_is_better,
-        "chance": 0.0 if higher_is_better else 8.0,
-        "score": score,
-        "score_low": max(score - spread, 0),
-        "score_high": min(score + spread, 1) if metric == "accuracy" else score + spread,
-        "samples": 32,
-        **(difference if policy != "dense" else {}),
-        "bytes_per_step": share * dense_bytes,
-        "bytes_ratio": share * 1.01 if compression else 1.0,
-        "kv_bytes": dense_bytes * (1.5 if policy == "sparq" else share),
-        "tokens_per_second": 250 - 40 * share,
-    }
-    return Row(**found | values)
-
-
-def synthetic_rows():
-    rows = []
-    for (task, context), (metric, _, dense, *kept) in TASKS.items():
-        rows.append(row(task, context, "dense", dense))
-        for (policy, parameters), qualities in zip(POLICIES.items(), kept, strict=True):
-            for share, quality in zip(SHARES, qualities, strict=True):
-                described = parameters.format(k=int(context * share), q=int(context * share / 4))
-                score = min(dense * quality, 1.0) if metric == "accuracy" else dense * quality
-                rows.append(row(task, context, policy, score, f"1/{1 / share:.0f}", parameters=described))
-    return rows
-
-
-def write_run(folder, rows):
-    write_csv(folder / "summary.csv", rows)
-    (folder / "config.yaml").write_text("model: reference\ntasks:\n  - needle: {context: 512, samples: 32}\n")
-    environment = {
-        "started": "2025-11-20T19:40:11+00:00",
-        "kvsieve": "0.1.0",
-        "plugins": {"my-policy": "1.0"},
-        "python": "3.11.2",
-        "torch": "2.13.0",
-        "cpu": "Intel Xeon 2.80GHz",
-        "cores": 2,
-        "gpu": None,
-        "dtype": "float32",
-        "parameters": 3211520,
-    }
-    (folder / "environment.json").write_text(json.dumps(environment))
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for one in rows:
-            for sample in range(2):
-                line = {name: getattr(one, name) for name in ("task", "context", "policy", "score")}
-                file.write(json.dumps({"cell": "c0ffee", "sample": sample, "seconds": 0.3} | line) + "\n")
-        file.write('{"cell": "c0ffee", "sam')  # killed in the middle of a line
-    return folder
+RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -147,25 +40,31 @@ def headline_of(rows):
     return headline(Results(rows))
 
 
-def charts_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.S)[1])
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 
 def test_the_page_holds_every_row_the_headline_and_the_setting_of_the_run(run_folder, page):
-    assert page.count('<th scope="row"') == len(synthetic_rows())
+    rows = synthetic_rows()
+    assert page.count("<tr data-row=") == len(rows)
+    assert data_of(page)["csv"] == csv_lines(read_csv(run_folder / "summary.csv"))
     assert html.escape(headline(read(run_folder).results)) in page
-    assert page.count('<div class="chart"') == len(TASKS) == len(charts_of(page))
-    for expected in ("reference, 3.21 M parameters, float32", "Intel Xeon 2.80GHz, 2 cores", "torch 2.13.0",
-                     "2025-11-20 19:40 UTC", "my-policy 1.0", "samples: 32", "budget=64 recent=16",
-                     "characters of 64", "lower is better", "0.890 to 1.000", "2.1 MB",
-                     "the grey band its 95% interval"):  # fmt: skip
+    assert page.count("<figure>") == len(TASKS)
+    assert page.count('class="mark"') == 3 * len(rows)  # along three axes
+    for expected in (
+        "reference, 3.21 M parameters, float32", "Intel Xeon 2.80GHz, 2 cores", "torch 2.13.0",
+        "2025-11-20 19:40 UTC", "my-policy 1.0", "samples: 32", "<code>budget=64 recent=16</code>",
+        "<dt>seed</dt><dd>0</dd>", "characters of 64", "lower is better", "0.890 to 1.000", "2.1 MB",
+        "pip install kvsieve==0.1.0 torch==2.13.0 my-policy==1.0\nkvsieve compare config.yaml --out again",
+        "the grey band its 95% interval",
+    ):  # fmt: skip
         assert expected in page, expected
-    assert f"{2 * len(synthetic_rows())}" in page  # samples decoded, the torn line left out
+    assert f"<dd>{SAMPLES * len(rows)}</dd>" in page  # samples decoded, the torn line left out
 
 
 def best_of(folder, rows):
     page = write_report(write_run(folder, rows)).read_text(encoding="utf-8")
-    return re.findall(r'class="best">([^<]+)<', page[page.index("<tbody>") :])
+    return re.findall(r'class="best">([^<]+)<', page[page.index('id="all-results"') :])
 
 
 def test_best_values_are_marked_among_the_sparse_policies_of_each_group(tmp_path):
@@ -222,11 +121,8 @@ def test_a_failed_cell_stays_in_the_table_without_numbers(tmp_path):
     rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "sparq", 1.0, "1/8")]
     nothing = {field.name: None for field in dataclasses.fields(Row) if "float" in str(field.type)}
     failed = dataclasses.replace(rows[1], **nothing | {"context": 1024})
-    write_run(tmp_path, [*rows, failed])
-    errors = {"needle 512, dense": None, "needle 1024, sparq 1/8": "NaN in <logits>"}
-    cells = [{"label": label, "error": error} for label, error in errors.items()]
-    (tmp_path / "cells.json").write_text(json.dumps(cells))
-    page = write_report(tmp_path).read_text(encoding="utf-8").partition("</table>")[0]
+    write_run(tmp_path, [*rows, failed], errors=[("needle 1024, sparq 1/8", "NaN in <logits>")])
+    page = write_report(tmp_path).read_text(encoding="utf-8").partition("<details>")[0]
     assert "<li>needle 1024, sparq 1/8: NaN in &lt;logits&gt;</li>" in page
     assert "1 cell of this run failed" in page
     last = re.findall(r"<td.*?</td>", page[page.rindex('<th scope="row"') :])
@@ -344,9 +240,9 @@ class Document(HTMLParser):
 
 def test_the_page_asks_nothing_of_the_network(page):
     elements = Document(page).elements
-    assert [attributes["href"] for _, attributes in elements if "href" in attributes] == [
-        "https://arxiv.org/abs/2312.04985"
-    ]
+    links = [attributes["href"] for _, attributes in elements if "href" in attributes]
+    assert [link for link in links if not link.startswith("#")] == ["https://arxiv.org/abs/2312.04985"]
+    assert {link[1:] for link in links[:-1]} <= {attributes.get("id") for _, attributes in elements}
     assert not [attributes for _, attributes in elements if "src" in attributes]
     style = page[page.index("<style>") : page.index("</style>")]
     assert "@import" not in style
@@ -361,12 +257,16 @@ ATTACK = f"""</script><script>{OWN}</script><img src=x onerror="{OWN}">{{{{ 7*7 
 
 
 def attacked_run(folder):
-    hostile = dict.fromkeys(("model", "task", "parameters", "metric"), ATTACK)
+    hostile = dict.fromkeys(("model", "task", "parameters", "not_default", "metric"), ATTACK)
     hostile["task_parameters"] = {ATTACK: ATTACK}
     rows = [dataclasses.replace(one, **hostile) for one in synthetic_rows()[0:7:2]]
     rows[2] = dataclasses.replace(rows[2], policy=ATTACK, budget=ATTACK, policy_label=f"{ATTACK} {ATTACK}")
     rows[3] = dataclasses.replace(rows[3], mark=ATTACK, ran_eagerly=ATTACK)
     write_run(folder, rows)
+    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()[:-1]]
+    for record in records:
+        record |= {"answer": ATTACK, "references": [ATTACK], "prompt_end": ATTACK, "facts": {ATTACK: ATTACK}}
+    (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "config.yaml").write_text(ATTACK)
     (folder / "environment.json").write_text(json.dumps({ATTACK: ATTACK}))
     return write_report(folder)
@@ -376,20 +276,21 @@ def test_strings_of_a_user_cannot_become_script(tmp_path):
     page = attacked_run(tmp_path).read_text(encoding="utf-8")
     document = Document(page)
     assert ATTACK in document.text
-    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == ["script"] * 3
+    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == ["script"] * 5
     assert not [name for _, attributes in document.elements for name in attributes if name.startswith("on")]
-    assert ATTACK in [
-        point["parameters"] for points in charts_of(page)[0]["datasets"].values() for point in points
+    labels = [
+        attributes["aria-label"] for _, attributes in document.elements if attributes.get("role") == "img"
     ]
+    assert any(ATTACK in label for label in labels)
+    assert ATTACK in data_of(page)["answers"][0]["samples"][0]["texts"]
 
 
 def test_parameters_of_a_task_cannot_become_script(tmp_path):
     rows = [row("needle", 512, "dense", 1.0, task_parameters={ATTACK: value}) for value in (ATTACK, 7)]
     document = Document(write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8"))
-    assert (
-        document.text.count(f"needle {ATTACK}={ATTACK}, 512 tokens") == 2
-    )  # over the chart and over the table
-    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == ["script"] * 3
+    # Over the chart, over its rows, and in the list of tasks to choose from.
+    assert document.text.count(f"needle {ATTACK}={ATTACK}, 512 tokens") == 3
+    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == ["script"] * 5
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -417,67 +318,163 @@ def test_bad_input_is_answered_with_a_message(tmp_path, capsys):
     assert "not the folder of a finished run" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "altair", None)
-    for module in ("chart", "page", "table"):
-        monkeypatch.delitem(sys.modules, f"kvsieve.compare.report.{module}")
-    monkeypatch.delattr("kvsieve.compare.report.chart")
-    with pytest.raises(UserError, match=r"needs altair; pip install 'kvsieve\[report\]'"):
-        write_report(write_run(tmp_path, synthetic_rows()))
+def test_a_missing_extra_is_named(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(UserError, match=r"needs resvg_py; pip install 'kvsieve\[report\]', or ask for .svg"):
+        write_picture(run_folder, tmp_path / "x.png")
+    assert write_picture(run_folder, tmp_path / "x.svg").read_text().startswith("<svg")
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-         "--virtual-time-budget=4000", "--enable-logging=stderr", "--window-size=1200,2200",
-         "--dump-dom"]  # fmt: skip
-
-# What a reader does: sort by score, then point at the first mark of the first chart.
-READER = """<script>addEventListener("load", () => setTimeout(() => {
-  for (const _ of [1, 2]) document.querySelectorAll("thead button")[1].click();
-  const mark = document.querySelector(".chart path[aria-roledescription=point]");
-  const {x, y, width, height} = mark.getBoundingClientRect();
-  const where = {bubbles: true, clientX: x + width / 2, clientY: y + height / 2};
-  for (const type of ["pointermove", "mousemove"]) mark.dispatchEvent(new MouseEvent(type, where));
-}, 1000))</script>"""
+def pivot_of(page):
+    """The lines of the first table, as text."""
+    table = page[page.index('id="pivot"') : page.index("</table>")]
+    lines = re.findall(r"<tr>(.*?)</tr>", table, re.S)
+    return [
+        [" ".join(re.sub("<.*?>", " ", cell).split()) for cell in re.split("</t[hd]>", line)]
+        for line in lines
+    ]
 
 
-@pytest.fixture
-def browse(tmp_path):
-    """Opens a page in a browser and returns the document as its scripts left it; an error fails."""
-    if BROWSER is None:
-        pytest.skip("no chromium on this machine: what a browser draws is not checked")
-
-    def browse(page):
-        path = tmp_path / "page.html"
-        path.write_text(page, encoding="utf-8")
-        command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'browser'}", path.as_uri()]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-        assert "CONSOLE" not in shown.stderr, shown.stderr
-        return shown.stdout
-
-    return browse
+def test_the_first_table_is_policies_by_tasks(page):
+    first, second, *lines = pivot_of(page)
+    assert first[:3] == ["Policy", "Bytes read dense = 1", "needle accuracy"]
+    assert "perplexity bits per byte, lower is better" in first
+    assert second[:5] == ["512", "1,024", "2,048", "512", "1,024"]
+    by_name = {line[0]: line[1:] for line in lines}
+    assert list(by_name)[:3] == ["dense", "SparQ 1/2", "SparQ 1/4"]
+    assert by_name["H2O 1/8"][:3] == [
+        "0.13",
+        "0.030 \N{BLACK DOWN-POINTING TRIANGLE}",
+        "0.000 \N{BLACK DOWN-POINTING TRIANGLE}",
+    ]
+    assert by_name["SparQ 1/8"][1] == "1.000"
 
 
-def test_a_browser_draws_the_charts(page, browse):
-    shown = browse(page)
-    assert 'data-charts="drawn"' in shown
-    charts = re.findall(r"<svg[^>]*class=\"marks\".*?</svg>", shown, re.S)
-    assert len(charts) == len(TASKS)
-    for chart in charts:
-        assert chart.count('aria-roledescription="point"') == 10  # dense, and three policies at three ratios
-        assert "NaN" not in chart
+def test_bytes_that_differ_between_tasks_are_a_range(tmp_path):
+    rows = [
+        row("needle", context, "odd", 1.0, "1/2", bytes_ratio=ratio)
+        for context, ratio in ((512, 0.5), (1024, 1))
+    ]
+    page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
+    assert pivot_of(page)[2][:2] == ["odd 1/2", "0.50 to 1.00"]
 
 
-def test_a_reader_sorts_and_points(tmp_path, browse):
-    page = attacked_run(tmp_path).read_text(encoding="utf-8")
-    without_its_guard = re.sub(r"<meta http-equiv.*?>", "", page) + READER
-    shown = browse(without_its_guard)
-    lines = re.findall(r'<th scope="row".*?</tr>', shown, re.S)
-    scores = [float(re.search(r'<td data-value="([\d.]+)"', line)[1]) for line in lines]
-    assert len(scores) == 4
-    assert scores == sorted(scores)  # the first click has put the best on top, the second the worst
-    tooltip = Document(shown[shown.index('id="vg-tooltip-element"') - 20 :]).text
-    assert "95% interval" in tooltip
-    assert ATTACK in tooltip
-    assert "<title>owned" not in shown
+def test_a_price_that_was_not_measured_cannot_be_chosen(tmp_path):
+    rows = [
+        row("needle", 512, policy, 1.0, how, tokens_per_second=None)
+        for policy, how in (("dense", ""), ("h2o", "1/2"))
+    ]
+    page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
+    assert re.findall(r'name="axis" value="(\w+)"', page) == ["bytes", "memory"]
+
+
+def test_noisy_speeds_are_hollow_on_the_axis_of_time_alone(tmp_path):
+    noisy = {"tokens_per_second": 300, "tokens_per_second_min": 110, "tokens_per_second_max": 1147}
+    rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "h2o", 1.0, "1/2", **noisy)]
+    page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
+    charts = dict(re.findall(r'<svg class="chart".*?data-axis="(\w+)"(.*?)</svg>', page, re.S))
+    assert {axis: chart.count('class="mark noisy"') for axis, chart in charts.items()} == {
+        "bytes": 0,
+        "memory": 0,
+        "time": 1,
+    }
+
+
+def test_the_heat_map_says_where_the_answers_are_lost(tmp_path):
+    rows = [
+        row("needle", context, policy, 1.0, how)
+        for context in (512, 1024)
+        for policy, how in (("dense", ""), ("h2o", "1/8"))
+    ]
+    write_run(tmp_path, rows)
+    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[:-1]]
+    for record in records:  # cell c3 is h2o at 1024, and there the first half of the prompt is forgotten
+        record["score"] = float(record["cell"] != "c3" or record["facts"]["depth"] > 0.5)
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (found,) = depth_maps(read(tmp_path))
+    assert found["edges"] == ["0 to 50%", "50 to 100%"]
+    assert [one["label"] for one in found["maps"]] == ["dense", "H2O 1/8"]
+    shares = [
+        [[square["share"] for square in line["squares"]] for line in one["lines"]] for one in found["maps"]
+    ]
+    assert shares == [[[1, 1], [1, 1]], [[1, 1], [0, 1]]]
+    assert found["maps"][1]["lines"][1]["squares"][0]["title"] == "0, mean of 2"
+
+
+def test_the_answers_stand_side_by_side(page):
+    group = next(group for group in data_of(page)["answers"] if group["title"] == "needle, 512 tokens")
+    assert [policy["label"] for policy in group["policies"]][:2] == ["dense", "SparQ 1/2"]
+    assert len(group["samples"]) == group["all"] == SAMPLES
+    first = group["samples"][0]
+    assert first["prompt"] == PROMPT
+    assert first["expected"] == [" 659250"]
+    assert first["facts"] == "depth 0.12"
+    assert first["texts"] == [" 659250", " 659000"]  # equal answers once
+    assert first["rows"][0] == [0, 1.0]
+    assert first["rows"][-1] == [1, 0.0]
+
+
+def test_of_long_answers_those_stay_on_which_policies_differ(tmp_path):
+    rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "sparq", 1.0, "1/8")]
+    write_run(tmp_path, rows)
+    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[:-1]]
+    lines = []
+    for record in records:
+        for copy in range(2000):
+            index = 4 * copy + record["sample"]
+            text = "x" * 1000 + ("y" if record["cell"] == "c1" and index == 7999 else "")
+            lines.append(json.dumps(record | {"sample": index, "answer": text}))
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    cells = json.loads((tmp_path / "cells.json").read_text())
+    (tmp_path / "cells.json").write_text(json.dumps([cell | {"samples": 8000} for cell in cells]))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    (group,) = data_of(page)["answers"]
+    kept = [sample["index"] for sample in group["samples"]]
+    assert group["all"] == 8000
+    assert kept[-1] == 7999
+    assert kept[:-1] == list(range(len(kept) - 1))
+    assert len(page) < 3_000_000
+
+
+@pytest.mark.parametrize("name", ["quickstart", "small_k"])
+def test_folders_of_older_versions_still_have_a_report(name, tmp_path):
+    """The first has no facts, the second no samples and no cells.json."""
+    for file in (RESULTS / name).iterdir():
+        shutil.copy(file, tmp_path)
+    if name == "quickstart":
+        records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+        old = [
+            {k: v for k, v in r.items() if k not in ("facts", "prompt_end", "needs", "crc32")}
+            for r in records
+        ]
+        (tmp_path / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
+        cells = json.loads((tmp_path / "cells.json").read_text())
+        for cell in cells:
+            cell.pop("not_default", None)
+        (tmp_path / "cells.json").write_text(json.dumps(cells))
+        (tmp_path / "protocol.json").unlink()
+        summary.write(tmp_path)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count("<tr data-row=") == len(read_csv(tmp_path / "summary.csv"))
+    assert 'id="depth"' not in page
+    assert ('id="answers"' in page) == (name == "quickstart")
+    assert "kvsieve compare config.yaml" in page
+
+
+def test_forty_policies_look_different():
+    look = styles([f"p{i}" for i in range(40)])
+    assert len({(style.light, style.shape) for style in look.values()}) == 40
+
+
+@pytest.mark.parametrize(
+    ("scale", "ticks"),
+    [
+        (Scale(0.9, 5, 0, 1, log=True), [1, 2, 4]),
+        (Scale(2**-10, 2, 0, 1, log=True), [2.0**power for power in range(-10, 2, 2)]),
+        (Scale(-0.06, 1.06, 0, 1), [0, 0.25, 0.5, 0.75, 1]),
+        (Scale(1.05, 1.68, 0, 1), [1.1, 1.2, 1.3, 1.4, 1.5, 1.6]),
+        (Scale(-3, 67, 0, 1), [0, 10, 20, 30, 40, 50, 60]),
+    ],
+)
+def test_ticks_are_round(scale, ticks):
+    assert scale.ticks == pytest.approx(ticks)

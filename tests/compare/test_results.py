@@ -28,6 +28,7 @@ def entry(cell, policy="dense", samples=16, task="needle", context=512, **values
         "cell": cell, "label": f"{task} {context}, {policy}", "model": "m", "task": task,
         "task_parameters": {},
         "context": context, "policy": policy.split()[0], "policy_label": policy, "parameters": "",
+        "not_default": "",
         "budget": policy.partition(" ")[2], "metric": "exact match", "higher_is_better": True,
         "chance": 0.0, "limits": (0.0, 1.0), "samples": samples,
     }  # fmt: skip

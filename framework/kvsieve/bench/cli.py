@@ -39,7 +39,7 @@ Seconds = Annotated[float, typer.Option(min=0, help="of timing for each row; at 
 Eager = Annotated[bool, typer.Option("--eager", help="no CUDA graphs")]
 Ops = Annotated[str | None, typer.Option(help="implementation of the ops; default: the device's")]
 Out = Annotated[Path, typer.Option(help="folder for the JSON file and the plot")]
-Plot = Annotated[bool, typer.Option(help="draw speed against context (needs the extra `report`)")]
+Plot = Annotated[bool, typer.Option(help="draw speed against context")]
 
 RESULTS = Path("benchmarks/results")
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -43,6 +43,8 @@ def write(folder: Path, cells: Sequence[Entry]) -> None:
 
 def entries(cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> list[Entry]:
     """The entries of cells.json for the cells of one model; `failures`: why a cell failed, by its id."""
+    from .cells import describe_parameters
+
     labels = policy_labels(cells)
     return [
         Entry(
@@ -53,6 +55,7 @@ def entries(cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> l
             policy=cell.policy_name,
             policy_label=label,
             parameters=cell.parameters,
+            not_default=describe_parameters(cell.policy, changed=True),
             budget=_text(cell.budget),
             metric=cell.task.metric,
             higher_is_better=cell.task.higher_is_better,
@@ -106,6 +109,7 @@ def read(folder: Path, records: Sequence[Record]) -> list[Entry]:
         given = json.loads(files.read(folder / NAME))
         for one in given:
             one.setdefault("budget", one.pop("compression", ""))  # its name at first
+            one.setdefault("not_default", one["parameters"])  # not told apart at first
         if all(field.name in one for one in given for field in dataclasses.fields(Entry)):
             return [Entry(**one) for one in given]
         recovered = _recovered(folder, records)

@@ -38,6 +38,7 @@ class Subject:
     policy: str
     policy_label: str  # `sparq 1/8`, `sparq r=8 k=64`: tells it from the other policies of its group
     parameters: str  # all of the policy's: `r=8 k=64 local=16 ...`
+    not_default: str  # those that are not its defaults
     budget: str  # as asked for, `1/8`, `memory 1/4`, `tokens 512`; empty: it was given by its parameters
     metric: str
     higher_is_better: bool
@@ -93,6 +94,7 @@ class Row(Subject):
         text.setdefault("budget", text.get("compression", ""))  # its name in version 0.1
         how = text["budget"] or text.get("parameters", "")
         text.setdefault("policy_label", f"{text.get('policy', '')} {how}".strip())
+        text.setdefault("not_default", text.get("parameters", ""))
         return cls(
             **{field.name: _parsed(field, text.get(field.name, "")) for field in dataclasses.fields(cls)}
         )
@@ -245,12 +247,18 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    out = io.StringIO(newline="")
-    writer = csv.writer(out)
+    files.write(path, "".join(csv_lines(rows)))
+
+
+def csv_lines(rows: Iterable[Row]) -> list[str]:
+    """The lines of summary.csv: the names of the columns, then the rows."""
     names = [field.name for field in dataclasses.fields(Row)]
-    writer.writerow(names)
-    writer.writerows([_written(getattr(row, name)) for name in names] for row in rows)
-    files.write(path, out.getvalue())
+    lines = []
+    for values in [names, *([_written(getattr(row, name)) for name in names] for row in rows)]:
+        out = io.StringIO(newline="")
+        csv.writer(out).writerow(values)
+        lines.append(out.getvalue())
+    return lines
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -290,6 +298,26 @@ def noise_note(rows: Sequence[Row]) -> str:
 
 def speed(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def byte_text(count: float | None) -> str:
+    """`2.1 MB`."""
+    if count is None:
+        return MISSING
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 999.5 else f"{count:,.0f} GB"
+
+
+def bytes_range(rows: Iterable[Row]) -> str:
+    """Bytes read over those of dense, `0.50`; `0.07 to 0.30` where tasks differ by more than rounding."""
+    ratios = [row.bytes_ratio for row in rows if row.bytes_ratio is not None]
+    if not ratios:
+        return MISSING
+    least, most = min(ratios), max(ratios)
+    return f"{ratios[0]:.2f}" if most - least < 0.015 else f"{least:.2f} to {most:.2f}"
 
 
 def _plain(value: Any) -> str:

@@ -7,7 +7,9 @@ python -m kvsieve.compare.report RUN_FOLDER --picture quickstart.png     # or .s
 from pathlib import Path
 
 from .. import files
+from . import figure
 from .folder import read
+from .page import render
 
 __all__ = ["write_picture", "write_report"]
 
@@ -16,10 +18,8 @@ def write_report(run_folder: Path) -> Path:
     """Write report.html into the folder of a run and return its path.
 
     Raises:
-        UserError: the folder holds no summary, the page cannot be written, or the extra `report` is missing.
+        UserError: the folder holds no summary, or the page cannot be written.
     """
-    from .page import render  # needs the extra
-
     path = Path(run_folder) / "report.html"
     files.write(path, render(read(Path(run_folder))))
     return path
@@ -29,11 +29,9 @@ def write_picture(run_folder: Path, path: Path) -> Path:
     """Draw score against bytes read for needle and repetition (or the first two tasks): a .png or .svg file.
 
     Raises:
-        UserError: as write_report; or the file's name ends in something else.
+        UserError: as write_report; the file's name ends in something else; or it ends in .png and the extra
+            `report` is not installed.
     """
-    from .figure import render
-
     path = Path(path)
-    image = render(read(Path(run_folder)).results, path.suffix)
-    files.write(path, image)
+    files.write(path, figure.render(read(Path(run_folder)).results, path))
     return path

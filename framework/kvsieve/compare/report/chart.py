@@ -1,240 +1,195 @@
-"""The paper's figure: score against bytes read, one panel for each task and context length.
+"""The frontier: score against bytes read, memory held or time a token, one panel for each task and length.
 
-A panel is drawn in the colours of a `Palette`: CSS variables on the page, so that one drawing serves light,
-dark and print; plain colours in a picture.
+All three are shares of what dense attention took, on an axis of halves, so that panels can be compared. A
+panel is drawn in the colours of a `Palette`.
 """
 
 import dataclasses
-import functools
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from ...errors import UserError
-from ..results import DENSE, MISSING, Group, Results, Row
-from .names import policy_name, readable_label
+from markupsafe import Markup
 
-try:
-    import altair as alt
-    import vl_convert
-except ModuleNotFoundError as error:
-    raise UserError(f"a report needs {error.name}; pip install 'kvsieve[report]'") from None
+from ..results import DENSE, MISSING, Group, Results, Row, byte_text, speed
+from . import svg
+from .names import readable_label
+from .style import Palette, styles
+from .svg import element
 
-Title = alt.TitleParams
-Panel = alt.LayerChart | alt.FacetChart
-VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-FONT = "Inter, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
+WIDTH, HEIGHT = 360, 262
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 10, 44
 
-# Marks in a square of side 2, for the legend on the page and for Vega.
-CIRCLE = "M1,0A1,1,0,1,1,-1,0A1,1,0,1,1,1,0Z"
-_SQUARE = "M-0.9,-0.9L0.9,-0.9L0.9,0.9L-0.9,0.9Z"
-_UP = "M0,-1.1L1.1,0.85L-1.1,0.85Z"
-_DIAMOND = "M0,-1.25L1.1,0L0,1.25L-1.1,0Z"
-_DOWN = "M0,1.1L1.1,-0.85L-1.1,-0.85Z"
-_CROSS = "M-1.1,-0.4H-0.4V-1.1H0.4V-0.4H1.1V0.4H0.4V1.1H-0.4V0.4H-1.1Z"
+
+def _bytes(row: Row, dense: Row | None) -> float | None:
+    return row.bytes_ratio or None
+
+
+def _memory(row: Row, dense: Row | None) -> float | None:
+    return _over(row.kv_bytes, dense.kv_bytes if dense else None)
+
+
+def _time(row: Row, dense: Row | None) -> float | None:
+    return _over(dense.tokens_per_second if dense else None, row.tokens_per_second)
+
+
+def _over(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Style:
-    """The look of one policy everywhere: a colour and a shape, so that neither is needed alone."""
+class Axis:
+    """A price: less is better."""
 
-    light: str
-    dark: str
-    shape: str
+    name: str
+    title: str
+    label: str  # below the axis
+    share: Callable[[Row, Row | None], float | None]  # of what dense took, from a row and that of dense
 
 
-# After Okabe and Ito: told apart with any colour vision.
-_KNOWN = {
-    DENSE: Style("#5b6470", "#a3adb9", CIRCLE),
-    "sparq": Style("#0072b2", "#4db1ec", CIRCLE),
-    "h2o": Style("#d55e00", "#ff8b45", _SQUARE),
-    "local_window": Style("#00875f", "#35c79a", _UP),
-}
-_OTHERS = [
-    Style("#a8468f", "#e58ccb", _DIAMOND),
-    Style("#a97900", "#e8b53c", _DOWN),
-    Style("#6a4fb3", "#ab97ee", _CROSS),
-    Style("#2e8a9b", "#66cbdc", _SQUARE),
+AXES = [
+    Axis("bytes", "Bytes read", "bytes read, dense = 1", _bytes),
+    Axis("memory", "Memory held", "KV memory held, dense = 1", _memory),
+    Axis("time", "Time a token", "measured time a token, dense = 1", _time),
 ]
 
 
-def styles(policies: Sequence[str]) -> dict[str, Style]:
-    """A style for every policy; the known ones always have the same."""
-    unknown = [name for name in policies if name not in _KNOWN]
-    return {name: _KNOWN.get(name) or _OTHERS[unknown.index(name) % len(_OTHERS)] for name in policies}
+def measured(results: Results) -> list[Axis]:
+    """The axes along which this run tells anything."""
+    return [
+        axis
+        for axis in AXES
+        if any(axis.share(row, group.dense) for group in results.groups for row in group.rows)
+    ]
+
+
+def panel(group: Group, results: Results, axis: Axis, palette: Palette) -> list[Markup]:
+    """The elements of a panel of WIDTH x HEIGHT: scores with their 95% intervals; dense's is a band."""
+    points = [
+        (row, share)
+        for row in group.rows
+        if row.score is not None and (share := axis.share(row, group.dense))
+    ]
+    shares = [share for _, share in points]
+    x = svg.Scale(min([0.5, *shares]) * 0.86, max([1.0, *shares]) * 1.16, _LEFT, WIDTH - _RIGHT, log=True)
+    y = svg.Scale(*_range(group, results), HEIGHT - _BOTTOM, _TOP)
+    return _Panel(group, results, axis, palette, x, y).draw(points)
 
 
 @dataclasses.dataclass(frozen=True)
-class Palette:
-    ink: str
-    muted: str
-    line: str
-    paper: str
-    policies: Mapping[str, str]
+class _Panel:
+    group: Group
+    results: Results
+    axis: Axis
+    palette: Palette
+    x: svg.Scale
+    y: svg.Scale
 
+    def draw(self, points: Sequence[tuple[Row, float]]) -> list[Markup]:
+        """Dense last, so that it lies on top."""
+        others = [policy for policy in self.results.policies if policy != DENSE]
+        # Equal scores at equal shares are common; a few pixels sideways keep every mark visible.
+        step = min(5.0, 18 / max(len(others) - 1, 1))
+        parts = [svg.axes(self.x, self.y, self.axis.label, self.palette), *self.dense()]
+        parts.append(element("path", class_="frontier", d="M0,0", fill="none", stroke=self.palette.ink))
+        for i, policy in enumerate([*others, DENSE]):
+            aside = 0.0 if policy == DENSE else step * (i - (len(others) - 1) / 2)
+            placed = [(row, share, self.x(share) + aside) for row, share in points if row.policy == policy]
+            if placed:
+                parts.append(self.series(policy, placed))
+        return parts
 
-def panel(group: Group, results: Results, palette: Palette, legend: bool = False) -> Panel:
-    """Score with its 95% interval against bytes read over dense, on an axis of halves; dense's is a band."""
-    rows = [row for row in group.rows if row.score is not None and row.bytes_ratio]
-    look = styles(results.policies)
-    names = [policy_name(policy) for policy in results.policies]
-    low = min([1 / 16, *(row.bytes_ratio or 1 for row in rows)])
-    high = max([1.0, *(row.bytes_ratio or 1 for row in rows)])
-    x = alt.X(
-        "bytes_ratio:Q",
-        title="bytes read, dense = 1",
-        scale=alt.Scale(type="log", base=2, domain=[low * 0.86, high * 1.16], nice=False),
-        axis=alt.Axis(
-            values=[2.0**power for power in range(math.floor(math.log2(low)), 1)],
-            labelExpr="datum.value >= 1 ? '1' : '1/' + round(1 / datum.value)",
-        ),
-    )
-    y = alt.Y("score:Q", title=None, scale=alt.Scale(domain=_range(group, results), nice=False, zero=False))
-    colours = alt.Scale(domain=names, range=[palette.policies[policy] for policy in results.policies])
-    shapes = alt.Scale(domain=names, range=[look[policy].shape for policy in results.policies])
-    colour = alt.Color("name:N", scale=colours, legend=alt.Legend(title=None) if legend else None)
-    shape = alt.Shape("name:N", scale=shapes, legend=alt.Legend(title=None) if legend else None)
-    tooltip = [
-        alt.Tooltip(f"{field}:N", title=title)
-        for field, title in {
-            "label": "Policy",
-            "parameters": "Parameters",
-            "score_text": group.metric.capitalize(),
-            "interval": "95% interval",
-            "against": "Against dense",
-            "changes": "Answers",
-            "ratio_text": "Bytes read",
-            "samples": "Samples",
-        }.items()
-    ]
-    layers = [alt.Chart({"values": []}).mark_point().encode(x=x, y=y)]  # the axes, whatever was measured
-    if group.dense is not None:
-        dense = {"values": [_point(group, group.dense)]}
-        line = palette.policies[DENSE]
-        if group.dense.score_low is not None:
-            band = alt.Chart(dense).mark_rect(color=line, opacity=0.13, tooltip=None, aria=False)
-            layers.append(band.encode(y=alt.Y("score_low:Q"), y2="score_high:Q"))
-        layers.append(alt.Chart(dense).mark_rule(color=line, strokeDash=[5, 4], strokeWidth=1.2).encode(y=y))
-    others = [policy for policy in results.policies if policy != DENSE]
-    # Equal scores at equal ratios are common; a few pixels sideways keep every mark visible.
-    step = min(5.0, 18 / max(len(others) - 1, 1))
-    for policy in [*others, DENSE]:
-        points = _series([row for row in rows if row.policy == policy], group)
-        if not points:
-            continue
-        aside = 0 if policy == DENSE else step * (others.index(policy) - (len(others) - 1) / 2)
-        chart = alt.Chart({"values": points})
-        layers += [
-            chart.mark_line(strokeWidth=1.6, opacity=0.55, xOffset=aside, aria=False).encode(
-                x=x, y=y, color=colour, detail="series:N"
-            ),
-            chart.mark_rule(strokeWidth=1.6, opacity=0.75, xOffset=aside, aria=False).encode(
-                x=x, y=alt.Y("score_low:Q"), y2="score_high:Q", color=colour
-            ),
-            chart.mark_point(
-                filled=True, size=85, opacity=1, xOffset=aside, stroke=palette.paper, strokeWidth=1.2
-            ).encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip),
+    def dense(self) -> list[Markup]:
+        """A band for its interval, and a line for its score."""
+        dense = self.group.dense
+        if dense is None or dense.score is None:
+            return []
+        x, y, colour, parts = self.x, self.y, self.palette.policies[DENSE], []
+        if dense.score_low is not None and dense.score_high is not None:
+            top, bottom = y(dense.score_high), y(dense.score_low)
+            parts.append(element("rect", x=x.start, width=x.end - x.start, y=top, height=bottom - top,
+                                 fill=colour, fill_opacity=0.13))  # fmt: skip
+        level = y(dense.score)
+        return [*parts, svg.line(x.start, level, x.end, level, colour, width=1.2, stroke_dasharray="5 4")]
+
+    def series(self, policy: str, placed: Sequence[tuple[Row, float, float]]) -> Markup:
+        """The marks of a policy, and a line through those that differ in their budget alone."""
+        colour = self.palette.policies[policy]
+        lines = _lines([(row, px, self.y(row.score or 0.0)) for row, _, px in placed])
+        parts = [
+            element(
+                "path", d=svg.path(line), fill="none", stroke=colour, stroke_width=1.6, stroke_opacity=0.5
+            )
+            for line in lines
+            if len(line) > 1
         ]
-    return alt.layer(*layers)
+        parts += [self.mark(row, share, px, colour) for row, share, px in placed]
+        return element("g", *parts, class_="series", data_policy=self.results.policies.index(policy))
+
+    def mark(self, row: Row, share: float, px: float, colour: str) -> Markup:
+        """Hollow where its price is a noisy speed; a wide invisible circle is easier to point at."""
+        py, noisy, paper = (
+            self.y(row.score or 0.0),
+            self.axis.name == "time" and row.noisy,
+            self.palette.paper,
+        )
+        drawn = [element("circle", cx=px, cy=py, r=11, fill="transparent", class_="hit")]
+        if row.score_low is not None and row.score_high is not None and row.policy != DENSE:
+            low, high = self.y(row.score_low), self.y(row.score_high)
+            faint = 0.7 if len(self.results.policies) <= 6 else 0.35
+            drawn.append(svg.line(px, low, px, high, colour, width=1.6, stroke_opacity=faint))
+        fill, edge, width = (paper, colour, 1.6) if noisy else (colour, paper, 1.1)
+        outline = styles(self.results.policies)[row.policy].shape
+        drawn.append(svg.shape(outline, px, py, 5.2, fill, edge, width))
+        return element(
+            "g", *drawn, class_="mark noisy" if noisy else "mark", role="img", tabindex=-1,
+            aria_label=_label(self.group, row), data_share=f"{share:.6g}", data_x=px, data_y=py,
+        )  # fmt: skip
 
 
-def specification(chart: Panel | alt.HConcatChart, palette: Palette, font_size: int = 11) -> dict[str, Any]:
-    """The Vega-Lite specification of a chart in the palette, as plain data."""
-    chart = chart.configure(
-        background="transparent" if palette.paper.startswith("var") else palette.paper,
-        font=FONT,
-        view=alt.ViewConfig(stroke=None),
-        axis=alt.AxisConfig(
-            labelColor=palette.muted,
-            titleColor=palette.muted,
-            labelFontSize=font_size,
-            titleFontSize=font_size,
-            titleFontWeight="normal",
-            titlePadding=8,
-            gridColor=palette.line,
-            domainColor=palette.line,
-            tickColor=palette.line,
-            labelPadding=5,
-        ),
-        axisX=alt.AxisConfig(grid=False),
-        axisY=alt.AxisConfig(domain=False, ticks=False, tickCount=5),
-        legend=alt.LegendConfig(
-            orient="top",
-            labelColor=palette.ink,
-            labelFontSize=font_size + 1,
-            symbolSize=90,
-            symbolOpacity=1,
-            columnPadding=18,
-            offset=14,
-        ),
-        title=alt.TitleConfig(
-            anchor="start",
-            color=palette.ink,
-            fontSize=font_size + 3,
-            fontWeight=600,
-            subtitleColor=palette.muted,
-            subtitleFontSize=font_size,
-            offset=12,
-        ),
-    )
-    # Validation is half of the time, and a test draws this chart.
-    spec: dict[str, Any] = chart.to_dict(validate=False)
-    del spec["$schema"]  # an address that nothing has to follow
-    return spec
-
-
-@functools.cache
-def javascript() -> str:
-    """Vega, Vega-Lite and vega-embed in one script that can stand in a page."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE).replace(
-        "</script", r"<\/script"
-    )
-
-
-def image(panels: Sequence[Panel], palette: Palette, suffix: str) -> bytes:
-    """The panels side by side under one legend, as a .png or .svg file."""
-    spec = specification(alt.hconcat(*panels, spacing=44), palette, font_size=12) | {"padding": 24}
-    if suffix == ".svg":
-        return vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE).encode()
-    return vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2)
-
-
-def _series(rows: Sequence[Row], group: Group) -> list[dict[str, Any]]:
-    """The points of one policy; of several at the same budget each starts a line of its own."""
+def _lines(points: Sequence[tuple[Row, float, float]]) -> list[list[tuple[float, float]]]:
+    """Of several points at the same budget each starts a line of its own; unasked ones are joined."""
     seen: dict[str, int] = {}
-    points = []
-    for row in rows:
+    lines: dict[int, list[tuple[float, float]]] = {}
+    for row, px, py in points:
         seen[row.budget] = seen.get(row.budget, 0) + bool(row.budget)
-        points.append(_point(group, row) | {"series": seen[row.budget]})
-    return points
+        lines.setdefault(seen[row.budget], []).append((px, py))
+    return [sorted(line) for line in lines.values()]
 
 
-def _point(group: Group, row: Row) -> dict[str, Any]:
-    return {
-        "name": policy_name(row.policy),
-        "label": readable_label(row.policy, row.policy_label),
-        "parameters": row.parameters or MISSING,
-        "score": row.score,
-        "score_low": row.score if row.score_low is None else row.score_low,
-        "score_high": row.score if row.score_high is None else row.score_high,
-        "bytes_ratio": row.bytes_ratio,
-        "score_text": group.text(row.score),
-        "interval": group.interval(row) or MISSING,
-        "against": f"{group.difference(row)} {row.mark}".strip() or MISSING,
-        "changes": row.changes or MISSING,
-        "ratio_text": MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f} of dense",
-        "samples": MISSING if row.samples is None else str(row.samples),
+def _label(group: Group, row: Row) -> str:
+    """Everything about a mark, line by line: the tooltip, and what a screen reader says."""
+    lines = {
+        group.metric: f"{group.text(row.score)} ({group.interval(row)})"
+        if group.interval(row)
+        else group.text(row.score),
+        "against dense": f"{group.difference(row)} {row.mark}".strip(),
+        "answers": row.changes,
+        "bytes read": MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f} of dense",
+        "memory": byte_text(row.kv_bytes),
+        "tokens/s": speed(row.tokens_per_second) + " (noisy)" * row.noisy,
+        "samples": str(row.samples or MISSING),
     }
+    return "\n".join(
+        [
+            readable_label(row.policy, row.policy_label),
+            *(f"{name}: {value}" for name, value in lines.items() if value),
+        ]
+    )
 
 
-def _range(group: Group, results: Results) -> list[float]:
+def _range(group: Group, results: Results) -> tuple[float, float]:
     """The score axis: the same for all contexts of a task, and from zero where more is better."""
-    rows = [row for other in results.groups if other.rows[0].task == group.rows[0].task for row in other.rows]
-    values = [
-        value for row in rows for value in (row.score, row.score_low, row.score_high) if value is not None
-    ]
+    rows = [row for other in results.groups if other.task == group.task for row in other.rows]
+    values = [v for row in rows for v in (row.score, row.score_low, row.score_high) if v is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
     if group.higher_is_better:
         low, high = min(low, 0.0), 1.0 if 0.5 < high <= 1.0 else high or 1.0
     room = 0.06 * (high - low or abs(high) or 1.0)
-    return [low - room, high + room]
+    return low - room, high + room
+
+
+def legend(results: Results, palette: Palette) -> list[tuple[str, str, str]]:
+    """Name, colour and shape of every policy."""
+    look = styles(results.policies)
+    return [
+        (readable_label(name, name), palette.policies[name], look[name].shape) for name in results.policies
+    ]

@@ -1,25 +1,38 @@
-"""The figure alone, as an image on a card of its own: it reads the same on a light and on a dark page."""
+"""The frontier alone, as an image on a card of its own: it reads the same on a light and on a dark page."""
 
-from ...errors import UserError
+from pathlib import Path
+
 from ..results import Group, Results
-from . import chart
+from . import chart, svg
+from .style import on_paper
+from .svg import element
 
 _TASKS = ["needle", "repetition"]
-_INK = {"ink": "#1b2026", "muted": "#5d6672", "line": "#e2e6ea", "paper": "#ffffff"}
+_EDGE, _GAP, _TITLE = 24, 44, 46
 
 
-def render(results: Results, suffix: str) -> bytes:
-    if suffix not in (".png", ".svg"):
-        raise UserError(f"a picture ends in .png or .svg, not {suffix!r}")
-    look = chart.styles(results.policies)
-    palette = chart.Palette(**_INK, policies={name: style.light for name, style in look.items()})
-    panels = [
-        chart.panel(group, results, palette, legend=True).properties(
-            width=370, height=250, title=_title(group)
+def render(results: Results, path: Path) -> bytes:
+    palette = on_paper(results.policies)
+    groups = _chosen(results)
+    across = 2 * _EDGE + len(groups) * chart.WIDTH + (len(groups) - 1) * _GAP
+    key, top = svg.legend(chart.legend(results, palette), _EDGE, across - _EDGE, _EDGE + 8, palette.ink)
+    parts = [key]
+    for i, group in enumerate(groups):
+        note = "" if group.higher_is_better else ", lower is better"
+        parts.append(
+            element(
+                "g",
+                svg.text(0, 16, f"{group.task}, {group.context} tokens", palette.ink, 14, font_weight=600),
+                svg.text(0, 33, f"{group.metric}{note}", palette.muted),
+                element(
+                    "g",
+                    *chart.panel(group, results, chart.AXES[0], palette),
+                    transform=f"translate(0,{_TITLE})",
+                ),
+                transform=f"translate({_EDGE + i * (chart.WIDTH + _GAP)},{top})",
+            )
         )
-        for group in _chosen(results)
-    ]
-    return chart.image(panels, palette, suffix)
+    return svg.image(svg.drawing(parts, across, top + _TITLE + chart.HEIGHT + _EDGE, palette.paper), path)
 
 
 def _chosen(results: Results) -> list[Group]:
@@ -27,8 +40,3 @@ def _chosen(results: Results) -> list[Group]:
     longest = {group.rows[0].task: group for group in results.groups}  # the last of each task
     tasks = [task for task in _TASKS if task in longest] or list(longest)[:2]
     return [longest[task] for task in tasks]
-
-
-def _title(group: Group) -> chart.Title:
-    note = "" if group.higher_is_better else ", lower is better"
-    return chart.Title(f"{group.task}, {group.context} tokens", subtitle=f"{group.metric}{note}")

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from .. import files, manifest
+from .. import files, manifest, samples
+from ..manifest import Entry, Record
 from ..results import Results, read_csv
 
 
@@ -20,6 +20,8 @@ class RunFolder:
     environment: dict[str, Any]
     answers: int  # samples decoded
     failures: list[tuple[str, str]]  # what could not be measured, and why
+    measured: list[tuple[Entry, list[Record]]]  # the cells with their samples; empty: not told by cells.json
+    protocol: dict[str, Any]  # by cell id, the fields behind it
 
 
 def read(folder: Path) -> RunFolder:
@@ -34,28 +36,31 @@ def read(folder: Path) -> RunFolder:
     rows = read_csv(summary)
     if not rows:
         raise UserError(f"{summary} has no line: there is nothing to report yet")
-    try:
-        environment = json.loads(_text(folder / "environment.json") or "{}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'environment.json'} is not JSON: {error}") from None
-    if not isinstance(environment, dict):
-        raise UserError(f"{folder / 'environment.json'} is not a JSON object")
-    answers = sum(1 for _ in _samples(_text(folder / "samples.jsonl")))
+    records = samples.read(folder / "samples.jsonl")
+    by_cell: dict[str, list[Record]] = {}
+    for record in records:
+        by_cell.setdefault(record["cell"], []).append(record)
+    entries = manifest.read(folder, records) if (folder / manifest.NAME).exists() else []
     return RunFolder(
-        Results(rows), _text(folder / "config.yaml"), environment, answers, manifest.failures(folder)
+        Results(rows),
+        _text(folder / "config.yaml"),
+        _object(folder / "environment.json"),
+        len(records),
+        manifest.failures(folder),
+        [(entry, by_cell[entry.cell]) for entry in entries if entry.cell in by_cell],
+        _object(folder / "protocol.json"),
     )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path) or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
 
 
 def _text(path: Path) -> str:
     return files.read(path).decode("utf-8", "replace") if path.exists() else ""
-
-
-def _samples(text: str) -> Iterator[dict[str, Any]]:
-    """The samples of a run, without the torn last line of one that was killed."""
-    for line in text.split("\n"):
-        try:
-            sample = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(sample, dict) and "score" in sample:
-            yield sample

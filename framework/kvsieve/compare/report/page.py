@@ -1,4 +1,4 @@
-"""The page: what was run, the headline, the figure and the table, in one file that needs no network."""
+"""The page: everything a reader needs to judge a run, in one file that needs no network."""
 
 import base64
 import hashlib
@@ -11,51 +11,67 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..results import Results, eager_notes, noise_note
+from ..results import Results, csv_lines, eager_notes, noise_note
 from . import chart
+from .again import commands, protocol
+from .answers import answers
+from .depth import depth_maps
 from .folder import RunFolder
 from .headline import headline
 from .names import policy_name, readable_label
+from .pivot import pivot
+from .style import FONT, Palette, styles
 from .table import HEADER, table
 
-_HERE = Path(__file__).parent
+_PARTS = Path(__file__).parent / "parts"
+_SCRIPTS = ["share.js", "charts.js", "tables.js", "answers.js"]
 _INK = {name: f"var(--{name})" for name in ("ink", "muted", "line", "paper")}
+_SECTIONS = {
+    "overview": "Policies by tasks",
+    "frontier": "Frontier",
+    "results": "All results",
+    "depth": "Depth",
+    "answers": "Answers",
+    "again": "Run it again",
+}
 
 
 def render(run: RunFolder) -> str:
     """The page of a run, as HTML."""
     results = run.results
-    look = chart.styles(results.policies)
-    palette = chart.Palette(
-        **_INK, policies={name: f"var(--policy-{i})" for i, name in enumerate(results.policies)}
-    )
-    specifications = [
-        chart.specification(
-            chart.panel(group, results, palette).properties(width="container", height=230), palette
-        )
-        | {"autosize": {"type": "fit-x", "contains": "padding"}}
-        for group in results.groups
-    ]
-    scripts = [chart.javascript(), (_HERE / "page.js").read_text("utf-8")]
+    look = styles(results.policies)
+    maps, texts = depth_maps(run), answers(run)
+    absent = {name for name, found in (("depth", maps), ("answers", texts)) if not found}
+    scripts = [(_PARTS / name).read_text("utf-8") for name in _SCRIPTS]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(_PARTS), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html.jinja").render(
         model=", ".join(_distinct(row.model for row in results.rows)),
+        sections=[(name, title) for name, title in _SECTIONS.items() if name not in absent],
         headline=headline(results),
         facts=_facts(run),
+        failures=run.failures,
+        pivot=pivot(results),
         legend=[{"name": policy_name(name), "shape": look[name].shape} for name in results.policies],
-        columns=_columns(results),
+        axes=chart.measured(results),
+        panels=_panels(results),
+        width=chart.WIDTH,
+        height=chart.HEIGHT,
         groups=[table(group, results) for group in results.groups],
         header=HEADER,
-        parameters=_parameters(results),
-        failures=run.failures,
+        disturbed=_disturbed(run),
         notes=[
             note for note in [noise_note(results.rows), *eager_notes(results.rows), _disturbed(run)] if note
         ],
+        depth_maps=maps,
+        answers=texts,
+        commands=commands(run),
         config=run.config,
+        protocol=protocol(run),
         environment=json.dumps(run.environment, indent=2, ensure_ascii=False),
-        charts=_data_block(specifications),
+        parameters=_parameters(results),
+        data=_data_block({"csv": csv_lines(results.rows), "answers": texts}),
         scripts=[Markup(script) for script in scripts],
         script_hashes=Markup(" ".join(_hash(script) for script in scripts)),
         css=Markup(_css(results)),
@@ -68,6 +84,26 @@ def _disturbed(run: RunFolder) -> str:
     during = load.get("run") if isinstance(load, dict) else None
     why = during.get("not_to_be_quoted") if isinstance(during, dict) else None
     return f"tokens/s are not to be quoted: {why}." if why else ""
+
+
+def _panels(results: Results) -> list[dict[str, Any]]:
+    """For every group a drawing along each axis."""
+    palette = Palette(
+        **_INK, policies={name: f"var(--policy-{i})" for i, name in enumerate(results.policies)}
+    )
+    return [
+        {
+            "task": group.task,
+            "context": group.context,
+            "metric": group.metric,
+            "higher_is_better": group.higher_is_better,
+            "drawings": [
+                (axis, Markup("").join(chart.panel(group, results, axis, palette)))
+                for axis in chart.measured(results)
+            ],
+        }
+        for group in results.groups
+    ]
 
 
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
@@ -100,15 +136,6 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     return [(name, line) for name, line in lines.items() if line]
 
 
-def _columns(results: Results) -> int:
-    """Panels side by side: one task in a line where its contexts allow it."""
-    contexts = [
-        sum(group.task == task for group in results.groups)
-        for task in _distinct(group.task for group in results.groups)
-    ]
-    return min(len(results.groups), 2 if max(contexts) == 2 and len(contexts) > 1 else 3)
-
-
 def _parameters(results: Results) -> list[tuple[str, str]]:
     """All parameters of every policy; once for each context where a compression means others there."""
     found: dict[str, dict[str, str]] = {}
@@ -129,14 +156,14 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 
 def _css(results: Results) -> str:
-    look = chart.styles(results.policies)
+    look = styles(results.policies)
     colours = {
         mode: " ".join(
             f"--policy-{i}: {getattr(look[name], mode)};" for i, name in enumerate(results.policies)
         )
         for mode in ("light", "dark")
     }
-    css = (_HERE / "page.css").read_text("utf-8").replace("FONT", chart.FONT)
+    css = (_PARTS / "page.css").read_text("utf-8").replace("FONT", FONT)
     return css.replace("LIGHT", colours["light"]).replace("DARK", colours["dark"])
 
 

@@ -1,13 +1,13 @@
-"""The table, group by group: the text of each cell, and which values are the best."""
+"""The table of all results, group by group: the text of each cell, and which values are the best."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ..markdown import slots
-from ..results import DENSE, MISSING, Group, Results, Row, speed
+from ..results import DENSE, MISSING, Group, Results, Row, byte_text, speed
 from ..statistics import FEW, WORSE
-from . import chart
 from .names import policy_name
+from .style import styles
 
 
 class Column(NamedTuple):
@@ -19,7 +19,7 @@ class Column(NamedTuple):
 HEADER = [
     Column(
         "Policy",
-        "The policy, with the compression asked for or the parameters that are not its defaults.",
+        "The policy with the budget asked for; below it, its parameters that are not the defaults.",
         number=False,
     ),
     Column(
@@ -32,9 +32,7 @@ HEADER = [
         "lost and won. ▼ worse, ▲ better: of all such marks at most 5% are expected to be wrong "
         "(Benjamini-Hochberg). few: too few samples to tell.",
     ),
-    Column(
-        "Bytes ratio", "Bytes that attention read while decoding, over what dense attention would have read."
-    ),
+    Column("Bytes read", "By attention while decoding, over what dense attention would have read."),
     Column(
         "KV memory",
         "Bytes held for keys, values and the policy's own data beside them; and tokens that a KV head holds "
@@ -60,7 +58,7 @@ class Cell(NamedTuple):
 
 def table(group: Group, results: Results) -> dict[str, Any]:
     """The template's view of a group: its rows, with the best values of the sparse policies marked."""
-    look = chart.styles(results.policies)
+    look = styles(results.policies)
     best = {
         "score": _best(max if group.higher_is_better else min, (row.score for row in group.contenders)),
         "kv_bytes": _best(min, (row.kv_bytes for row in group.contenders)),
@@ -72,7 +70,9 @@ def table(group: Group, results: Results) -> dict[str, Any]:
             "how": row.policy_label.removeprefix(row.policy).strip(),
             "index": results.policies.index(row.policy),
             "shape": look[row.policy].shape,
-            "parameters": row.parameters,
+            "parameters": row.not_default,
+            "mark": row.mark,
+            "number": results.rows.index(row),
             "cells": _cells(group, row, best if row in group.contenders else {}),
         }
         for row in group.rows
@@ -91,7 +91,7 @@ def _cells(group: Group, row: Row, best: dict[str, float | None]) -> list[Cell]:
         value = getattr(row, name)
         return "best" if value is not None and best.get(name) == value else ""
 
-    per_step = () if row.bytes_per_step is None else (f"{_bytes(row.bytes_per_step)} a step",)
+    per_step = () if row.bytes_per_step is None else (f"{byte_text(row.bytes_per_step)} a step",)
     held = () if row.slots_per_head is None else (f"{slots(row.slots_per_head)} a head",)
     return [
         Cell(row.score, group.text(row.score), style("score"), _notes(group.interval(row))),
@@ -99,7 +99,7 @@ def _cells(group: Group, row: Row, best: dict[str, float | None]) -> list[Cell]:
         Cell(
             row.bytes_ratio, MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}", notes=per_step
         ),
-        Cell(row.kv_bytes, _bytes(row.kv_bytes), style("kv_bytes"), held),
+        Cell(row.kv_bytes, byte_text(row.kv_bytes), style("kv_bytes"), held),
         Cell(
             row.tokens_per_second,
             speed(row.tokens_per_second),
@@ -138,13 +138,3 @@ def _best(most: Callable[[list[float]], float], values: Iterable[float | None]) 
     """The best of the measured values; None where all are equal, so that nothing stands out for nothing."""
     measured = [value for value in values if value is not None]
     return most(measured) if len(set(measured)) > 1 else None
-
-
-def _bytes(count: float | None) -> str:
-    if count is None:
-        return MISSING
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB" if count < 999.5 else f"{count:,.0f} GB"

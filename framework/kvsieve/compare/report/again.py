@@ -1,0 +1,34 @@
+"""The commands that repeat a run, and the protocol that all of its cells share."""
+
+import re
+import shlex
+from typing import Any
+
+from .folder import RunFolder
+
+_PACKAGES = ["kvsieve", "torch", "transformers"]
+
+
+def commands(run: RunFolder) -> str:
+    """The lines of a shell: the versions that were installed, then the comparison itself."""
+    known = run.environment
+    versions = {name: known[name] for name in _PACKAGES if isinstance(known.get(name), str)}
+    versions |= {str(name): str(version) for name, version in known.get("plugins", {}).items()}
+    pinned = [f"{name}=={re.sub('[+].*', '', version)}" for name, version in versions.items()]
+    install = [shlex.join(["pip", "install", *pinned])] if pinned else []
+    return "\n".join([*install, "kvsieve compare config.yaml --out again"])
+
+
+def protocol(run: RunFolder) -> list[tuple[str, str]]:
+    """The fields of protocol.json that are the same in all cells of this run, and no dictionaries."""
+    cells = {entry.cell for entry, _ in run.measured}
+    known: list[dict[str, Any]] = [fields for cell, fields in run.protocol.items() if cell in cells]
+    if not known:
+        return []
+    return [
+        (name, str(value))
+        for name, value in known[0].items()
+        if value is not None
+        and not isinstance(value, dict | list)
+        and all(fields.get(name) == value for fields in known)
+    ]

@@ -1,0 +1,43 @@
+"use strict";
+
+// The data of the page, and what its parts share: elements, the clipboard, files.
+const report = {
+  data: JSON.parse(document.getElementById("data").textContent),
+
+  element(tag, properties = {}, ...children) {
+    const made = Object.assign(document.createElement(tag), properties);
+    made.append(...children);
+    return made;
+  },
+
+  // For those who do not see the page change.
+  say(text) {
+    document.getElementById("said").textContent = text;
+  },
+
+  async copy(text, button) {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch { // no clipboard for this page: the old way
+      const area = report.element("textarea", { value: text });
+      document.body.append(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+      button.focus();
+    }
+    button.dataset.done = "";
+    setTimeout(() => delete button.dataset.done, 1500);
+    report.say("Copied.");
+  },
+
+  save(blob, name) {
+    const link = report.element("a", { href: URL.createObjectURL(blob), download: name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  },
+};
+
+for (const button of document.querySelectorAll(".copy[data-from]")) {
+  button.addEventListener("click", () => report.copy(document.getElementById(button.dataset.from).textContent, button));
+}

@@ -1,0 +1,84 @@
+"use strict";
+{
+  const table = document.getElementById("all-results");
+  const bodies = [...table.tBodies];
+  const rowsOf = (body) => [...body.querySelectorAll("tr[data-row]")];
+
+  // A click on a header sorts the rows of every task; a second click turns the order round; unmeasured rows stay last.
+  const headers = [...table.querySelectorAll("thead th")];
+  headers.forEach((header, column) => {
+    header.querySelector("button").addEventListener("click", () => {
+      const numeric = header.classList.contains("number");
+      const [first, second] = numeric ? ["descending", "ascending"] : ["ascending", "descending"];
+      const order = header.getAttribute("aria-sort") === first ? second : first;
+      headers.forEach((other) => other.removeAttribute("aria-sort"));
+      header.setAttribute("aria-sort", order);
+      const sign = order === "ascending" ? 1 : -1;
+      const value = (row) => row.children[column].dataset.value;
+      for (const body of bodies) {
+        body.append(...rowsOf(body).sort((one, other) => {
+          const [a, b] = [value(one), value(other)];
+          if (a === undefined || b === undefined) return (a === undefined) - (b === undefined);
+          return sign * (numeric ? a - b : a.localeCompare(b, "en", { numeric: true }));
+        }));
+      }
+    });
+  });
+
+  // Filters: words of the policy and its parameters, a task, a mark.
+  const [find, task, mark, count] = ["find", "task", "mark", "count"].map((id) => document.getElementById(id));
+  function filter() {
+    const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    bodies.forEach((body, i) => {
+      let here = 0;
+      for (const row of rowsOf(body)) {
+        const text = row.cells[0].textContent.toLowerCase();
+        row.hidden = (task.value !== "" && task.value !== String(i)) || (mark.value !== "" && mark.value !== row.dataset.mark) || !words.every((word) => text.includes(word));
+        here += !row.hidden;
+      }
+      body.hidden = here === 0;
+      shown += here;
+    });
+    const total = table.querySelectorAll("tr[data-row]").length;
+    count.textContent = shown === total ? `${total} rows` : `${shown} of ${total} rows`;
+  }
+  for (const control of [find, task, mark]) control.addEventListener("input", filter);
+  filter();
+
+  // Copies of what is shown. CSV of the results: the lines of summary.csv, with every number.
+  const plain = (cell) => {
+    if (cell.dataset.text !== undefined) return cell.dataset.text.trim();
+    const [first, ...notes] = [...cell.childNodes].map((node) => node.textContent.trim()).filter(Boolean);
+    return notes.length ? `${first} (${notes.join("; ")})` : first ?? "";
+  };
+  const markdown = (lines, left) => {
+    const line = (cells) => `| ${cells.map((cell) => cell.replaceAll("|", "\\|")).join(" | ")} |\n`;
+    const rule = lines[0].map((_, i) => (i < left ? "---" : "---:"));
+    return [lines[0], rule, ...lines.slice(1)].map(line).join("");
+  };
+  const quoted = (cell) => (/[",\n]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell);
+
+  function pivotLines(value) {
+    const pivot = document.getElementById("pivot");
+    const heading = ["policy", "bytes read", ...[...pivot.querySelectorAll("[data-heading]")].map((cell) => cell.dataset.heading)];
+    return [heading, ...[...pivot.tBodies[0].rows].map((row) => [...row.cells].map(value))];
+  }
+
+  const copies = {
+    "pivot markdown": () => markdown(pivotLines(plain), 1),
+    "pivot csv": () => pivotLines((cell) => cell.dataset.value ?? plain(cell)).map((line) => `${line.map(quoted).join(",")}\r\n`).join(""),
+    "all markdown": () => {
+      const lines = [["task", ...headers.map((header) => header.textContent.trim().toLowerCase())]];
+      for (const body of bodies) {
+        const group = body.querySelector(".group span").firstChild.textContent.trim();
+        for (const row of rowsOf(body)) if (!row.hidden) lines.push([group, ...[...row.cells].map(plain)]);
+      }
+      return markdown(lines, 2);
+    },
+    "all csv": () => report.data.csv[0] + bodies.flatMap(rowsOf).filter((row) => !row.hidden).map((row) => report.data.csv[1 + Number(row.dataset.row)]).join(""),
+  };
+  for (const button of document.querySelectorAll(".copy[data-table]")) {
+    button.addEventListener("click", () => report.copy(copies[`${button.dataset.table} ${button.dataset.as}`](), button));
+  }
+}
