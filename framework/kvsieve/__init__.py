@@ -16,9 +16,10 @@ from .hooks import hookimpl
 
 if TYPE_CHECKING:
     from . import calibration, corpus, ops, plugins, testing, transfer
-    from .cache.kv import KVView, NewTokens
+    from .cache.kv import KVView
     from .cache.kv_cache import KVCache
     from .cache.layouts import KeyLayout
+    from .cache.new_tokens import NewTokens
     from .compare.tasks import Answer, Sample, Task
     from .diagnostics import Diagnosis, diagnose
     from .hf.models import load, prepare

@@ -31,8 +31,9 @@ def decode_step(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | No
     policy, kv = layer.policy, layer.kv
     layer.begin_step(valid)
     if layer.incoming is not None:
-        new = layer.append_token()  # makes room first
+        new = layer.take_token()  # makes room first
         policy.on_append(kv, new)
+        layer.write_token(new)
     answer = policy.select(query, kv)
     selection = contract.checked_selection(answer, policy, layer.index, layer.slots, query)
     policy.on_select(kv, selection)

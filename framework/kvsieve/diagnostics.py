@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from . import transfer
 from .cache.forward import Forward
-from .cache.kv import NewTokens
 from .cache.kv_cache import KVCache
 from .cache.layer import LayerCache
+from .cache.new_tokens import NewTokens
 from .errors import UserError
 from .loop import decode
 from .ops import reference

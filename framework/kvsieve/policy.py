@@ -37,7 +37,8 @@ from .errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .cache.kv import KVView, NewTokens
+    from .cache.kv import KVView
+    from .cache.new_tokens import NewTokens
 
 __all__ = [
     "KEYS",

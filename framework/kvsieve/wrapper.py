@@ -14,7 +14,8 @@ from .policy import Column, Observe, Pass, Policy, Positions, Selection, Shape, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .cache.kv import KVView, NewTokens
+    from .cache.kv import KVView
+    from .cache.new_tokens import NewTokens
 
 
 class Wrapper(Policy):

@@ -68,7 +68,7 @@ class SparQ(Policy):
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         if self.mean_value:
-            kv["mean_value"] = ops.running_mean(kv["mean_value"], new.values, new.counts, kv.seen)
+            ops.running_mean(kv, "mean_value", new)
 
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
         if kv.slots_in_use <= self.k:

@@ -73,7 +73,15 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
         "attend packed": lambda: ops.attend(
             query, packed, packed, lengths, scale=0.1, starts=starts, total=T
         ),
-        "append packed": lambda: ops.append(packed, keys[:, :, :1], lengths[..., None], starts=starts),
+        "append token, packed": lambda: ops.append_token(
+            [(packed, keys[:, :, :1])] * 2,
+            starts.new_zeros(1, 1, B * K * T),
+            lengths,
+            lengths.clone(),
+            limits=lengths[0],
+            lowest=lengths,
+            starts=starts,
+        ),
         **selecting_calls(query, keys, blocked, lengths),
         **storing_calls(keys, blocked, lengths, counts),
         "window weights": lambda: ops.window_weights(prompt, keys, lengths, counts, **gemma),
@@ -122,6 +130,8 @@ def storing_calls(
 ) -> dict[str, Callable[[], Any]]:
     new, slots = keys[:, :, :1], lengths[..., None]
     column, mean = lengths.new_zeros(B, K, T), torch.zeros(B, K, keys.shape[3])
+    labels, mass = keys.new_zeros(B, K, T, 8), torch.zeros(B, K, T)
+    by_channel = keys.transpose(2, 3).contiguous().transpose(2, 3)
     some = lengths.new_zeros(B, K, S)
     return {
         "append": lambda: ops.append(keys, new, slots, counts > 0),
@@ -129,7 +139,19 @@ def storing_calls(
         "append, column": lambda: ops.append(column, slots, slots),
         "compact": lambda: ops.compact(keys, some, keys[:, :, :S].clone()),
         "compact, blocked": lambda: ops.compact(blocked, some, blocked[:, :, : S // 16].clone()),
-        "running mean": lambda: ops.running_mean(mean, new, counts, counts),
+        "append token": lambda: ops.append_token(
+            [(keys, new), (by_channel, new), (keys.clone(), new), (labels, new[..., :8]), (mass, None)],
+            column,
+            lengths,
+            lengths.clone(),
+            means=[(mean, new)],
+            active=counts > 0,
+            limits=T,
+            lowest=lengths,
+        ),
+        "append token, blocked": lambda: ops.append_token(
+            [(blocked, new), (keys, new)], column, lengths, lengths.clone()
+        ),
     }
 
 

@@ -51,8 +51,17 @@ def results(ops: ModuleType) -> dict[str, object]:
             query, keys, lengths, channels, 4, **given, softcap=5.0, sinks=normal(K, G)
         ),
         "append, compact": (storage, kept[:, :, :6]),
-        "running_mean": ops.running_mean(normal(B, K, D), prompt[:, :, 0], count, count + 7),
+        "append_token": appended(ops, keys, values),
     }
+
+
+def appended(ops: ModuleType, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    stores, mean = [values.clone(), values.new_full((B, K, T), 0.5)], normal(B, K, D)
+    positions, lengths = (torch.full(size, 7, device=DEVICE) for size in ((B, K, T), (B, K)))
+    news = zip(stores, [keys[:, :, :1], None], strict=True)
+    means = [(mean, values[:, :, :1])]
+    slots = ops.append_token([*news], positions, lengths, lengths + 1, means=means)
+    return *stores, mean, positions, lengths, slots
 
 
 @every_implementation

@@ -88,12 +88,3 @@ def test_compact_columns(width):
     ops.compact(storage, slots, got)
     reference.compact(storage, slots, wanted)
     assert torch.equal(got, wanted)
-
-
-@pytest.mark.parametrize("count", [1, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, on_gpu(torch.bfloat16)])
-def test_running_mean(count, dtype):
-    mean, new = normal(3, 2, 80), normal(3, count, 2, 80, dtype=dtype, seed=1).transpose(1, 2)
-    counts, seen = torch.tensor([count, 0, 1], device=DEVICE), torch.tensor([count + 9, 0, 1], device=DEVICE)
-    got = ops.running_mean(mean, new, counts, seen)
-    torch.testing.assert_close(got, reference.running_mean(mean, new, counts, seen), atol=1e-6, rtol=1e-6)

@@ -14,19 +14,10 @@ import torch
 from .. import processes
 from ..errors import UserError, unknown
 from . import layouts
+from .new_tokens import NewToken, NewTokens
 from .rotary import Rotary
 from .slots import Slots
 from .traffic import Traffic
-
-
-class NewTokens(NamedTuple):
-    """Tokens just written, a row's real ones first; the rest is zero."""
-
-    keys: torch.Tensor  # [B, K, Q, D], rotated
-    values: torch.Tensor  # [B, K, Q, D]
-    counts: torch.Tensor  # [B], how many of the Q are real
-    slots: torch.Tensor  # [B, K, Q], where they were written
-    ids: torch.Tensor | None = None  # [B, Q], -1 beyond the real ones; for a policy that wants them
 
 
 class Scoring(NamedTuple):
@@ -90,8 +81,9 @@ class KVView:
     """
 
     def __init__(self, slots: Slots, traffic: Traffic, in_order: bool) -> None:
-        # Private: the ops and the layer go by these, and count for themselves.
-        self._slots, self._traffic = slots, traffic
+        # Private: the ops and the layer go by `_slots` and these, and count for themselves.
+        self._storage, self._traffic = slots, traffic
+        self._arriving: NewToken | None = None  # the token of a step, until it is written
         self._scoring = Scoring(1.0)
         self._rotary: Rotary | None = None  # of the model, for a policy that declares positions of its own
         self._notes: dict[str, torch.Tensor] = {}
@@ -107,6 +99,23 @@ class KVView:
         self._heads = range(0)
         self._split = False  # other processes hold other heads of the layer
         self._versions: dict[str, int] = {}  # of columns and summaries when they were last counted
+
+    # ---------------------------------------------------------------- the token of a step
+    @property
+    def _slots(self) -> Slots:
+        """The storage, with all tokens in it: whoever looks has the one that is arriving written."""
+        self._settle()
+        return self._storage
+
+    def _settle(self) -> None:
+        if self._arriving is not None:
+            arriving, self._arriving = self._arriving, None
+            arriving.write()
+
+    def _gathers(self, new: NewTokens) -> NewToken | None:
+        """The new tokens, if what belongs to them can still be written with them."""
+        arriving = self._arriving
+        return arriving if new is arriving and arriving is not None and arriving.written is None else None
 
     # ---------------------------------------------------------------- heads
     @property
@@ -134,12 +143,12 @@ class KVView:
     @property
     def head_size(self) -> int:
         """D, the numbers in a key."""
-        return self._slots.head_size
+        return self._storage.head_size
 
     @property
     def slots_in_use(self) -> int:
         """T: no live slot at or above it. With fixed shapes, the capacity; never waits for the device."""
-        return self._slots.used
+        return self._storage.used
 
     @property
     def steps(self) -> int:
@@ -244,7 +253,7 @@ class KVView:
     def _reset(self) -> None:
         self._forget_prompt()
         self._end_reading()
-        self._steps, self._room = 0, None
+        self._steps, self._room, self._arriving = 0, None, None
         self._versions.clear()
 
     def _forget_prompt(self) -> None:
@@ -277,7 +286,7 @@ class KVView:
         return slots.values
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        found = self._find(name)
+        found = self._find(name, self._slots)
         if self._traffic.meter is not None:
             kind, entries, numbers, dtype = self._extent(name, found)
             if kind == "columns":
@@ -289,10 +298,10 @@ class KVView:
         return found
 
     def __setitem__(self, name: str, new: torch.Tensor) -> None:
-        found = self._find(name)
+        found = self._find(name, self._slots)
         if name in self._slots.free_sizes:
             self._slots.replace_summary(name, new)
-            found = self._find(name)
+            found = self._find(name, self._slots)
             self._versions.pop(name, None)
         if self._traffic.first_write(name):
             self._traffic.written(*self._extent(name, found))
@@ -320,16 +329,25 @@ class KVView:
         return slots_.at(name, slots)
 
     def write(self, name: str, new: NewTokens, column: torch.Tensor) -> None:
-        """Set a column for the new tokens only: `column [B, K, Q, ...]`. Counted as a write of theirs."""
-        found = self._find(name)
-        kind, _, numbers, dtype = self._extent(name, found)
-        if kind != "columns":
+        """Set a column for the new tokens only: `column [B, K, Q, ...]`. Counted as a write of theirs.
+
+        In a step the tensor is written with the token, at the end of `on_append`: it is not to be changed
+        in place until then.
+        """
+        storage = self._storage
+        found = self._find(name, storage)
+        if name in storage.summaries:
             raise UserError(f"kv.write is for columns, and {name!r} is a summary: kv[{name!r}] = ...")
-        if self._slots.page(name) > 1:
+        if storage.page(name) > 1:
             raise UserError(
                 f"kv.write is for new tokens, and {name!r} has one entry per page: kv[{name!r}] = ..."
             )
-        self._traffic.written(kind, new.counts[:, None].expand_as(self.lengths), numbers, dtype)
+        if self._traffic.meter is not None:
+            written = new.counts[:, None].expand(storage.lengths.shape)
+            self._traffic.written("columns", written, found[0, 0, 0].numel(), found.dtype)
+        if (arriving := self._gathers(new)) is not None:
+            arriving.add_column(name, column.expand(*storage.lengths.shape, 1, *found.shape[3:]))
+            return
         self._count_change(name)
         self._slots.write_column(name, column, new.slots, self._traffic.active)
         if name in self._versions:
@@ -372,20 +390,39 @@ class KVView:
         self._versions.clear()
 
     def _count_change(self, name: str) -> None:
-        found = self._find(name)
+        found = self._find(name, self._slots)
         if name not in self._versions or found._version == self._versions[name]:
             return
         if self._traffic.first_write(name):
             self._traffic.written(*self._extent(name, found))
 
-    def _find(self, name: str) -> torch.Tensor:
-        slots = self._slots
+    def _find(self, name: str, slots: Slots) -> torch.Tensor:
         if name in slots.summaries:
             return slots.summaries[name]
         if name in slots.columns:
             return slots.column(name)
         legal = [*slots.columns, *slots.summaries]
         raise UserError(unknown("column or summary", name, legal) + ". A policy declares its own")
+
+    def _mean(self, name: str) -> torch.Tensor:
+        """The summary `[B, K, D]` of this name, counted as read and written; a token may be arriving.
+
+        Raises:
+            UserError: there is no such summary, or it is no float32 vector of D.
+        """
+        storage, traffic = self._storage, self._traffic
+        found = storage.summaries.get(name)
+        if found is None:
+            raise UserError(unknown("summary", name, storage.summaries) + ". A policy declares its own")
+        if found.shape[2:] != (storage.head_size,) or found.dtype != torch.float32:
+            raise UserError(f'ops.running_mean: summaries[{name!r}] must be (torch.float32, "D")')
+        if traffic.meter is not None:
+            extent = torch.ones_like(storage.lengths), storage.head_size, found.dtype
+            if traffic.first_read(name):
+                traffic.read("summaries", *extent)
+            if traffic.first_write(name):
+                traffic.written("summaries", *extent)
+        return found
 
     def _extent(self, name: str, found: torch.Tensor) -> tuple[str, torch.Tensor, int, torch.dtype]:
         """Kind, entries `[B, K]`, numbers in each, and their type."""

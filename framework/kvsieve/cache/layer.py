@@ -11,7 +11,8 @@ from .. import contract, processes, transfer
 from ..errors import UserError
 from ..policy import Policy, Positions, Selection, Wants
 from .forward import Forward, kind_of_forward
-from .kv import KVView, LastQueries, NewTokens, Scoring, Static
+from .kv import KVView, LastQueries, Scoring, Static
+from .new_tokens import NewToken, NewTokens
 from .rotary import Rotary
 from .slots import Checkpoint, Slots
 from .traffic import Traffic
@@ -132,34 +133,47 @@ class LayerCache(CacheLayerMixin):
             self.traffic.dense(seen, 2 * slots.head_size, slots.dtype)
         self.traffic.begin(None, None)
 
-    def append_token(self) -> NewTokens:
-        """Write the incoming token of each row: in a free slot, or over the one with the lowest priority."""
+    def take_token(self) -> NewTokens:
+        """Take in the incoming token of each row: for a free slot, or the one with the lowest priority.
+
+        `write_token` writes it, with what `on_append` has added; or whoever looks before that.
+        """
         if self.must_drop:  # this layer lends, and all have read the prompt by now
             self.drop_beyond_budget()
         keys, values = self._take_incoming()
         slots, active = self.slots, self.active
-        counts = slots.ones if active is None else active.long()
-        slots.seen += counts
-        tokens = (slots.seen - 1)[:, None, None].expand(*slots.lengths.shape, 1)
+        coming = slots.ones if active is None else active
         limits = [limit for limit in self.limits if limit is not None]
-        if limits and slots.used >= min(limits):
-            at = self._slot_to_overwrite(max(limits))
-            grown = counts[:, None] * (at == slots.lengths)
-        else:
-            at, grown = slots.lengths.clone(), counts[:, None]
+        most, lowest = max(limits, default=None), None
+        if most is not None and slots.used >= min(limits):
+            slots.coming = coming
+            lowest = self._lowest(most)
+            slots.coming = None
         if not slots.fixed and (self._most is None or slots.used < self._most):
             self._make_room(slots.used + 1)
             slots.used += 1
-        slots.write(keys, values, tokens, at[..., None], active)
-        slots.lengths += grown
-        written = counts[:, None].expand_as(slots.lengths)
+        ids = self._take_ids(coming)
+        new = NewToken(
+            slots, keys, values, active, ids, most if self._limits is None else self._limits, lowest
+        )
+        self._count_appended(new)
+        self.kv._arriving = new
+        return new
+
+    def write_token(self, new: NewTokens) -> None:
+        """Write the token that was taken in, and all that goes with it."""
+        self.kv._settle()
+        self._arrived(new)
+
+    def _count_appended(self, new: NewTokens) -> None:
+        if self.traffic.meter is None:
+            return
+        slots = self.slots
+        written = new.counts[:, None].expand(slots.lengths.shape)
         self.traffic.written("keys", written, slots.head_size * slots.key_copies, slots.dtype)
         self.traffic.written("values", written, slots.head_size, slots.dtype)
         if self.counts_steps:
-            self.traffic.steps(counts)
-        if active is not None:
-            keys, values = (t.masked_fill(~active[:, None, None, None], 0) for t in (keys, values))
-        return self._arrived(NewTokens(keys, values, counts, at[..., None], self._take_ids(counts)))
+            self.traffic.steps(new.counts)
 
     def append_prompt(self, valid: torch.Tensor | None) -> NewTokens:
         """Write the incoming Q tokens of each row after its live slots.
@@ -186,20 +200,17 @@ class LayerCache(CacheLayerMixin):
             self.unpacked = True
         self._make_room(slots.used + new)
         starts = slots.lengths.clone()
-        at = starts[..., None] + torch.arange(new, device=keys.device)
-        slots.seen += counts
-        tokens = (slots.seen - counts)[:, None, None] + torch.arange(new, device=keys.device).expand_as(at)
-        slots.write(keys, values, tokens, at)
-        slots.lengths += counts[:, None]
+        at = slots.append_tokens(keys, values, counts)
         slots.used += new
         self.prompt = Prompt(starts, counts, order)
-        return self._arrived(NewTokens(keys, values, counts, at, self._take_ids(counts, order)))
+        tokens = NewTokens(keys, values, counts, at, self._take_ids(counts, order))
+        self._arrived(tokens)
+        return tokens
 
-    def _arrived(self, new: NewTokens) -> NewTokens:
+    def _arrived(self, new: NewTokens) -> None:
         self.arrived = new if Wants.SURPRISE in self.policy.wants else None
         if self.observer is not None:
             self.observer.wrote(self, new)
-        return new
 
     def take_surprise(self, surprise: torch.Tensor) -> None:
         """Tell the policy the surprise `[B, Q]` of the tokens of the last forward; end the prompt, if it was
@@ -280,8 +291,8 @@ class LayerCache(CacheLayerMixin):
             ids = ids.gather(1, order)
         return ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= counts[:, None], -1)
 
-    def _slot_to_overwrite(self, most: int) -> torch.Tensor:
-        """`[B, K]`: the first free slot where there is one, else the slot with the lowest priority.
+    def _lowest(self, most: int) -> torch.Tensor:
+        """`[B, K]`: the slot with the lowest priority.
 
         No head that overwrites holds more than `most`: the slots beyond, of heads that grow, are not ranked.
         """
@@ -289,9 +300,7 @@ class LayerCache(CacheLayerMixin):
         used, slots.used = slots.used, min(slots.used, most)
         lowest = self._priority().masked_fill(~slots.live(), torch.inf).argmin(2)
         slots.used = used
-        return torch.where(
-            slots.lengths < (most if self._limits is None else self._limits), slots.lengths, lowest
-        )
+        return lowest
 
     def _priority(self) -> torch.Tensor:
         answer = contract.checked_priority(self.policy.priority(self.kv), self.policy, self.index, self.slots)

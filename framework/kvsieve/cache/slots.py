@@ -11,7 +11,7 @@ reads a packed store here gets a padded copy of it; attention and appending do w
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -75,7 +75,6 @@ class Slots:
     """
 
     lengths: torch.Tensor  # [B, K] int64: live slots
-    seen: torch.Tensor  # [B] int64: tokens so far, dropped ones and the one being written included
     head_size: int
     dtype: torch.dtype
     device: torch.device
@@ -98,6 +97,7 @@ class Slots:
         self._home: dict[str, torch.Tensor] = {}  # where a captured step finds the stores, after a reset too
         self.summaries: dict[str, torch.Tensor] = {}  # [B, K, ...]
         self.used = 0  # no live slot at or above it; known without asking the device
+        self.coming: torch.Tensor | None = None  # [B]: rows that a token comes to, while room is made for it
         self.fixed = False  # shapes are constant from now on: `used` stands at the capacity
         self.rotary: Rotary | None = None  # if keys are rotated by their slot: they turn as they move
 
@@ -121,9 +121,10 @@ class Slots:
         # Ordinary tensors even within inference mode: reset() may be called outside of it.
         with torch.inference_mode(False):
             self.lengths = zeros(rows, heads, dtype=torch.int64)
-            self.seen = zeros(rows, dtype=torch.int64)
+            # Of each head, all alike: in the step each counts its own, and none reads what another writes.
+            self._seen = zeros(rows, heads, dtype=torch.int64)
             # Tokens that every row gets in a step: not made anew in each.
-            self.ones = torch.ones_like(self.seen)
+            self.ones = torch.ones(rows, dtype=torch.int64, device=self.device)
             stores = self.layout.on(self.device).stores(keys, capacity)
             self._key_stores = list(stores)
             stores[VALUES] = zeros(rows, heads, capacity, values.shape[3], dtype=values.dtype)
@@ -140,6 +141,11 @@ class Slots:
         """Whether the storage that a reset has left is for such keys."""
         same = keys.shape[:2] == self.lengths.shape and keys.shape[3] == self.head_size
         return same and bool(self._stores) and keys.dtype == self.dtype and keys.device == self.device
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """`[B]` int64: tokens so far, dropped ones and those to come included."""
+        return self._seen[:, 0] if self.coming is None else self._seen[:, 0] + self.coming
 
     @property
     def capacity(self) -> int:
@@ -218,30 +224,61 @@ class Slots:
         return layouts.first_slots(name, self._stores[name], self.entries(name, self.used))
 
     # ---------------------------------------------------------------- write
-    def write(
+    def append_token(
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        tokens: torch.Tensor,
-        slots: torch.Tensor,
-        active: torch.Tensor | None = None,
-    ) -> None:
-        """Put tokens `[B, K, Q, ...]` into `slots [B, K, Q]`; their columns start at zero. `active [B]`
-        False: not. Entries of pages stay as they are.
+        columns: Mapping[str, torch.Tensor],
+        means: Iterable[str],
+        active: torch.Tensor | None,
+        limits: int | torch.Tensor | None,
+        lowest: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Write one token a row, `[B, K, 1, D]`, and all that goes with it, in one op; count it as seen.
+
+        In the first free slot, or over the one that is `lowest [B, K]` where a head holds its `limits`
+        (`[K]`, or of all). Other columns than `columns [B, K, 1, ...]` start at zero; the summaries `means`
+        are means of all values. Rows that are not `active [B]` get nothing. Returns the slots `[B, K, 1]`.
         """
-        run, starts = ops.implementation(keys.device), self._starts
-        for name, store in self._stores.items():
-            if name in layouts.KEY_STORES:
-                new = keys
-            elif name == VALUES:
-                new = values
-            elif name == POSITIONS:
-                new = tokens
-            elif name in self._pages:
-                continue
-            else:
-                new = store.new_zeros(()).expand(*slots.shape, *store.shape[3:])
-            run.append(layouts.slots_first(name, store), new, slots, active, starts=starts)
+        stores = []
+        for name, new in self._of_tokens(keys, values).items():
+            stores.append((layouts.slots_first(name, self._stores[name]), columns.get(name, new)))
+        return ops.implementation(keys.device).append_token(
+            stores,
+            self._stores[POSITIONS],
+            self.lengths,
+            self._seen,
+            means=[(self.summaries[name], values) for name in means],
+            active=active,
+            limits=limits,
+            lowest=lowest,
+            starts=self._starts,
+        )
+
+    def append_tokens(self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Write the first `counts [B]` of tokens `[B, K, Q, D]` after the live slots, the others beyond them.
+
+        Columns start at zero. Returns the slots `[B, K, Q]`.
+        """
+        number = torch.arange(keys.shape[2], device=keys.device)
+        slots = self.lengths[..., None] + number
+        new = self._of_tokens(keys, values) | {POSITIONS: self._seen[..., None] + number}
+        run = ops.implementation(keys.device)
+        for name, tokens in new.items():
+            store = layouts.slots_first(name, self._stores[name])
+            run.append(store, ops.reference.or_zero(tokens, store, slots), slots)
+        self.lengths += counts[:, None]
+        self._seen += counts[:, None]
+        return slots
+
+    def _of_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """The stores that a new token is written to, but positions, and with what; None: zero.
+
+        Entries of pages stay as they are.
+        """
+        known = dict.fromkeys(self._key_stores, keys) | {VALUES: values}
+        columns = (name for name in self._column_shapes if name not in self._pages)
+        return {**known, **dict.fromkeys(columns)}
 
     def write_keys(self, keys: torch.Tensor, slots: torch.Tensor, active: torch.Tensor | None = None) -> None:
         """Put keys `[B, K, S, D]` into `slots [B, K, S]`, in every store of them."""
@@ -428,8 +465,8 @@ class Slots:
             if self.packing is None:
                 self._stores = rows(self._stores)
             self.summaries, self._home = rows(self.summaries), {}
-            self.lengths, self.seen = (t.index_select(0, indices) for t in (self.lengths, self.seen))
-            self.ones = torch.ones_like(self.seen)
+            self.lengths, self._seen = (t.index_select(0, indices) for t in (self.lengths, self._seen))
+            self.ones = self.ones.new_ones(len(indices))
 
     def reset(self) -> None:
         """Forget all tokens. The storage stays, zero-filled: dead slots must be finite.
@@ -438,11 +475,11 @@ class Slots:
         """
         if self.packing is not None:
             self._stores, self.packing = {}, None
-        self.used, self.fixed = 0, False
+        self.used, self.fixed, self.coming = 0, False, None
         home = {} if self._home is self._stores else self._home
         self.clear_free_sizes()
         stores = (*self._stores.values(), *home.values(), *self.summaries.values())
-        for tensor in (self.lengths, self.seen, *stores):
+        for tensor in (self.lengths, self._seen, *stores):
             tensor.zero_()
 
     # ---------------------------------------------------------------- look from outside
@@ -463,7 +500,7 @@ class Slots:
 
     def places(self) -> list[tuple[int, torch.Size]]:
         """Address and shape of everything that a step reads and writes."""
-        state = [*self._stores.values(), *self.summaries.values(), self.lengths, self.seen, self.ones]
+        state = [*self._stores.values(), *self.summaries.values(), self.lengths, self._seen, self.ones]
         places = [(tensor.data_ptr(), tensor.shape) for tensor in state]
         if self.packing is not None:
             places.append((self.packing.starts.data_ptr(), torch.Size([self.capacity])))
@@ -471,17 +508,17 @@ class Slots:
 
     def stored(self) -> dict[str, torch.Tensor]:
         """All tensors by name: whole stores, columns and summaries, `lengths`, `seen`."""
-        return {**self._stores, **self.summaries, "lengths": self.lengths, "seen": self.seen}
+        return {**self._stores, **self.summaries, "lengths": self.lengths, "seen": self._seen}
 
     def checkpoint(self) -> Checkpoint:
         """Note the lengths, so that after `restore` the next token is put in the same slot."""
-        return Checkpoint(self.used, self.lengths.clone(), self.seen.clone())
+        return Checkpoint(self.used, self.lengths.clone(), self._seen.clone())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint; slots that were overwritten since are not restored."""
         self.used = checkpoint.used
         self.lengths.copy_(checkpoint.lengths)
-        self.seen.copy_(checkpoint.seen)
+        self._seen.copy_(checkpoint.seen)
 
 
 def _in_front(stays: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,8 @@ from .four_bits import quantised as quantised
 from .four_bits import unquantised as unquantised
 
 if TYPE_CHECKING:
-    from ..cache.kv import KVView, NewTokens
+    from ..cache.kv import KVView
+    from ..cache.new_tokens import NewTokens
     from ..policy import Selection
 
 IMPLEMENTATIONS = ("reference", "cpu", "numba", "triton")
@@ -228,14 +229,16 @@ def window_weights(kv: KVView) -> torch.Tensor:
     return cast(torch.Tensor, weights)
 
 
-def running_mean(
-    mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
-) -> torch.Tensor:
-    """Update a mean `[B, K, D]` with more vectors.
+def running_mean(kv: KVView, name: str, new: NewTokens) -> None:
+    """Update the summary `name`, the mean of all values, with those of the new tokens.
 
-    `counts [B]` of `new [B, K, Q, D]` are real, the rest is zero; `seen [B]` have come in all.
+    For `on_append`. The policy declares it as `(torch.float32, "D")`. Reads and writes it: `2 * D` numbers.
     """
-    return implementation(new.device).running_mean(mean, new, counts, seen)
+    mean = kv._mean(name)
+    if (arriving := kv._gathers(new)) is not None:
+        arriving.means.append(name)
+    else:
+        mean.copy_(reference.running_mean(mean, new.values, new.counts, kv.seen))
 
 
 # -------------------------------------------------------------------- vectors that stand for keys

@@ -10,6 +10,7 @@ time of `masked_fill`. Attention over all slots is the exception: there dead slo
 masking them would copy every value. The cache fills its storage with zeros at a reset.
 """
 
+import functools
 import math
 import threading
 
@@ -28,7 +29,6 @@ from .reference import (
     page_scores,
     prefill,
     readable,
-    running_mean,
     slot_weights,
     slots_of_pages,
     tempered,
@@ -42,13 +42,13 @@ from .reference import (
 
 __all__ = [
     "append",
+    "append_token",
     "attend",
     "channel_scores",
     "code_scores",
     "compact",
     "page_scores",
     "prefill",
-    "running_mean",
     "slot_weights",
     "slots_of_pages",
     "top_by_channels",
@@ -179,6 +179,9 @@ def append(
     integers = _INTEGERS[storage.element_size()]
     bits = storage.view(integers)
     bits.scatter_(2, inside, torch.where(written, new.view(integers), bits.gather(2, inside)))
+
+
+append_token = functools.partial(reference.append_token, write=append)
 
 
 def widen_bounds(

@@ -18,6 +18,7 @@ Whatever a policy answers, nothing outside its row and head is read or written:
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,13 @@ from .four_bits import unquantised
 
 __all__ = [
     "append",
+    "append_token",
     "attend",
     "channel_scores",
     "code_scores",
     "compact",
     "page_scores",
     "prefill",
-    "running_mean",
     "slot_weights",
     "slots_of_pages",
     "top_by_channels",
@@ -375,6 +376,50 @@ def append(
         rows, heads, tokens = written.nonzero(as_tuple=True)
         within_row = _split(storage, slots[rows, heads, tokens])
         storage[rows, heads, *within_row] = new[rows, heads, tokens]
+
+
+def append_token(
+    stores: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    seen: torch.Tensor,
+    *,
+    means: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    active: torch.Tensor | None = None,
+    limits: int | torch.Tensor | None = None,
+    lowest: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    write: Callable[..., None] = append,
+) -> torch.Tensor:
+    """All that happens to one new token a row: stores, position, means, `lengths [B, K]` and `seen [B, K]`.
+
+    It is written to the first free slot, or, where a head holds its limit (`limits`: of all, or `[K]`), over
+    the slot `lowest [B, K]`. Each of the stores gets its `new [B, K, 1, ...]` there, zero where that is None,
+    and `positions [B, K, C]` the number of the token. `means` are pairs of a mean `[B, K, D]` float32 of all
+    that has come and the new `[B, K, 1, D]`. Rows that are not `active [B]` stay as they are. Stores may be
+    as `append` takes them. Returns the slots `[B, K, 1]`.
+    """
+    counts = torch.ones_like(seen) if active is None else active[:, None].expand(seen.shape).long()
+    slots = lengths.clone()
+    if lowest is not None:
+        assert limits is not None
+        slots = torch.where(lengths < limits, lengths, lowest)
+    slots = slots[..., None]
+    for storage, new in (*stores, (positions, seen[..., None])):
+        write(storage, or_zero(new, storage, slots), slots, active, starts=starts)
+    lengths += counts * (slots[..., 0] == lengths)
+    seen += counts
+    for mean, vector in means:
+        real = vector if active is None else vector.masked_fill(~active[:, None, None, None], 0)
+        mean.copy_(running_mean(mean, real, counts[:, 0], seen[:, 0]))
+    return slots
+
+
+def or_zero(new: torch.Tensor | None, storage: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The numbers for `slots [B, K, Q]` of a storage: `new`, in its type; zero where that is None."""
+    if new is None:
+        return storage.new_zeros(()).expand(*slots.shape, *storage.shape[3:])
+    return new.to(storage.dtype)
 
 
 def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:

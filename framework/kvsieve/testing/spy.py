@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
-from ..cache.kv import KVView, NewTokens
+from ..cache.kv import KVView
 from ..cache.layouts import KEY_STORES, by_token
+from ..cache.new_tokens import NewTokens
 from ..policy import Far, Policy, Selection
 from ..wrapper import Wrapper
 

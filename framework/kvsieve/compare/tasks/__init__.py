@@ -12,7 +12,6 @@ from .passkey import Passkey
 from .perplexity import Perplexity
 from .repetition import Repetition
 from .retrieval import Retrieval
-from .sparq_needle import SparqNeedle
 
 __all__ = [
     "Answer",
@@ -26,14 +25,13 @@ __all__ = [
     "Retrieval",
     "Sample",
     "Shakespeare",
-    "SparqNeedle",
     "Squad",
     "Task",
     "TriviaQA",
     "WikiText",
 ]
 
-_PAPER = (Squad, TriviaQA, CnnDailyMail, WikiText, Shakespeare, SparqNeedle)
+_PAPER = (Squad, TriviaQA, CnnDailyMail, WikiText, Shakespeare)
 
 
 @hookimpl

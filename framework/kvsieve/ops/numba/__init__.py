@@ -6,14 +6,16 @@ and no more arithmetic. Runs on as many threads as torch does.
 
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 
-from .. import cpu
+from .. import cpu, reference
 from ..cpu import (
+    append,
     channel_scores,
     code_scores,
     compact,
@@ -31,13 +33,13 @@ from .numbers import LOWEST
 
 __all__ = [
     "append",
+    "append_token",
     "attend",
     "channel_scores",
     "code_scores",
     "compact",
     "page_scores",
     "prefill",
-    "running_mean",
     "slot_weights",
     "slots_of_pages",
     "top_by_channels",
@@ -191,34 +193,38 @@ def top_by_channels(
     return slots, lengths.clamp(max=k), missed
 
 
-def append(
-    storage: torch.Tensor,
-    new: torch.Tensor,
-    slots: torch.Tensor,
+def append_token(
+    stores: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    seen: torch.Tensor,
+    *,
+    means: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     active: torch.Tensor | None = None,
+    limits: int | torch.Tensor | None = None,
+    lowest: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
-) -> None:
-    """`reference.append`; one token a row is a loop, unless storage is packed."""
-    if slots.shape[2] > 1 or starts is not None:
-        return cpu.append(storage, new, slots, active, starts)
-    pairs = slots.shape[0] * slots.shape[1]
-    if new.dim() == 3:  # a number per slot
-        storage, new = storage[..., None], new[..., None]
-    capacity = storage.shape[2] * (storage.shape[3] if storage.dim() == 5 else 1)
-    written = np.empty(0, np.bool_) if active is None else active.numpy()
-    loops.append_token(*_memory(storage), capacity, _bits(new).reshape(pairs, -1), _pairs(slots), written)
-
-
-def running_mean(
-    mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """`reference.running_mean`; of one token a row it is a loop."""
-    if new.shape[2] > 1:
-        return cpu.running_mean(mean, new, counts, seen)
-    out, (rows, heads, size) = torch.empty_like(mean), mean.shape
-    added = _bits(new).reshape(rows * heads, size)
-    loops.running_mean(_pairs(mean, size), added, counts.numpy(), seen.numpy(), _pairs(out, size))
-    return out
+    """`reference.append_token`."""
+    rows, heads = lengths.shape
+    pairs, token = rows * heads, seen[..., None].clone()
+    slots = torch.empty(rows, heads, 1, dtype=torch.int64)
+    at, rows_on = np.empty(pairs, np.int64), np.empty(0, np.bool_) if active is None else active.numpy()
+    full = np.empty(0, np.int64), np.empty(0, np.int64)
+    if lowest is not None and limits is not None:
+        most = limits if isinstance(limits, torch.Tensor) else lengths.new_full((heads,), limits)
+        full = np.tile(most.numpy(), rows), _pairs(lowest)
+    loops.place_token(_pairs(lengths), _pairs(seen), *full, rows_on, _pairs(slots), at)
+    packed = None if starts is None else starts.diff().numpy()
+    for storage, new in (*stores, (positions, token)):
+        rooms = np.full(pairs, reference.capacity(storage)) if packed is None else packed
+        bits = _bits(reference.or_zero(new, storage, slots)).reshape(pairs, -1)
+        numbers = storage[..., None] if storage.dim() == 3 else storage
+        loops.put_token(*_memory(numbers, starts), rooms, bits, at)
+    for mean, vector in means:
+        size = mean.shape[2]
+        loops.update_mean(_pairs(mean, size), _bits(vector).reshape(pairs, size), at, _pairs(seen))
+    return slots
 
 
 def _pairs(numbers: torch.Tensor, *shape: int) -> np.ndarray:

@@ -455,18 +455,30 @@ def _collect_mass(weights: Any, scales: Any, slots: Any, p: Any, count: Any, len
 
 
 @_compiled_alone
-def append_token(
-    stored: Any, starts: Any, place: Any, capacity: Any, new: Any, slots: Any, active: Any
+def place_token(
+    lengths: Any, seen: Any, limits: Any, lowest: Any, active: Any, slots: Any, written: Any
 ) -> None:
-    """Write `new [P, D]` at `slots [P]` of a store, as the bits that they are.
+    """Count one more token in `lengths [P]` and `seen [P]`, and say in which of the `slots [P]` it stands.
 
-    Nothing is written outside [0, capacity), nor in rows that are not `active [B]`, where B is not 0.
+    A pair that holds its `limits [P]` has it in its `lowest [P]`, where P is not 0. `written [P]` is the
+    same, and -1 in rows that are not `active [B]`, where B is not 0: those stay as they are.
     """
-    block, step, channel, n = place[0], place[1], place[2], place[3]
     pairs, rows = slots.shape[0], active.shape[0]
     for p in range(pairs):
+        slots[p] = lowest[p] if lowest.shape[0] and lengths[p] >= limits[p] else lengths[p]
+        written[p] = -1 if rows and not active[p // (pairs // rows)] else slots[p]
+        if written[p] >= 0:
+            seen[p] += 1
+            lengths[p] += slots[p] == lengths[p]
+
+
+@_compiled_alone
+def put_token(stored: Any, starts: Any, place: Any, rooms: Any, new: Any, slots: Any) -> None:
+    """Write `new [P, D]` at `slots [P]` of a store, as the bits that they are; not outside [0, rooms [P])."""
+    block, step, channel, n = place[0], place[1], place[2], place[3]
+    for p in range(slots.shape[0]):
         slot = slots[p]
-        if slot < 0 or slot >= capacity or (rows and not active[p // (pairs // rows)]):
+        if slot < 0 or slot >= rooms[p]:
             continue
         begin = starts[p] + slot // n * block + slot % n * step
         for d in range(new.shape[1]):
@@ -474,13 +486,12 @@ def append_token(
 
 
 @_compiled_alone
-def running_mean(mean: Any, new: Any, counts: Any, seen: Any, out: Any) -> None:
-    """The mean `[P, D]` with one more vector `new [P, D]` in rows whose `counts [B]` is 1, of `seen [B]`."""
-    pairs = mean.shape[0] // counts.shape[0]
+def update_mean(mean: Any, new: Any, slots: Any, seen: Any) -> None:
+    """Bring a mean `[P, D]` of `seen [P]` up to date with the last, `new [P, D]`; not at slots below 0."""
     for p in range(mean.shape[0]):
-        count, total = np.float32(counts[p // pairs]), np.float32(max(seen[p // pairs], 1))
-        for d in range(mean.shape[1]):
-            out[p, d] = mean[p, d] + (widen(new[p, d]) - count * mean[p, d]) / total
+        if slots[p] >= 0:
+            for d in range(mean.shape[1]):
+                mean[p, d] += (widen(new[p, d]) - mean[p, d]) / np.float32(seen[p])
 
 
 # Loops over jobs, side by side: pairs and their pieces, or pairs.

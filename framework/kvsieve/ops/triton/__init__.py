@@ -9,20 +9,21 @@ from .pages import page_scores, slots_of_pages, widen_bounds
 from .prefill import prefill
 from .scores import channel_scores, top_channels
 from .select import top_by_channels, top_slots
-from .store import append, compact, running_mean
+from .store import append, compact
+from .token import append_token
 from .top_p import top_p
 from .weights import slot_weights
 from .window import window_weights
 
 __all__ = [
     "append",
+    "append_token",
     "attend",
     "channel_scores",
     "code_scores",
     "compact",
     "page_scores",
     "prefill",
-    "running_mean",
     "slot_weights",
     "slots_of_pages",
     "top_by_channels",

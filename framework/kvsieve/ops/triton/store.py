@@ -1,10 +1,10 @@
-"""Writing to storage of any layout: new tokens, kept ones, and the running mean of what came."""
+"""Writing to storage of any layout: the tokens of a prompt, and kept ones."""
 
 import torch
 import triton
 import triton.language as tl
 
-from .storage import first_slot, head_start, in_block, slot_start, slot_strides, strides
+from .storage import first_slot, head_start, in_block, slot_start, slot_strides
 
 _TILE = 4096  # numbers that a program moves
 
@@ -58,28 +58,6 @@ def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> No
         COLUMNS=columns,
         BLOCK=block,
     )
-
-
-def running_mean(
-    mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
-) -> torch.Tensor:
-    """`reference.running_mean`. One kernel for one new token; the sum over a prompt is torch's."""
-    rows, heads, count, size = new.shape
-    total = new[:, :, 0] if count == 1 else new.sum(2, dtype=torch.float32)
-    result = torch.empty_like(mean, memory_format=torch.contiguous_format)
-    _running_mean[(rows * heads,)](
-        mean=mean.contiguous(),
-        total=total,
-        **strides("total", total, "row head channel"),
-        counts=counts.contiguous(),
-        seen=seen.contiguous(),
-        result=result,
-        heads=heads,
-        D=size,
-        BLOCK_D=triton.next_power_of_2(size),
-        num_warps=1,
-    )
-    return result
 
 
 @triton.jit(do_not_specialize=["count", "capacity"])
@@ -163,27 +141,3 @@ def _compact(
     )
     target = slot_start(to, out_block, out_slot, OUT_BLOCK)[:, None] + d[None, :] * out_channel
     tl.store(out + target, tl.load(storage + source, mask=read, other=0), mask=written)
-
-
-@triton.jit
-def _running_mean(
-    mean,  # [B, K, D]
-    total,  # [B, K, D], the sum of the new vectors
-    total_row,
-    total_head,
-    total_channel,
-    counts,  # [B]
-    seen,  # [B]
-    result,
-    heads,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    pair, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
-    b = pair // heads
-    before = tl.load(mean + pair * D + d, mask=d < D, other=0.0)
-    total += head_start(pair, heads, total_row, total_head)
-    new = tl.load(total + d * total_channel, mask=d < D, other=0.0)
-    count = tl.load(counts + b).to(tl.float32)
-    many = tl.maximum(tl.load(seen + b), 1).to(tl.float32)
-    tl.store(result + pair * D + d, before + (new.to(tl.float32) - count * before) / many, mask=d < D)
