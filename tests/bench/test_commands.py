@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from kvsieve import plugins
@@ -114,9 +115,17 @@ def test_the_record_names_machine_and_command(attention_run):
     assert record["settings"]["dtype"] == "float32"
 
 
-def test_the_command_of_a_record_names_no_folder_of_this_machine():
+def test_the_command_of_a_record_names_no_folder_of_this_machine(tmp_path):
     given = ["bench", "decode", "--out", "a/folder/of/mine", "--policy", "sparq: {r: 4}", "--out=x"]
     assert record.command(given) == "kvsieve bench decode --policy 'sparq: {r: 4}'"
+    (tmp_path / "mine").mkdir()
+    for own in (["--model", str(tmp_path / "mine")], [f"--model={tmp_path}/mine"]):
+        assert str(tmp_path) not in record.command(own)
+        assert record.command(own).endswith("mine")
+    assert record.command(["--model", "a/b"]) == "kvsieve --model a/b"
+    before = record.name_of_model(str(tmp_path / "mine"))
+    (tmp_path / "mine" / "model.safetensors").write_text("other weights")
+    assert record.name_of_model(str(tmp_path / "mine")) != before
 
 
 def test_the_plot_shows_measured_and_theoretical(attention_run):
@@ -187,6 +196,85 @@ def test_what_does_not_fit_is_left_out_of_the_default_sizes(monkeypatch, tmp_pat
     assert result.exit_code == 2
     assert result.output.count("left out: the cell B=1") == 4
     assert "no cell fits in memory" in result.output
+
+
+@pytest.fixture(scope="module")
+def own_model(tmp_path_factory):
+    """A folder with a model of the user's: 2 layers, 128 positions, no tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "my-model"
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+OWN = ["bench", "decode", "--seconds", "0", "--steps", "1", "--no-plot", "--context", "64", "--model"]
+
+
+def test_decode_measures_the_users_own_model_and_every_method(monkeypatch, own_model, tmp_path):
+    def every(head_size, calibration, layers):
+        loki = f"loki: {{calibration: '{calibration}', compression: 1/2}}"
+        return [
+            "dense",
+            loki,
+            "quest: {compression: 1/64}",
+            "kvzip: {compression: 1/2}",
+            "citrus",
+            "sparq: {r: 4, k: 8, local: 2}",
+        ]
+
+    build = decode_speed.OurSteps
+
+    def steps(model, policy, *given, **how):
+        if policy.name == "sparq":
+            raise torch.OutOfMemoryError("no room\nfor it")
+        return build(model, policy, *given, **how)
+
+    monkeypatch.setattr(decode_speed, "every_policy", every)
+    monkeypatch.setattr(decode_speed, "OurSteps", steps)
+    record, output, path = run([*OWN, str(own_model), "--policy", "all", "--layout", "double"], tmp_path)
+    (cell,) = record["cells"]
+    assert {row["policy"].split()[0] for row in cell["rows"]} == {"dense", "loki", "citrus"}
+    for row in cell["rows"]:
+        assert row["prefill_seconds"] > 0
+        assert row["bytes_peak"] is None or row["bytes_peak"] >= 0
+    assert cell["transformers"]["median"] > 0
+    assert cell["not_run"].keys() == {"sparq r=4 k=8 local=2 [double]", "kvzip compression=1/2 [single]"}
+    assert "sparq r=4 k=8 local=2 [double] was not measured: OutOfMemoryError: no room" in output
+    assert "left out at T=64: compression 1/64 at context 64: quest reads" in output
+    assert record["settings"]["model"].startswith("my-model ")
+    assert str(own_model.parent) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context", "128"], "--context with its steps needs 133 positions, and"),
+        (["--shape", "tiny"], "leave out --shape and --layers"),
+        (["--policy", "sparq: {r: 9}"], "only 8 channels"),
+    ],
+)
+def test_what_the_users_own_model_cannot_do_is_refused_before_it_is_loaded(
+    monkeypatch, own_model, tmp_path, arguments, message
+):
+    monkeypatch.setattr(decode_speed.Models, "loaded", None)
+    command = [*OWN[:-3], "--model", str(own_model), *arguments, "--out", str(tmp_path)]
+    command += [] if "--context" in arguments else ["--context", "64"]
+    result = CliRunner().invoke(app, command)
+    assert (result.exit_code, list(tmp_path.glob("*.json"))) == (2, [])
+    assert message in " ".join(result.output.split())
+
+
+def test_a_cache_that_only_a_prompt_fills_is_refused_without_one(own_model, tmp_path):
+    config = json.loads((own_model / "config.json").read_text())
+    windows = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config | windows))
+    (tmp_path / "model.safetensors").write_bytes((own_model / "model.safetensors").read_bytes())
+    result = CliRunner().invoke(app, [*OWN, str(tmp_path), "--no-prefill", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "layers with a cache of their own, which only --prefill fills" in " ".join(result.output.split())
 
 
 def test_caches_that_do_not_fit_together_are_timed_apart(monkeypatch, tmp_path):
@@ -312,11 +400,11 @@ def test_a_killed_run_goes_on_in_its_file_and_measures_nothing_twice(monkeypatch
 def test_a_killed_decode_keeps_its_complete_cells(monkeypatch, tmp_path):
     measured, measure = [], decode_speed._measure
 
-    def cell(plan, sizes, models):
+    def cell(plan, sizes, models, say):
         measured.append(sizes.context)
         if len(measured) == 2:
             raise KeyboardInterrupt
-        return measure(plan, sizes, models)
+        return measure(plan, sizes, models, say)
 
     monkeypatch.setattr(decode_speed, "_measure", cell)
     command = [*DECODE[:6], "--context", "16,32", *DECODE[8:], "--policy", "dense", "--no-plot"]

@@ -15,7 +15,7 @@ from .. import specs
 from ..compare.environment import Load
 from ..errors import UserError
 from . import baselines, memory
-from .contenders import Contender, contenders, every_policy, random_calibration
+from .contenders import Contender, asked_for, contenders, every_policy, random_calibration
 from .layer_step import ROOM, PolicyStep, Tokens
 from .record import Cell, Known
 from .shapes import Heads
@@ -43,7 +43,7 @@ class AttentionPlan:
     heads: Sequence[Heads]
     batches: Sequence[int]
     contexts: Sequence[int]
-    policies: Sequence[str]  # as on the command line; none: all that fit
+    policies: Sequence[str]  # as on the command line
     layouts: Sequence[str]
     dense: Sequence[str]  # families of dense attention; none: all that run here
     seconds: float  # of timing, for each row
@@ -111,15 +111,12 @@ def _contenders(
 ) -> list[Contender]:
     size = cell.heads.size
     given = plan.layouts, size, cell.context, plan.dtype.itemsize, plan.device
-    found = contenders(plan.policies, *given)
-    if plan.policies:
-        return found
-    for policy in every_policy(size, random_calibration(folder, cell.heads)):
-        try:
-            found += contenders([policy], *given)
-        except UserError as error:
-            say(f"left out at T={cell.context}: {error}")
-    return found
+    return asked_for(
+        plan.policies,
+        lambda: every_policy(size, random_calibration(folder, cell.heads)),
+        lambda policy: contenders([policy], *given),
+        lambda why: say(f"left out at T={cell.context}: {why}"),
+    )
 
 
 def _need(plan: AttentionPlan, cell: Sizes, field: Sequence[Contender], families: Sequence[str]) -> int:

@@ -28,7 +28,7 @@ Policies = Annotated[
     typer.Option(
         "--policy",
         help="a name, or with parameters, as in a config: 'sparq: {r: 32, k: 128}'; repeatable. "
-        "Default of attention: all registered that fit, at 1/8",
+        "all: every registered one that fits, at 1/8; the default of attention",
     ),
 ]
 Layout = Annotated[str, typer.Option(help="of the keys, for policies that can choose")]
@@ -79,8 +79,8 @@ def attention(
         heads=[read_heads(text) for text in heads or ["32x8x128"]],
         batches=_sizes("--batch", batch, place, cpu="1", gpu="1,16"),
         contexts=_sizes("--context", context, place, cpu="1k,2k,4k,8k", gpu="4k,8k,16k,32k,64k,128k"),
-        policies=policy or [],
-        layouts=_names(layout),
+        policies=policy or ["all"],
+        layouts=_layouts(layout),
         dense=_names(dense),
         seconds=seconds,
         graphs=not eager,
@@ -92,8 +92,13 @@ def attention(
 
 @app.command()
 def decode(
-    shape: Annotated[str | None, typer.Option(help="llama-3-8b, llama-2-7b, qwen3-8b or tiny")] = None,
-    layers: Annotated[int | None, typer.Option(help="cut the model to so many layers")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="your own: a folder, a Hugging Face id, or reference; else --shape")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="with random weights: llama-3-8b, llama-2-7b, qwen3-8b or tiny")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="cut the shape to so many layers")] = None,
     batch: Batch = None,
     context: Context = None,
     policy: Policies = None,
@@ -101,6 +106,10 @@ def decode(
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
+    prefill: Annotated[
+        bool | None,
+        typer.Option(help="read and time the prompts, else cache random tokens; default: read with --model"),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="decode steps in one timing")] = 8,
     seconds: Seconds = 10.0,
     eager: Eager = False,
@@ -108,19 +117,23 @@ def decode(
     out: Out = RESULTS,
     plot: Plot = True,
 ) -> None:
-    """Tokens a second of a model with random weights, against dense and transformers' own generate."""
+    """Tokens a second of a whole model, against dense and transformers' own generate."""
+    if model is not None and (shape is not None or layers is not None):
+        raise UserError("--model is measured as it is: leave out --shape and --layers")
     place = _place(device, dtype, threads, ops)
     from . import decode_speed as bench
 
     plan = bench.DecodePlan(
         device=place.device,
         dtype=place.dtype,
+        model=model,
         shape=shape or ("llama-3-8b" if place.on_gpu else "tiny"),
         layers=layers,
         batches=_sizes("--batch", batch, place, cpu="1", gpu="1,8"),
         contexts=_sizes("--context", context, place, cpu="1k,4k,8k", gpu="8k,32k,64k,128k"),
         policies=policy or [],
-        layouts=_names(layout),
+        layouts=_layouts(layout),
+        read=model is not None if prefill is None else prefill,
         steps=steps,
         seconds=seconds,
         graphs=not eager,
@@ -173,6 +186,13 @@ def _sizes(option: str, given: str | None, place: _Place, *, cpu: str, gpu: str)
     return read_sizes(option, given or (gpu if place.on_gpu else cpu))
 
 
+def _layouts(given: str) -> list[str]:
+    from .contenders import check_layouts
+
+    check_layouts(names := _names(given))
+    return names
+
+
 def _names(given: str | None) -> list[str]:
     return [name.strip() for name in (given or "").split(",") if name.strip()]
 
@@ -220,7 +240,11 @@ def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
 
 
 def _settings(plan: Any) -> dict[str, Any]:
+    from .record import name_of_model
+
     values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    if values.get("model"):
+        values["model"] = name_of_model(values["model"])
     return {name: _plain(value) for name, value in values.items()}
 
 

@@ -1,6 +1,9 @@
-"""Memory that a measurement needs, computed before anything is allocated, and memory that is free."""
+"""Memory that a measurement needs, computed before anything is allocated; that is free; that it took."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -36,6 +39,39 @@ def cache_bytes(
     storage = Slots(policy.key_layout.on(device), policy.columns, {})
     storage.allocate(one, one, slots, heads.group)
     return (storage.memory() + slots * torch.int64.itemsize) * batch * heads.kv
+
+
+class Peak:
+    """The most memory in use from here on, over what is in use now: allocated on a GPU, resident on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._before = self._read("VmRSS", torch.cuda.memory_allocated)
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave out what was in use until now."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the resident peak, Linux
+            except OSError:
+                self._before = None
+
+    def bytes(self) -> int | None:
+        """None where the system does not say."""
+        most = self._read("VmHWM", torch.cuda.max_memory_allocated)
+        return None if self._before is None or most is None else max(0, most - self._before)
+
+    def _read(self, resident: str, allocated: Callable[[torch.device], int]) -> int | None:
+        if self.device.type == "cuda":
+            return allocated(self.device)
+        try:
+            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{resident}:")), None)
 
 
 def check(need: int, device: torch.device, what: str) -> None:

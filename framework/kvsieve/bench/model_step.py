@@ -1,11 +1,11 @@
-"""A whole model in the middle of decoding: random weights, random tokens cached, ways to take a step."""
+"""A whole model in the middle of decoding: its weights, what it has cached, ways to take a step."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from transformers import (
@@ -22,24 +22,42 @@ from ..cache.layer import LayerCache
 from ..hf import interface, models
 from ..policy import Policy
 from ..sampling import Sampler
+from . import memory
 from .layer_step import Checkpoint, fill
 from .shapes import heads_of
 from .timing import Measure, now, wall_clock
 
 _WARM_UP = 4  # steps, after which a graph is captured
+_WARM_UP_PROMPT = 256  # tokens
 
 
 class Models:
-    """One set of random weights behind two models: transformers' own, and ours."""
+    """One set of weights behind two models: transformers' own, and ours."""
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, stock: PreTrainedModel) -> None:
+        self.stock = stock.eval()
+        if stock.generation_config is not None:
+            stock.generation_config.eos_token_id = None
+        shared = [*stock.parameters(), *stock.buffers()]
+        self.ours = models.prepare(copy.deepcopy(stock, {id(tensor): tensor for tensor in shared}))
+
+    @classmethod
+    def random(cls, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Self:
+        """A model of this configuration with random weights."""
         torch.manual_seed(0)
         with device:
-            stock = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        self.stock = stock.eval()
-        self.stock.generation_config.eos_token_id = None
-        shared = [*self.stock.parameters(), *self.stock.buffers()]
-        self.ours = models.prepare(copy.deepcopy(self.stock, {id(tensor): tensor for tensor in shared}))
+            return cls(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
+
+    @classmethod
+    def loaded(cls, id_or_path: str, dtype: torch.dtype, device: torch.device) -> Self:
+        """The user's own model. Raises the UserErrors of `kvsieve.load`."""
+        stock: Any = models.load(id_or_path, dtype=dtype, device=device)
+        tokenizer = vars(stock).pop("tokenizer")
+        del stock.generate  # kvsieve's; the class has transformers' own
+        stock.set_attn_implementation("sdpa" if stock._supports_sdpa else "eager")
+        found = cls(stock)
+        found.ours.tokenizer = tokenizer
+        return found
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads: all but the embedding table, unless it is tied."""
@@ -49,35 +67,57 @@ class Models:
         return total if tied else total - table.numel() * table.element_size()
 
 
-class _Runner(loop.Runner):
-    """The loop's own, with a prefill that computes nothing: it leaves random tokens in the cache."""
+class _Filled(loop.Runner):
+    """The loop's own runner, with a prefill that computes nothing: it leaves random tokens in the cache."""
 
     @torch.no_grad()
     def prefill(self) -> torch.Tensor:
         batch, tokens = len(self.rows), len(self.rows[0])
         for layer in self.cache.policy_layers:
             fill(layer, *_random_pair(self.model, batch, tokens))
-        return torch.zeros(batch, self.model.config.vocab_size, device=self.model.device)
+        return torch.zeros(batch, _vocabulary(self.model), device=self.model.device)
 
 
 class OurSteps:
-    """Greedy steps of `kvsieve.decode` at `context` tokens under a policy: the loop itself, rewound."""
+    """Greedy steps of `kvsieve.decode` at `context` tokens under a policy: the loop itself, rewound.
+
+    `read`: the prompts, of random token ids, are read by the model, as the policy plans it.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, policy: Policy, batch: int, context: int, steps: int, eager: bool
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        batch: int,
+        context: int,
+        steps: int,
+        eager: bool,
+        read: bool = False,
     ) -> None:
         self.device, self.steps = model.device, steps
-        rows = [[0] * (context - 1)] * batch
-        self.runner = _Runner(model, rows, policy, max(steps, _WARM_UP) + 1)
+        rows = _random_rows(model, batch, context - 1)
+        if read:  # what is compiled at first use is neither timed nor charged
+            short = [row[:_WARM_UP_PROMPT] for row in rows]
+            list(loop.decode(model, short, policy, max_new_tokens=3, eos_token_id=(), eager=True))
+        peak = memory.Peak(self.device)
+        self.runner = (loop.Runner if read else _Filled)(model, rows, policy, steps_after(steps))
         sampler = Sampler(None, None, None, 0, None, rows, self.device)
         self.decoding = loop.Decoding(self.runner, sampler, eager)
         self.note = self.decoding.eager_because or "captured"
         self.tokens = self.decoding.tokens(2**62)
+        start = now(self.device)
         next(self.tokens)  # the prefill's
-        self.checkpoints = [Checkpoint(layer) for layer in self.runner.cache.policy_layers]
+        self.prefill_seconds = now(self.device) - start if read else None
+        if not read:
+            peak.forget()  # of filling the cache
+        cache = self.runner.cache
+        self.checkpoints = [Checkpoint(layer) for layer in cache.policy_layers]
+        # Layers that transformers keeps put new tensors in place of theirs.
+        self.others = [(each, dict(vars(each))) for each in cache.layers if not isinstance(each, LayerCache)]
         self.positions = self.decoding.state.positions.clone()
         for _ in range(_WARM_UP):
             next(self.tokens)
+        self.peak_bytes = peak.bytes()
 
     def measure(self) -> Measure:
         """Seconds a step."""
@@ -91,6 +131,8 @@ class OurSteps:
     def prepare(self) -> None:
         for checkpoint in self.checkpoints:
             checkpoint.restore()
+        for layer, before in self.others:
+            vars(layer).update(before)
         self.decoding.state.positions.copy_(self.positions)
 
     def busy_seconds(self) -> float | None:
@@ -137,8 +179,9 @@ def _query_copied(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """Stands for the attention function: `query [B, H, Q, D]` -> `[B, Q, H, D]`; nothing is cached."""
-    layer: LayerCache = key.kvsieve_layer  # type: ignore[attr-defined]
-    layer.discard_incoming()
+    layer = getattr(key, "kvsieve_layer", None)
+    if isinstance(layer, LayerCache):
+        layer.discard_incoming()
     return query.transpose(1, 2).contiguous(), None
 
 
@@ -192,6 +235,20 @@ class _Stamps(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         self.times.append(now(self.device))
         return cast(torch.BoolTensor, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device))
+
+
+def steps_after(steps: int) -> int:
+    """Tokens that follow the context, at most."""
+    return max(steps, _WARM_UP) + 1
+
+
+def _random_rows(model: PreTrainedModel, batch: int, tokens: int) -> list[list[int]]:
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(_vocabulary(model), (batch, tokens), generator=random).tolist()
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 def _random_pair(model: PreTrainedModel, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

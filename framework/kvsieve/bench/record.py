@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from .. import __version__, ops
 from ..compare import files
 from ..compare.environment import cpu_name, git_commit
 from ..errors import UserError
+from ..user_files import user_path
 
 _PACKAGES = ("torch", "transformers", "triton", "numba", "flashinfer-python", "flash-attn")
 _MOST_BYTES = 64 * 1024 * 1024
@@ -151,13 +153,30 @@ def _driver() -> str | None:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """The command that repeats a benchmark: without `--out`, a folder of this machine."""
-    kept, skip = ["kvsieve"], False
+    """The command that repeats a benchmark, without folders of this machine: no `--out`, a model's name."""
+    kept, option = ["kvsieve"], ""
     for argument in arguments:
-        if not skip and argument != "--out" and not argument.startswith("--out="):
-            kept.append(argument)
-        skip = argument == "--out"
+        if option == "--model":
+            kept.append(Path(argument).name if _is_folder(argument) else argument)
+        elif option != "--out" and argument != "--out" and not argument.startswith("--out="):
+            name, equals, value = argument.partition("=")
+            hides = name == "--model" and equals and _is_folder(value)
+            kept.append(f"{name}={Path(value).name}" if hides else argument)
+        option = argument
     return shlex.join(kept)
+
+
+def name_of_model(id_or_path: str) -> str:
+    """An id, or the name of a folder with a digest of its files' names, sizes and times."""
+    if not _is_folder(id_or_path):
+        return id_or_path
+    folder = user_path(id_or_path)
+    known = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
+    return f"{folder.resolve().name} {hashlib.sha256(repr(known).encode()).hexdigest()[:12]}"
+
+
+def _is_folder(text: str) -> bool:
+    return user_path(text).is_dir()
 
 
 def _prepare(folder: Path) -> None:

@@ -99,8 +99,17 @@ def model_config(name: str, layers: int | None, positions: int) -> PreTrainedCon
 
 
 def heads_of(config: PreTrainedConfig) -> Heads:
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Heads(config.num_attention_heads, config.num_key_value_heads, size)
+    text = config.get_text_config(decoder=True)
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return Heads(text.num_attention_heads, kv, size)
+
+
+def check_positions(config: PreTrainedConfig, name: str, needed: int) -> None:
+    """Raise UserError if a model has fewer positions."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and needed > positions:
+        raise UserError(f"--context with its steps needs {needed} positions, and {name} has {positions}")
 
 
 def read_heads(text: str) -> Heads:

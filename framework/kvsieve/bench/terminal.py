@@ -17,26 +17,28 @@ class Column(NamedTuple):
     meaning: str
 
 
-_LIMIT = {
-    "limit": Column(lambda row: f"{row['limit']:.2f}x", "as much faster if only bytes counted"),
-    "reached": Column(lambda row: f"{row['share_of_limit']:.0%}", "faster / limit"),
-}
 _COLUMNS: dict[str, dict[str, Column]] = {
     "attention": {
         "time": Column(lambda row: duration(row["seconds"]["median"]), "of one step, median of the rounds"),
         "GB/s": Column(lambda row: f"{row['bytes_per_second'] / 1e9:.3g}", "bytes read and written in it"),
         "of copy": Column(lambda row: f"{row['share_of_copy_bandwidth']:.0%}", "of a copy's GB/s"),
         "faster": Column(lambda row: f"{row['speedup']:.2f}x", "than the best dense attention"),
-        **_LIMIT,
+        "limit": Column(lambda row: f"{row['limit']:.2f}x", "as much faster if only bytes counted"),
+        "reached": Column(lambda row: f"{row['share_of_limit']:.0%}", "faster / limit"),
     },
     "decode": {
         "tokens/s": Column(lambda row: f"{row['tokens_per_second']:.3g}", "of all rows together"),
         "attention": Column(lambda row: duration(row["attention_seconds"]), "its part of a step"),
         "faster": Column(lambda row: f"{row['speedup']:.2f}x", "than our own dense decoding"),
-        **_LIMIT,
+        "limit": Column(lambda row: f"{row['limit']:.2f}x", "as much faster if only bytes counted"),
         "than HF": Column(
-            lambda row: _optional(row["speedup_over_transformers"]), "faster than transformers' generate"
+            lambda row: _if_known("{:.2f}x".format, row["speedup_over_transformers"]),
+            "faster than transformers' generate",
         ),
+        "prefill": Column(
+            lambda row: _if_known(duration, row["prefill_seconds"]), "reading the prompts, timed once"
+        ),
+        "peak": Column(lambda row: _if_known(size, row["bytes_peak"]), "of memory, beside the weights"),
     },
 }
 
@@ -52,7 +54,8 @@ def table(benchmark: str, cell: dict[str, Any]) -> Table:
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in cell["rows"]:
         values = (column.show(row) for column in columns.values())
-        shown.add_row(Text(row["policy"] + " *" * bool(disturbance([row]))), row["layout"], *values)
+        marked = disturbance([row if "load" in row else cell])
+        shown.add_row(Text(row["policy"] + " *" * bool(marked)), row["layout"], *values)
     legend = "; ".join(f"{heading}: {column.meaning}" for heading, column in columns.items())
     if why := disturbance([cell]):
         legend += f"\n* not to be quoted: {why}"
@@ -85,5 +88,14 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def _optional(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
+def size(count: float) -> str:
+    """Bytes, three digits."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _if_known(shown: Callable[[float], str], value: float | None) -> str:
+    return "-" if value is None else shown(value)

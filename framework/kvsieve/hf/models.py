@@ -58,8 +58,7 @@ def load(
         raise UserError(f"trust_remote_code must be True or False, not {trust_remote_code!r}")
     target = placement.device(device)
     in_type = placement.dtype(dtype, target)
-    folder = REFERENCE_FOLDER if id_or_path == REFERENCE else checkpoints.locate(id_or_path, revision)
-    path = str(id_or_path if folder is None else folder)
+    folder, path = _located(id_or_path, revision)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **hub)
@@ -89,6 +88,27 @@ def load(
     prepare(model)
     model.tokenizer = tokenizer
     return cast(PreTrainedModel, model)
+
+
+def config_of(id_or_path: str | Path) -> PreTrainedConfig:
+    """The configuration of a model that `load` can serve, without its weights.
+
+    Raises:
+        UserError: as `load` before any weight is read.
+    """
+    _, path = _located(id_or_path, None)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise UserError(checkpoints.why_not_loaded(id_or_path, error)) from error
+    check_config(config)
+    return cast(PreTrainedConfig, config)
+
+
+def _located(id_or_path: str | Path, revision: str | None) -> tuple[Path | None, str]:
+    """The folder of a model, None if it is on the hub; and what transformers is to load."""
+    folder = REFERENCE_FOLDER if id_or_path == REFERENCE else checkpoints.locate(id_or_path, revision)
+    return folder, str(id_or_path if folder is None else folder)
 
 
 def prepare(model: Model) -> Model:
