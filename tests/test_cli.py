@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kvsieve import __version__, plugins
 from kvsieve.cli import app
 from kvsieve.compare import report, run
-from kvsieve.compare.execute import local
+from kvsieve.compare.execute.cell import Measurement
 
 
 @pytest.fixture
@@ -78,20 +78,20 @@ def test_without_a_report_the_table_is_still_there(kvsieve, config, monkeypatch)
 
 
 def test_a_failing_cell_gives_status_1(kvsieve, config, monkeypatch):
-    def failing(self, indexes, samples):
+    def failing(*_):
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(local.Measurement, "batch", failing)
+    monkeypatch.setattr(Measurement, "batch", failing)
     result = kvsieve("compare", config)
     assert result.exit_code == 1
     assert "2 cells failed; results/mine/errors.txt has the tracebacks" in result.stderr
 
 
 def test_an_interruption_says_how_to_go_on(kvsieve, config, monkeypatch):
-    def interrupted(self, indexes, samples):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(local.Measurement, "batch", interrupted)
+    monkeypatch.setattr(Measurement, "batch", interrupted)
     result = kvsieve("compare", config)
     assert result.exit_code == 130
     assert "stopped; what was measured is in results/mine, and the same command continues" in result.stderr

@@ -89,6 +89,7 @@ ORDER = [
     "prompts sampling",
     "plans",
     "reading",
+    "recording",
     "loop",
     "scoring",
     "fingerprint calibration diagnostics",

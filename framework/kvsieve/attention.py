@@ -1,4 +1,6 @@
-"""One forward of one layer: a decode step (make room, append, select, attend, observe), or a prompt."""
+"""One forward of one layer: a decode step (make room, append, select, attend, observe), or a prompt; and a
+prompt that another cache has read.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from .cache import layouts
 from .cache.forward import Forward
 from .cache.kv import LastQueries
 from .cache.layer import LayerCache
+from .cache.new_tokens import NewTokens
 from .policy import Observe
 
 
@@ -68,9 +71,7 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
     if order is not None:
         query = query.gather(3, order[:, None, None, :, None].expand(query.shape))
     if owner:
-        policy.on_queries(kv, query, new)
-    if owner and policy.last_queries:
-        kv._last_queries = LastQueries.joined(kv._last_queries, query, counts, policy.last_queries)
+        _take_queries(layer, query, counts, new)
     slots = layer.slots
     output, mass = ops.implementation(query.device).prefill(
         query,
@@ -95,3 +96,44 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
         index = order[:, None, None, :, None].expand(output.shape)
         output = torch.empty_like(output).scatter_(3, index, output)
     return output
+
+
+def fill(
+    layer: LayerCache,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    valid: torch.Tensor | None,
+    queries: LastQueries | None,
+    mass: torch.Tensor | None,
+) -> None:
+    """Read a whole prompt that a dense forward of another cache has read: all but attention.
+
+    `keys`, `values [B, K, Q, D]`; `valid [B, Q]` marks the real tokens, a row's first ones; None: all.
+    `queries` and `mass` are what the policy needs of theirs.
+
+    Raises:
+        ChangedKeys: the policy changes keys as they come, so that attention would have read others.
+    """
+    policy, kv, slots = layer.policy, layer.kv, layer.slots
+    layer.update(keys, values)
+    new = layer.append_prompt(valid)
+    policy.on_append(kv, new)
+    if not torch.equal(layouts.by_token(slots.keys, slots.used), new.keys):
+        raise ChangedKeys(f"policy {policy.name} changes keys of a prompt before they are read")
+    if queries is not None:
+        _take_queries(layer, queries.queries, queries.counts, new)
+    if mass is not None:
+        policy.on_attend(kv, mass)
+    layer.end_prompt()
+
+
+class ChangedKeys(Exception):
+    """A cache that cannot be filled from another one's prompt; it is to be reset."""
+
+
+def _take_queries(layer: LayerCache, query: torch.Tensor, counts: torch.Tensor, new: NewTokens) -> None:
+    """Hand a prompt's queries `[B, K, G, Q, D]`, a row's first `counts [B]` real, to the policy."""
+    policy, kv = layer.policy, layer.kv
+    policy.on_queries(kv, query, new)
+    if policy.last_queries:
+        kv._last_queries = LastQueries.joined(kv._last_queries, query, counts, policy.last_queries)

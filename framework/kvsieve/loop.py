@@ -20,7 +20,7 @@ from .errors import UserError
 from .plans import Segments
 from .policy import Policy
 from .prompts import Prompts, end_tokens, pad_token, token_lists
-from .reading import Reading, check_positions
+from .reading import Reader, Reading, check_positions
 from .sampling import Given, Sampler
 
 
@@ -180,7 +180,9 @@ class Runner:
         prefill_chunk: int | None = None,
         cache: KVCache | None = None,
         segments: Segments | None = None,
+        reader: Reader | None = None,
     ) -> None:
+        """`reader` reads the prompts: a `Recording` of them, or None: the model."""
         before = None if cache is None else cache.tokens_read()
         if before is not None:
             _check_continuation(rows, before, segments)
@@ -188,7 +190,9 @@ class Runner:
         if cache is not None and policy is not None and cache.policy != policy:
             raise UserError(f"the cache was made for the policy {cache.policy}, not for {policy}")
         self.model, self.rows = model, rows
-        self.reading = Reading(model, rows, policy_of(policy, cache), segments, prefill_chunk, before=before)
+        self.reading = Reading(
+            reader or model, rows, policy_of(policy, cache), segments, prefill_chunk, before=before
+        )
         needed = self.reading.room(max_new_tokens)
         self.cache = cache if cache is not None else KVCache(model, policy, capacity=needed)
         self.cache.check_free()

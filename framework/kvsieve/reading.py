@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -76,10 +76,21 @@ def check_positions(
         check_lengths(model, rows, new_tokens, before)
 
 
+class Reader(Protocol):
+    """Reads prompts into a cache: a model; or a recording, which stands in for one."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __call__(self, **inputs: Any) -> Any: ...
+
+
 class Reading:
     """Prompts and the way they are read, decided before anything is computed.
 
     Args:
+        model: or a `Recording` of these rows, made by one.
         rows: token ids, one list a row.
         policy: it is asked for a plan for each row.
         segments: of each row; None: a row is one segment.
@@ -93,7 +104,7 @@ class Reading:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Reader,
         rows: list[list[int]],
         policy: Policy,
         segments: Segments | None = None,
@@ -213,6 +224,8 @@ class Reading:
         return torch.tensor(values, device=self.model.device)
 
 
-def _encoded(model: PreTrainedModel, part: str | tuple[int, ...]) -> list[int]:
+def _encoded(model: Reader, part: str | tuple[int, ...]) -> list[int]:
     """Token ids of text, without those that begin a text, or checked ids."""
-    return token_lists(model, cast(Prompts, [part]), "part of a probe")[0] if part else []
+    return (
+        token_lists(cast(PreTrainedModel, model), cast(Prompts, [part]), "part of a probe")[0] if part else []
+    )

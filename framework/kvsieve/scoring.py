@@ -14,7 +14,7 @@ from .loop import Decoding, Runner, policy_of
 from .plans import Segments
 from .policy import Policy
 from .prompts import Prompts, token_lists
-from .reading import check_positions
+from .reading import Reader, check_positions
 from .sampling import Given
 
 
@@ -60,7 +60,8 @@ class TokenScores(NamedTuple):
 
 
 class Scoring:
-    """Feeds given continuations through the decode path; takes the arguments of `score`.
+    """Feeds given continuations through the decode path; takes the arguments of `score`, and a `reader` of
+    the prompts in place of the model.
 
     Iterate over the steps, the first of which is the prefill, to time them or to show progress; then call
     `result()`.
@@ -80,6 +81,7 @@ class Scoring:
         segments: Segments | None = None,
         cache: KVCache | None = None,
         eager: bool = False,
+        reader: Reader | None = None,
     ) -> None:
         rows, self.continuations = (
             token_lists(model, prompts),
@@ -90,7 +92,7 @@ class Scoring:
         self.steps = max(map(len, self.continuations))
         # The last token is predicted, and takes no position.
         check_positions(model, rows, self.steps - 1, policy_of(policy, cache))
-        runner = Runner(model, rows, policy, self.steps, prefill_chunk, cache, segments)
+        runner = Runner(model, rows, policy, self.steps, prefill_chunk, cache, segments, reader)
         self.decoding = Decoding(runner, Given(self.continuations, model.device), eager)
         self._steps = self._run()
 

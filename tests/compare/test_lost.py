@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from kvsieve import UserError
 from kvsieve.cli import app
 from kvsieve.compare import samples
-from kvsieve.compare.execute import local
+from kvsieve.compare.execute.cell import Measurement
 from kvsieve.compare.samples import Store
 
 CONFIG = """\
@@ -52,20 +52,20 @@ def meddle(monkeypatch):
     """Calls a function before the batch `number` of a run, or after the last one."""
 
     def meddle(number, action):
-        measured = local.Measurement.batch
+        measured = Measurement.batch
         count = 0
 
-        def batch(self, indexes, given):
+        def batch(*given):
             nonlocal count
             count += 1
             if count == number:
                 action()
-            found = measured(self, indexes, given)
+            found = measured(*given)
             if number == "last" and count == 8:
                 action()
             return found
 
-        monkeypatch.setattr(local.Measurement, "batch", batch)
+        monkeypatch.setattr(Measurement, "batch", batch)
 
     return meddle
 

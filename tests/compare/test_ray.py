@@ -18,7 +18,7 @@ from kvsieve.compare.execute import ray as on_ray
 
 PLUGIN = '''
 """Policies that fail."""
-import dataclasses, os, signal
+import contextlib, dataclasses, os, signal
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,11 +27,10 @@ import kvsieve
 
 @dataclasses.dataclass(frozen=True)
 class Deadly(kvsieve.Policy):
-    """Dense; counts prompts in a file; while one numbered first to last is decoded, its process is killed."""
+    """Dense; counts prompts in a file; behind the first, so many processes that decode are killed."""
 
     notes: str
-    first: int
-    last: int
+    kills: int
     name: ClassVar[str] = "deadly"
 
     def for_layer(self, layer, layers):
@@ -42,8 +41,11 @@ class Deadly(kvsieve.Policy):
             file.write("prompt\\n")
 
     def select(self, query, kv):
-        if self.first <= len(Path(self.notes).read_text().split()) <= self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(Path(self.notes).read_text().split()) > 1:
+            for number in range(self.kills):
+                with contextlib.suppress(FileExistsError):
+                    os.close(os.open(f"{self.notes}.{number}", os.O_CREAT | os.O_EXCL))
+                    os.kill(os.getpid(), signal.SIGKILL)
         return None
 
 
@@ -122,7 +124,7 @@ def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(
         model: ./model
         device: cpu
         tasks: [needle: {{context: 120, samples: 3}}]
-        policies: [dense, broken, deadly: {{notes: "{notes}", first: 2, last: 2}}]
+        policies: [dense, broken, deadly: {{notes: "{notes}", kills: 1}}]
         """
     began = compare(text.replace("samples: 3", "samples: 1"), "ray")  # here: the cluster goes on from there
     kept = samples.read(began.folder / "samples.jsonl")
@@ -151,10 +153,10 @@ def test_a_cell_whose_worker_always_dies_is_given_up(cluster, compare, tmp_path)
         f"""\
         device: cpu
         tasks: [needle: {{context: 120, samples: 3}}]
-        policies: [deadly: {{notes: "{tmp_path}/notes", first: 2, last: 99}}, dense]
+        policies: [deadly: {{notes: "{tmp_path}/notes", kills: 99}}, dense]
         """,
         "ray",
-        on_ray.OnRay(),
+        on_ray.OnRay(workers=1),
     )
     (reason,) = outcome.failures.values()
     assert reason.startswith("its worker died 3 times in a row: ")

@@ -14,7 +14,8 @@ import yaml
 import kvsieve
 from kvsieve import UserError, plugins, transfer
 from kvsieve.compare import cells, code, samples, weights
-from kvsieve.compare.execute import local, speed
+from kvsieve.compare.execute import speed
+from kvsieve.compare.execute.cell import Measurement
 from kvsieve.compare.tasks import Needle, Perplexity
 
 SMALL = """\
@@ -237,17 +238,17 @@ def test_eager_cells_are_cells_of_their_own(compare):
 
 
 def test_an_interruption_keeps_what_was_measured(compare, tmp_path, monkeypatch):
-    measured = local.Measurement.batch
+    measured = Measurement.batch
 
-    def interrupted(self, indexes, samples):
-        if self.cell.policy.name == "sparq":
+    def interrupted(measurement, *given):
+        if measurement.cell.policy.name == "sparq":
             raise KeyboardInterrupt
-        return measured(self, indexes, samples)
+        return measured(measurement, *given)
 
-    monkeypatch.setattr(local.Measurement, "batch", interrupted)
+    monkeypatch.setattr(Measurement, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(SMALL)
-    assert len(samples.read(tmp_path / "out" / "samples.jsonl")) == 3
+    assert len(samples.read(tmp_path / "out" / "samples.jsonl")) == 2
     monkeypatch.undo()
     assert compare(SMALL).failures == {}
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .cells import Cell
+from .execute import Work
 
 
 class RunProgress:
@@ -16,13 +17,19 @@ class RunProgress:
 
     _STEP = 8
 
-    def __init__(self, console: Console, work: list[tuple[Cell, int, int]]) -> None:
-        """`work`: cells, with the number of samples that each misses and of tokens that a sample decodes."""
+    def __init__(self, console: Console, work: Work, new_tokens: dict[str, int]) -> None:
+        """`new_tokens`: that a sample decodes at most, by cell id."""
         self.console = console
-        self.cost = {cell.id: cell.task.context + self._STEP * new for cell, _, new in work}
-        self.samples = sum(missing for _, missing, _ in work)
-        self.total = sum(missing * self.cost[cell.id] for cell, missing, _ in work)
-        self.done = self.measured = 0
+        # The policies of a task share its prompts.
+        self.cost = {
+            cell.id: cell.task.context / len(unit.cells) + self._STEP * new_tokens[cell.id]
+            for unit in work
+            for cell in unit.cells
+        }
+        missing = {name: len(indexes) for unit in work for name, indexes in unit.missing.items()}
+        self.samples = sum(missing.values())
+        self.total = sum(count * self.cost[name] for name, count in missing.items())
+        self.done, self.measured = 0.0, 0
         self.started = time.monotonic()
         self.bar: Progress | None = None
         self.task = TaskID(0)

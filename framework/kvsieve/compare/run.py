@@ -19,7 +19,7 @@ from ..errors import UserError
 from . import diagnostics, identity, summary
 from .cells import Cell
 from .config import Config
-from .execute import Executor, Failed, Measured, Prepared, Restarted, Work
+from .execute import Began, Executor, Measured, Prepared, Restarted, Work, units
 from .execute.local import Local
 from .journal import Journal, safe
 from .progress import RunProgress
@@ -137,7 +137,7 @@ def _measure_missing(
     """Measure what the folder does not hold of one of the `models`. Returns why cells failed, by their id."""
     cells = prepared.cells
     missing = {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells}
-    work = [(cell, missing[cell.id]) for cell in cells if missing[cell.id]]
+    work = units(cells, missing)
     if config.settings.tensor_parallel:
         processes.gather(work)  # the other processes measure the same
     folder = store.path.parent
@@ -152,7 +152,7 @@ def _measure_missing(
         console.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
     with safe():
         identity.write(folder, prepared.fields)
-    return _measure(executor, work, prepared, store, journal, console)
+    return _measure(executor, work, prepared.new_tokens, store, journal, console)
 
 
 def _unused(
@@ -166,7 +166,7 @@ def _unused(
 
     But for cells of the comparison's other models, `theirs`.
     """
-    asked: dict[str, str] = {_asked(cell.record()): cell.id for cell, _ in work}
+    asked: dict[str, str] = {_asked(cell.record()): cell.id for unit in work for cell in unit.cells}
     others: Counter[tuple[str, str]] = Counter()
     for record in store.records.values():
         now = asked.get(_asked(record)) or record["cell"]
@@ -195,34 +195,37 @@ def _asked(record: dict[str, Any]) -> str:
 def _measure(
     executor: Executor,
     work: Work,
-    prepared: Prepared,
+    new_tokens: dict[str, int],
     store: Store,
     journal: Journal,
     console: Console,
 ) -> dict[str, str]:
     """Store batches as they come; report cells that fail. Returns the reasons by cell id."""
     failures: dict[str, str] = {}
-    left = {cell.id: len(missing) for cell, missing in work}
-    sizes = [(cell, left[cell.id], prepared.new_tokens[cell.id]) for cell, _ in work]
-    with RunProgress(console, sizes) as progress, contextlib.closing(executor.measure(work)) as events:
-        if work:
-            progress.begin(work[0][0])
+    left = {name: len(missing) for unit in work for name, missing in unit.missing.items()}
+    with (
+        RunProgress(console, work, new_tokens) as progress,
+        contextlib.closing(executor.measure(work)) as events,
+    ):
         for event in events:
             cell = event.cell
-            progress.begin(cell)
-            if isinstance(event, Measured):
+            if isinstance(event, Began):
+                progress.begin(cell)
+            elif isinstance(event, Measured):
                 store.append(event.records)
+                if cell.id in failures:  # elsewhere: other samples of it were being measured
+                    continue
                 left[cell.id] -= len(event.records)
                 progress.advance(cell, len(event.records))
-            elif isinstance(event, Failed):
+                if left[cell.id] == 0:
+                    progress.finish(cell)
+            elif isinstance(event, Restarted):
+                progress.again(cell, event.reason)
+            elif cell.id not in failures:
                 failures[cell.id] = event.reason
                 progress.fail(cell, event.reason)
                 journal.error(cell.label, event.details)
                 progress.advance(cell, left[cell.id], measured=False)
-            elif isinstance(event, Restarted):
-                progress.again(cell, event.reason)
-            else:
-                progress.finish(cell)
     return failures
 
 

@@ -1,4 +1,7 @@
-"""Measure the cells of a comparison: `local` in this process, `ray` on a cluster; `cell` measures one."""
+"""Measure the cells of a comparison: `local` in this process, `ray` on a cluster.
+
+`unit` measures the cells of one task together, `cell` the batches of one of them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,33 @@ from ..config import Config, Diagnose
 from ..identity import Fields
 from ..samples import Record
 
-Work = Sequence[tuple[Cell, list[int]]]  # cells, and which of their samples are to be measured
+
+class Unit(NamedTuple):
+    """Work that is done together: samples of one task, under all policies that have not answered them yet."""
+
+    cells: list[Cell]  # of one task
+    missing: dict[str, list[int]]  # by cell id: which of the samples are to be measured
+
+    @property
+    def samples(self) -> list[int]:
+        """All that some cell has not measured, in order."""
+        return sorted(set().union(*self.missing.values()))
+
+
+Work = Sequence[Unit]
+
+
+def units(cells: Sequence[Cell], missing: Mapping[str, list[int]]) -> list[Unit]:
+    """Gather the cells that have samples to measure by their tasks, in their order."""
+    found: list[Unit] = []
+    for cell in cells:
+        if not missing[cell.id]:
+            continue
+        if not found or found[-1].cells[0].task != cell.task:
+            found.append(Unit([], {}))
+        found[-1].cells.append(cell)
+        found[-1].missing[cell.id] = missing[cell.id]
+    return found
 
 
 class Prepared(NamedTuple):
@@ -31,27 +60,27 @@ class Measured(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The cell failed: it measures no further samples."""
+    """The cell failed: no further samples of it are measured here."""
 
     cell: Cell
     reason: str
     details: str
 
 
-class Finished(NamedTuple):
-    """The cell has measured all of its samples."""
+class Began(NamedTuple):
+    """A batch of the cell is measured next."""
 
     cell: Cell
 
 
 class Restarted(NamedTuple):
-    """The worker died; the cell restarts after its last stored batch."""
+    """The worker died while it measured the cell; its unit goes on after the last stored batch."""
 
     cell: Cell
     reason: str
 
 
-Event = Measured | Failed | Finished | Restarted
+Event = Began | Measured | Failed | Restarted
 Events = Generator[Event, None, None]
 
 
@@ -62,7 +91,10 @@ class Executor(Protocol):
         """Load the model and expand the cells. Raises UserError for what the model cannot do."""
 
     def measure(self, work: Work) -> Events:
-        """For each cell its batches and then how it ended; cells may be mixed."""
+        """Measure unit by unit: batches of the cells, each begun before it is measured, and those that fail.
+
+        Units may be mixed.
+        """
 
     def diagnose(self, asked: Diagnose, cells: Sequence[Cell], missing: Mapping[str, list[int]]) -> Events:
         """Compare the `missing` samples, by cell id, with dense attention: a record for each."""

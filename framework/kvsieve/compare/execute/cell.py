@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from ... import graph, processes, transfer
+from ...attention import ChangedKeys
 from ...cache.kv_cache import KVCache
 from ...hf import parallel
 from ...loop import Decoding, Runner
 from ...prompts import check_lengths, end_tokens
-from ...reading import Reading, read
+from ...reading import Reading, check_positions
+from ...recording import Needs, Recording, needs
 from ...sampling import Sampler
 from ...scoring import Scoring
 from ..cells import Cell
 from ..samples import Record
-from ..tasks import Answer, Sample
+from ..tasks import Answer, Sample, Task
 from ..tasks import text as texts
 from .said import Said
 from .speed import Stopwatch
@@ -26,7 +28,7 @@ _SHOWN = 400  # characters of a prompt's end that are stored with its result
 
 
 class Measurement:
-    """The measuring of one cell. Its batches share a cache, and with it, on a GPU, the captured decode step.
+    """The measuring of one cell. On a GPU its batches share a cache, and with it the captured decode step.
 
     `eager`: run decode steps from Python, on a GPU too.
     """
@@ -37,9 +39,25 @@ class Measurement:
         self.stopwatch = Stopwatch()
         self.cache: KVCache | None = None
         self.capacity = 0
+        self.warm = False  # kernels are compiled, and the step is captured
+        self.changes_keys = False  # its policy was found to do so
 
-    def batch(self, indexes: Sequence[int], samples: Sequence[Sample]) -> list[Record]:
+    def needs(self, samples: Sequence[Sample]) -> Needs | str:
+        """Return what the policy needs of the prefill of these samples, or why it reads them itself."""
+        if type(self.cell.task).answer is not Task.answer:
+            return "is asked by its task itself"
+        if self.changes_keys:
+            return "changes keys as they come"
+        prompts, segments = prompts_of(samples)
+        policy = self.cell.policy
+        return needs(KVCache(self.model, policy), Reading(self.model, prompts, policy, segments))
+
+    def batch(
+        self, indexes: Sequence[int], samples: Sequence[Sample], recording: Recording | None = None
+    ) -> list[Record]:
         """A record for each of the samples, decoded together; each is charged what it took itself.
+
+        `recording` of the prompts: they are not read again.
 
         Of tasks that implement `answer` each is charged its share of the batch, and there are no tokens/s:
         their requests are of unequal length.
@@ -47,6 +65,15 @@ class Measurement:
         Raises:
             ArithmeticError: a score or a log-probability is not a number.
         """
+        try:
+            return self._batch(indexes, samples, recording)
+        except ChangedKeys:
+            self.changes_keys = True
+            return self._batch(indexes, samples, None)
+
+    def _batch(
+        self, indexes: Sequence[int], samples: Sequence[Sample], recording: Recording | None
+    ) -> list[Record]:
         model, cell = self.model, self.cell
         self.meter.reset()
         with graph.capturing(not self.eager):
@@ -54,10 +81,12 @@ class Measurement:
             with transfer.measure(self.meter):
                 own = cell.task.answer(model, cell.policy, samples)
             if own is None:
-                answers, kv_bytes, slots, speeds = self._answers(indexes, samples)
+                answers, kv_bytes, slots, speeds = self._answers(indexes, samples, recording)
             else:
                 answers, kv_bytes, speeds = own[0], [own[1] / len(samples)] * len(samples), []
                 slots = [None] * len(samples)
+        if why_eager is not None:
+            self.cache = None  # it is kept for its captured step alone
         common = {
             "rows": len(samples),
             "tokens_per_second": speeds or None,
@@ -105,26 +134,25 @@ class Measurement:
         return [dict(zip(names, (*row, *of_row), strict=True)) for row, *of_row in held]
 
     def _answers(
-        self, indexes: Sequence[int], samples: Sequence[Sample]
+        self, indexes: Sequence[int], samples: Sequence[Sample], recording: Recording | None
     ) -> tuple[Sequence[Answer], Sequence[float], Sequence[float | None], list[float]]:
         """The model's answers, metered; the bytes of KV cache and the slots per head held for each; speeds,
         without the meter.
         """
-        prompts = [list(sample.prompt) for sample in samples]
+        prompts, segments = prompts_of(samples)
         limit = max(sample.limit for sample in samples)
         # Rows are padded to the longest prompt, and then to the longest question.
         questions = [len(question) for sample in samples for question in sample.questions]
         columns = max(map(len, prompts)) + max(questions, default=0)
-        segments = [list(sample.segments) or [len(sample.prompt)] for sample in samples]
         peak = Reading(self.model, prompts, self.cell.policy, segments).peak
         cache = self._empty_cache(max(max(self.cell.task.context, columns) + limit, peak))
         with transfer.measure(self.meter):
             if samples[0].forced:
-                answers, decoding = self._score(indexes, samples, prompts, segments, cache)
+                answers, decoding = self._score(indexes, samples, prompts, segments, cache, recording)
             elif samples[0].questions:
-                answers, decoding = self._ask(samples, prompts, segments, limit, cache)
+                answers, decoding = self._ask(samples, prompts, segments, limit, cache, recording)
             else:
-                texts_said, decoding = self._decode(samples, prompts, segments, limit, cache)
+                texts_said, decoding = self._decode(samples, prompts, segments, limit, cache, recording)
                 answers = [Answer(text) for text in texts_said]
         held = cache.memory_by_row([_asked_last(sample) + sample.limit for sample in samples])
         slots = cache.slots_by_row()
@@ -137,9 +165,12 @@ class Measurement:
         prompts: list[list[int]],
         segments: list[list[int]],
         cache: KVCache,
+        recording: Recording | None,
     ) -> tuple[list[Answer], Decoding]:
         forced = [list(sample.forced) for sample in samples]
-        scoring = Scoring(self.model, prompts, forced, self.cell.policy, segments=segments, cache=cache)
+        scoring = Scoring(
+            self.model, prompts, forced, self.cell.policy, segments=segments, cache=cache, reader=recording
+        )
         for step, _ in enumerate(scoring):
             self.stopwatch.passed(step, scoring.decoding, scoring.steps)
         answers = []
@@ -156,15 +187,20 @@ class Measurement:
         segments: list[list[int]],
         limit: int,
         cache: KVCache,
+        recording: Recording | None,
     ) -> tuple[list[Answer], Decoding]:
         """Read the prompts, let the policy decide who stays, and ask each question of a copy of that."""
-        read(self.model, prompts, cache, segments=segments, leave=0)
+        check_positions(self.model, prompts, 0, cache.policy)
+        reading = Reading(recording or self.model, prompts, cache.policy, segments)
+        reading.check_cache(cache)
+        reading.run(cache)
+        cache.mark_read()
         last, said = len(samples[0].questions) - 1, []
         for number in range(last + 1):
             rows = [list(sample.questions[number]) for sample in samples]
             asked = [sample.asked(number) for sample in samples]
             own = cache if number == last else cache.clone()
-            answers, decoding = self._decode(asked, rows, None, limit, own)
+            answers, decoding = self._decode(asked, rows, None, limit, own, None)
             said.append(answers)
         return [Answer(" | ".join(of_row), texts=of_row) for of_row in zip(*said, strict=True)], decoding
 
@@ -175,12 +211,14 @@ class Measurement:
         segments: list[list[int]] | None,
         limit: int,
         cache: KVCache,
+        recording: Recording | None,
     ) -> tuple[list[str], Decoding]:
         """The texts that follow the token ids `rows`, the whole prompts of the samples or their ends."""
         model = self.model
         for sample in samples:
             check_lengths(model, [list(sample.prompt)], sample.limit)
-        runner = Runner(model, rows, self.cell.policy, limit, cache=cache, segments=segments)
+        policy = self.cell.policy
+        runner = Runner(model, rows, policy, limit, cache=cache, segments=segments, reader=recording)
         several = len(samples) > 1
         sampler = Sampler(None, None, None, 0, None, rows, model.device, rows_end=several)
         decoding = Decoding(runner, sampler, eager=False)
@@ -204,6 +242,12 @@ class Measurement:
         else:
             self.cache.reset()
         return self.cache
+
+
+def prompts_of(samples: Sequence[Sample]) -> tuple[list[list[int]], list[list[int]]]:
+    """The token ids of the prompts, and their segments."""
+    prompts = [list(sample.prompt) for sample in samples]
+    return prompts, [list(sample.segments) or [len(sample.prompt)] for sample in samples]
 
 
 def _asked_last(sample: Sample) -> int:

@@ -1,22 +1,19 @@
-"""Measure in this process, one cell after the other, in the order of the file."""
+"""Measure in this process, one task after the other, in the order of the file."""
 
 from __future__ import annotations
 
 import gc
-import traceback
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
-from ...errors import UserError
 from ...hf import models, parallel
 from .. import environment, identity
 from ..cells import Cell, expand
 from ..config import Config, Diagnose, Settings
-from ..samples import Record
-from . import Events, Failed, Finished, Measured, Prepared, Work
-from .cell import Measurement
+from . import Events, Prepared, Work
 from .diagnose import diagnose_cells
+from .unit import measure_unit
 
 
 class Local:
@@ -37,8 +34,8 @@ class Local:
 
     def measure(self, work: Work) -> Events:
         assert self.model is not None
-        for cell, missing in work:
-            yield from measure_cell(self.model, self.settings, cell, missing)
+        for unit in work:
+            yield from measure_unit(self.model, self.settings, unit)
 
     def diagnose(self, asked: Diagnose, cells: Sequence[Cell], missing: Mapping[str, list[int]]) -> Events:
         assert self.model is not None
@@ -73,34 +70,3 @@ def prepare(config: Config, model: PreTrainedModel, started: str) -> Prepared:
         },
         environment.describe(model, cells, shared, started),
     )
-
-
-def measure_cell(model: PreTrainedModel, settings: Settings, cell: Cell, missing: list[int]) -> Events:
-    """Measure batch by batch; an error fails this cell alone.
-
-    Where processes share a model, only errors that all of them raise alike fail the cell: after any other the
-    rest would wait for ever.
-    """
-    alone = (UserError, ArithmeticError) if parallel.is_split(model) else Exception
-
-    def measured(first: int) -> list[Record]:
-        indexes = missing[first : first + settings.batch_size]
-        samples = [cell.task.sample(model.tokenizer, settings.seed, index) for index in indexes]
-        return measurement.batch(indexes, samples)
-
-    try:
-        measurement = Measurement(model, cell, settings.eager)
-        if missing and model.device.type == "cuda":
-            measured(0)  # untimed: kernels are compiled, and the steps are captured
-        for first in range(0, len(missing), settings.batch_size):
-            yield Measured(cell, measured(first))
-    except alone as error:
-        yield failed(cell, error)
-    else:
-        yield Finished(cell)
-
-
-def failed(cell: Cell, error: Exception) -> Failed:
-    """The failure that is being handled."""
-    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return Failed(cell, reason, traceback.format_exc())

@@ -1,4 +1,4 @@
-"""Measure on a Ray cluster: a process per cell, on a GPU of its own where the cluster has any.
+"""Measure on a Ray cluster: a process per unit of work, on a GPU of its own where the cluster has any.
 
 The cluster only measures. Batches come back as they are measured and are stored by the process that asked, so
 that a comparison continues in the same way as a local one; a worker that dies loses the batch in flight.
@@ -12,12 +12,14 @@ import logging
 import os
 import socket
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from . import Event, Events, Failed, Finished, Measured, Prepared, Restarted, Work
+from . import Began, Event, Events, Failed, Measured, Prepared, Restarted, Unit, Work, units
 from .diagnose import diagnose_cells
-from .local import failed, load_model, measure_cell, prepare
+from .local import load_model, prepare
+from .unit import failed, measure_unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,9 +34,23 @@ _ATTEMPTS = 3  # worker deaths in a row, without a batch between them, after whi
 
 @dataclasses.dataclass
 class _Job:
-    cell: Cell
-    missing: list[int]
-    deaths: int = 0
+    """The part of a unit that a worker measures, so far as it is left."""
+
+    cells: list[Cell]
+    missing: dict[str, list[int]]
+    running: Cell  # the one that is being measured, or will be first
+    deaths: int = 0  # of workers, since the last batch
+
+    def note(self, event: Event) -> None:
+        """Take out what was measured, and a cell that failed."""
+        name = event.cell.id
+        if isinstance(event, Began):
+            self.running = event.cell
+        elif isinstance(event, Measured):
+            done = {record["sample"] for record in event.records}
+            self.missing[name], self.deaths = [i for i in self.missing[name] if i not in done], 0
+        elif isinstance(event, Failed):
+            self.missing[name], self.deaths = [], 0
 
 
 class OnRay:
@@ -48,7 +64,7 @@ class OnRay:
 
         Args:
             address: None is RAY_ADDRESS, else the cluster that runs on this machine, else a new one.
-            workers: cells at a time, at most; None is as many as the cluster has room for.
+            workers: processes at a time, at most; None is as many as the cluster has room for.
 
         Raises:
             UserError: Ray is not installed, or nothing answers at the address.
@@ -91,16 +107,16 @@ class OnRay:
         settings = config.settings
         if settings.tensor_parallel:
             raise UserError(
-                "tensor_parallel runs under torchrun, not on Ray, which gives every cell one GPU: "
+                "tensor_parallel runs under torchrun, not on Ray, which gives every process one GPU: "
                 "leave out one"
             )
         gpus = settings.device != "cpu" and self.ray.cluster_resources().get("GPU", 0) > 0
         if gpus and settings.device not in (None, "cuda"):
             raise UserError(
-                f"device {settings.device!r}: Ray chooses the GPU of each cell: leave it out, or say cpu"
+                f"device {settings.device!r}: Ray chooses the GPU of each process: leave it out, or say cpu"
             )
         self.settings = settings
-        # A new process for every cell: nothing of one cell, such as its memory, is left to the next.
+        # A new process for every unit: nothing of one, such as its memory, is left to the next.
         self.options = {"num_cpus": 1, "num_gpus": int(gpus), "max_calls": 1, "max_retries": 0}
         try:
             found = self.ray.get(self._remote(_prepare).remote(os.getcwd(), config, started))
@@ -111,27 +127,29 @@ class OnRay:
         return found
 
     def measure(self, work: Work) -> Events:
-        here = os.getcwd()
-        waiting = deque(_Job(cell, missing) for cell, missing in work)
+        here, size = os.getcwd(), self.settings.batch_size
+        each = -(-self._room() // max(1, len(work)))  # parts of a unit, for a worker each
+        parts = [part for unit in work for part in _parts(unit, each, size)]
+        waiting = deque(_Job(unit.cells, dict(unit.missing), unit.cells[0]) for unit in parts)
         running: list[tuple[Any, _Job]] = []
         try:
             while waiting or running:
                 while waiting and (self.workers is None or len(running) < self.workers):
                     job = waiting.popleft()
+                    (unit,) = units(job.cells, job.missing)
                     measure = self._remote(_measure, **_ONE_BY_ONE)
-                    stream = measure.remote(here, self.settings, job.cell, job.missing)
-                    running.append((stream, job))
+                    running.append((measure.remote(here, self.settings, unit), job))
                 (ready,), _ = self.ray.wait([stream for stream, _ in running], num_returns=1)
                 job = next(job for stream, job in running if stream is ready)
-                event = self._next(ready, job)
-                if isinstance(event, Measured):
-                    done = {record["sample"] for record in event.records}
-                    job.missing, job.deaths = [i for i in job.missing if i not in done], 0
-                else:
+                event, ended = self._next(ready, job)
+                if event is not None:
+                    job.note(event)
+                if ended:
                     running = [(stream, other) for stream, other in running if stream is not ready]
-                if isinstance(event, Restarted):
-                    waiting.appendleft(job)
-                yield event
+                    if units(job.cells, job.missing):
+                        waiting.appendleft(job)
+                if event is not None:
+                    yield event
         finally:
             for stream, _ in running:
                 self.ray.cancel(stream, force=True)
@@ -148,20 +166,26 @@ class OnRay:
         finally:
             self.ray.cancel(stream, force=True)
 
-    def _next(self, stream: Any, job: _Job) -> Event:
-        """The next event of a cell; if its worker died, that it restarts."""
+    def _room(self) -> int:
+        """The workers that can measure at a time."""
+        resources = self.ray.cluster_resources()
+        room = int(resources.get("GPU" if self.options["num_gpus"] else "CPU", 1))
+        return room if self.workers is None else min(room, self.workers)
+
+    def _next(self, stream: Any, job: _Job) -> tuple[Event | None, bool]:
+        """The next event of a job, and whether its worker has ended."""
         try:
-            return self.ray.get(next(stream))
+            return self.ray.get(next(stream)), False
         except StopIteration:
-            return Finished(job.cell)
+            return None, True
         except self.ray.exceptions.RayTaskError as error:
-            return failed(job.cell, error)
+            return failed(job.running, error), True
         except self.ray.exceptions.RayError as error:
             job.deaths += 1
             if job.deaths < _ATTEMPTS:
-                return Restarted(job.cell, "its worker died")
+                return Restarted(job.running, "its worker died"), True
             reason = f"its worker died {job.deaths} times in a row: {type(error).__name__}"
-            return Failed(job.cell, reason, str(error))
+            return Failed(job.running, reason, str(error)), True
 
     def _remote(self, function: Any, **options: Any) -> Any:
         return self.ray.remote(**self.options, **options)(function)
@@ -187,15 +211,26 @@ def _prepare(folder: str, config: Config, started: str) -> Prepared | str:
         return str(error)
 
 
-def _measure(folder: str, settings: Settings, cell: Cell, missing: list[int]) -> Events:
-    """On a worker: the cell, batch by batch."""
+def _parts(unit: Unit, many: int, batch_size: int) -> Iterator[Unit]:
+    """The unit in so many parts, or fewer, of whole batches of samples."""
+    samples = unit.samples
+    size = -(-len(samples) // (many * batch_size)) * batch_size
+    for first in range(0, len(samples), size):
+        part = set(samples[first : first + size])
+        missing = {name: [i for i in left if i in part] for name, left in unit.missing.items()}
+        yield from units(unit.cells, missing)
+
+
+def _measure(folder: str, settings: Settings, unit: Unit) -> Events:
+    """On a worker: the unit, batch by batch."""
     _enter(folder)
     try:
         model = load_model(settings)
     except UserError as error:
-        yield failed(cell, error)
+        for cell in unit.cells:
+            yield failed(cell, error)
         return
-    yield from measure_cell(model, settings, cell, missing)
+    yield from measure_unit(model, settings, unit)
 
 
 def _diagnose(

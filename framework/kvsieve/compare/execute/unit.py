@@ -1,0 +1,117 @@
+"""Measure the cells of one task together, batch after batch: policies that read its prompts alike share one
+prefill.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Hashable, Sequence
+
+from transformers import PreTrainedModel
+
+from ...errors import UserError
+from ...hf import parallel
+from ...recording import Needs, Recording
+from ..cells import Cell
+from ..config import Settings
+from ..samples import Record
+from ..tasks import Sample
+from . import Began, Events, Failed, Measured, Unit
+from .cell import Measurement, prompts_of
+
+
+def measure_unit(model: PreTrainedModel, settings: Settings, unit: Unit) -> Events:
+    """Measure batch by batch, and each batch under every policy; an error fails its cell alone.
+
+    Where processes share a model, only errors that all of them raise alike fail a cell: after any other the
+    rest would wait for ever.
+    """
+    measuring = _Measuring(model, settings, unit)
+    samples = unit.samples
+    for first in range(0, len(samples), settings.batch_size):
+        yield from measuring.batch(samples[first : first + settings.batch_size])
+
+
+class _Measuring:
+    """The measuring of a unit."""
+
+    def __init__(self, model: PreTrainedModel, settings: Settings, unit: Unit) -> None:
+        self.model, self.settings, self.unit = model, settings, unit
+        self.alone = (UserError, ArithmeticError) if parallel.is_split(model) else Exception
+        self.measurements: dict[str, Measurement] = {}  # by cell id
+        self.failed: set[str] = set()
+        self.samples: dict[int, Sample] = {}  # of the running batch
+
+    def batch(self, batch: Sequence[int]) -> Events:
+        """Measure these samples, of each cell those that it misses."""
+        self.samples.clear()
+        # The cells that share a prefill, or one that reads by itself; and what each needs of it.
+        groups: dict[Hashable, list[tuple[Cell, Needs | str]]] = {}
+        missing: dict[Hashable, list[int]] = {}
+        for cell in self.unit.cells:
+            indexes = [index for index in self.unit.missing.get(cell.id, ()) if index in batch]
+            if not indexes or cell.id in self.failed:
+                continue
+            try:
+                found = self._measurement(cell).needs(self._samples(indexes))
+            except self.alone as error:
+                yield self._failed(cell, error)
+                continue
+            key: Hashable = (*indexes, found.weights if isinstance(found, Needs) else cell.id)
+            groups.setdefault(key, []).append((cell, found))
+            missing[key] = indexes
+        for key, group in groups.items():
+            yield from self._together(group, missing[key])
+
+    def _together(self, group: list[tuple[Cell, Needs | str]], indexes: list[int]) -> Events:
+        """Measure samples of cells that share a prefill."""
+        recording = None
+        for number, (cell, _) in enumerate(group):
+            yield Began(cell)
+            if number == 0 and len(group) > 1:
+                recording = self._recording(indexes, [found for _, found in group])
+            try:
+                records = self._records(cell, indexes, recording)
+            except self.alone as error:
+                yield self._failed(cell, error)
+            else:
+                yield Measured(cell, records)
+
+    def _recording(self, indexes: list[int], wanted: list[Needs | str]) -> Recording | None:
+        """The prefill of these samples; None if it failed: every cell then reads, and fails, by itself."""
+        prompts, _ = prompts_of(self._samples(indexes))
+        try:
+            return Recording(self.model, prompts, [found for found in wanted if isinstance(found, Needs)])
+        except self.alone:
+            return None
+
+    def _records(self, cell: Cell, indexes: list[int], recording: Recording | None) -> list[Record]:
+        measurement, samples = self._measurement(cell), self._samples(indexes)
+        if not measurement.warm and self.model.device.type == "cuda":
+            # Untimed: kernels are compiled, and the steps are captured.
+            measurement.batch(indexes, samples, recording)
+            measurement.warm = True
+        return measurement.batch(indexes, samples, recording)
+
+    def _measurement(self, cell: Cell) -> Measurement:
+        if cell.id not in self.measurements:
+            self.measurements[cell.id] = Measurement(self.model, cell, self.settings.eager)
+        return self.measurements[cell.id]
+
+    def _samples(self, indexes: Sequence[int]) -> list[Sample]:
+        task, seed = self.unit.cells[0].task, self.settings.seed
+        for index in indexes:
+            if index not in self.samples:
+                self.samples[index] = task.sample(self.model.tokenizer, seed, index)
+        return [self.samples[index] for index in indexes]
+
+    def _failed(self, cell: Cell, error: Exception) -> Failed:
+        self.failed.add(cell.id)
+        self.measurements.pop(cell.id, None)
+        return failed(cell, error)
+
+
+def failed(cell: Cell, error: Exception) -> Failed:
+    """The failure that is being handled."""
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return Failed(cell, reason, traceback.format_exc())

@@ -1,0 +1,155 @@
+"""The policies of a task are measured together: prompts are prefilled once, and nothing else changes."""
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+
+import kvsieve
+from kvsieve.compare import cells
+from kvsieve.compare.cells import Cell
+from kvsieve.compare.execute import Failed, Measured, Unit, units
+from kvsieve.compare.execute.cell import Measurement
+from kvsieve.compare.execute.ray import _parts
+from kvsieve.compare.execute.unit import measure_unit
+from kvsieve.compare.tasks import Perplexity
+from kvsieve.recording import Recording
+
+CONFIG = """\
+    batch_size: 2
+    tasks: [{task}]
+    policies:
+      - dense
+      - sparq: {{compression: 1/4}}
+      - snapkv: {{compression: 1/4}}
+      - h2o: {{compression: [1/2, 1/4]}}
+      - citrus: {{compression: 1/2, instruction: 8}}
+    """
+TASKS = [
+    "needle: {context: 120, samples: 3}",
+    "needle: {context: 120, samples: 3, question: after}",
+    "perplexity: {context: 120, samples: 3, tokens: 8}",
+]
+
+
+@pytest.fixture
+def prefills(model):
+    """How many tokens a row each prefill of the model had."""
+    sizes = []
+
+    def note(_, args, given):
+        if given["input_ids"].shape[1] > 1:
+            sizes.append(given["input_ids"].shape[1])
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    yield sizes
+    hook.remove()
+
+
+def without_times(records):
+    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in records]
+
+
+def measured(model, settings, unit):
+    """The records of each cell, and the cells that failed."""
+    found, failures = {cell.id: [] for cell in unit.cells}, {}
+    for event in measure_unit(model, settings, unit):
+        if isinstance(event, Measured):
+            found[event.cell.id] += event.records
+        elif isinstance(event, Failed):
+            failures[event.cell.id] = event.reason
+    return {name: without_times(records) for name, records in found.items()}, failures
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_cells_that_share_a_prefill_are_measured_as_if_alone(load, model, prefills, task):
+    config = load(CONFIG.format(task=task))
+    found = cells.expand(config, model)
+    (unit,) = units(found, {cell.id: [0, 1, 2] for cell in found})
+    together, failures = measured(model, config.settings, unit)
+    assert failures == {}
+    shared = [size for size in prefills if size > 60]
+    assert len(shared) == 2 * 2  # a batch: one with attention weights, one without; citrus reads in pieces
+    for cell in found:
+        measurement, alone = Measurement(model, cell), []
+        for indexes in ([0, 1], [2]):
+            samples = [cell.task.sample(model.tokenizer, 0, i) for i in indexes]
+            alone += measurement.batch(indexes, samples)
+        assert together[cell.id] == without_times(alone)
+
+
+def test_each_cell_measures_the_samples_that_it_misses(load, model, prefills):
+    config = load(CONFIG.format(task=TASKS[2]))
+    dense, sparq, *_ = found = cells.expand(config, model)
+    missing = {cell.id: [] for cell in found} | {dense.id: [0, 2], sparq.id: [2]}
+    (unit,) = units(found, missing)
+    assert unit.cells == [dense, sparq]
+    together, _ = measured(model, config.settings, unit)
+    assert [record["sample"] for record in together[dense.id]] == [0, 2]
+    assert [record["sample"] for record in together[sparq.id]] == [2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(kvsieve.Policy):
+    """Fails when a prompt ends."""
+
+    name: ClassVar[str] = "broken"
+
+    def on_prefill(self, kv):
+        raise RuntimeError("no luck")
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubles(kvsieve.Policy):
+    """Attends to other keys than the model's."""
+
+    name: ClassVar[str] = "doubles"
+
+    def on_append(self, kv, new):
+        kv.write_keys(new.slots, 2 * new.keys)
+
+
+def unit_of(*policies):
+    task = Perplexity(120, 3, tokens=4)
+    found = [Cell(policy.name, task, policy, None) for policy in policies]
+    return Unit(found, {cell.id: [0, 1, 2] for cell in found})
+
+
+def test_a_policy_that_fails_spoils_its_own_rows_alone(load, model):
+    settings = load("batch_size: 2\ntasks: [needle]\npolicies: [dense]\n").settings
+    sparq = kvsieve.make_policy("sparq", r=4, k=16, local=4)
+    together, failures = measured(model, settings, unit_of(Broken(), kvsieve.Policy(), sparq))
+    assert failures == {"broken": "RuntimeError: no luck"}
+    assert {name: len(records) for name, records in together.items()} == {"broken": 0, "dense": 3, "sparq": 3}
+
+
+def test_where_the_shared_prefill_fails_every_cell_reads_by_itself(load, model, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    settings = load("batch_size: 2\ntasks: [needle]\npolicies: [dense]\n").settings
+    unit = unit_of(kvsieve.Policy(), kvsieve.make_policy("sparq", r=4, k=16, local=4))
+    wanted = measured(model, settings, unit)
+    monkeypatch.setattr(Recording, "__init__", fail)
+    assert measured(model, settings, unit) == wanted
+
+
+def test_a_policy_that_changes_keys_reads_by_itself(load, model, prefills):
+    settings = load("batch_size: 2\ntasks: [needle]\npolicies: [dense]\n").settings
+    together, failures = measured(model, settings, unit_of(kvsieve.Policy(), Doubles()))
+    assert failures == {}
+    assert len(prefills) == 2 * 2
+    alone, _ = measured(model, settings, unit_of(Doubles()))
+    assert together["doubles"] == alone["doubles"]
+    assert together["doubles"][0]["score"] != together["dense"][0]["score"]
+
+
+def test_a_unit_is_shared_out_in_whole_batches():
+    unit = unit_of(kvsieve.Policy(), Broken())._replace(missing={"dense": [0, 1, 2, 5, 6], "broken": [1, 7]})
+    parts = list(_parts(unit, 2, 2))
+    assert [part.missing for part in parts] == [
+        {"dense": [0, 1, 2, 5], "broken": [1]},
+        {"dense": [6], "broken": [7]},
+    ]
+    assert [part.missing for part in _parts(unit, 1, 4)] == [unit.missing]
+    assert [part.samples for part in _parts(unit, 9, 1)] == [[0], [1], [2], [5], [6], [7]]
