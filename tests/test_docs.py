@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import kvsieve
+from kvsieve.compare.results import Row, bytes_range
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,6 +43,7 @@ def by_policy(summary: Path) -> str:
     asked for, by those parameters in which a policy's lines differ.
     """
     table: dict[str, dict[str, str]] = {}
+    measured: dict[str, list[Row]] = {}
     with summary.open() as file:
         rows = list(csv.DictReader(file))
         for row in rows:
@@ -53,7 +55,8 @@ def by_policy(summary: Path) -> str:
             if row.get("budget") or row.get("compression"):  # its name at first
                 label = re.sub(r"\(.*\)", "", row["policy_label"])
             cells = table.setdefault(label, {})
-            cells.setdefault("bytes read", f"{float(row['bytes_ratio']):.2f}")
+            measured.setdefault(label, []).append(Row.parse(row))
+            cells["bytes read"] = bytes_range(measured[label])
             cells[f"{row['task']} {row['context']}"] = f"{float(row['score']):.3g}"
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
     lines = [["policy", *columns], ["---", *("---:" for _ in columns)]]

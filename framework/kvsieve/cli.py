@@ -85,6 +85,7 @@ TrustTaskCode = Annotated[
     bool,
     typer.Option("--trust-task-code", help="let tasks in folders of their own (include_path) run their code"),
 ]
+Details = Annotated[bool, typer.Option("--details", help="print every number, in a table for each task")]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for programs")]
 
 Eager = Annotated[
@@ -111,6 +112,7 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
     trust_task_code: TrustTaskCode = False,
     eager: Eager = False,
+    details: Details = False,
 ) -> None:
     """Run every task under every policy and print the table; continues where an interrupted run stopped."""
     changes = [*(overrides or []), *(["eager=true"] if eager else [])]
@@ -130,7 +132,7 @@ def compare(
         raise typer.Exit(143 if isinstance(stopped, Terminated) else 130) from None
     if checked.settings.tensor_parallel and processes.rank() > 0:
         return  # the first process shows it
-    _show(outcome.folder, outcome.rows)
+    _show(outcome.folder, outcome.rows, details)
     if outcome.failures:
         _say(f"{len(outcome.failures)} cells failed; {outcome.folder / 'errors.txt'} has the tracebacks")
     if outcome.missing:
@@ -204,11 +206,13 @@ def _folder(out: str | None, config: Config) -> Path:
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="the folder of a run")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="the folder of a run")], details: Details = False
+) -> None:
     """Make the summary and the report of a run anew from its samples."""
     from .compare import summary
 
-    _show(folder, summary.write(folder))
+    _show(folder, summary.write(folder), details)
 
 
 @app.command()
@@ -353,7 +357,7 @@ def generate(
         raise typer.Exit(130) from None
 
 
-def _show(folder: Path, rows: list[Row]) -> None:
+def _show(folder: Path, rows: list[Row], details: bool) -> None:
     """Print the tables, make the report, and say where everything is."""
     from .compare import diagnostics
     from .compare.report import write_report
@@ -361,13 +365,15 @@ def _show(folder: Path, rows: list[Row]) -> None:
     from .compare.terminal import show
 
     console = Console(highlight=False)
-    show(Results(rows), console)
+    show(Results(rows), console, details=details)
     diagnostics.show(folder, console)
     try:
         typer.echo(f"report: {write_report(folder)}")
     except UserError as error:
         typer.echo(f"no report: {error}")
     typer.echo(f"numbers: {folder / 'summary.csv'}")
+    if not details:
+        typer.echo(f"details: {folder / 'summary.md'}, or --details")
 
 
 def main() -> None:

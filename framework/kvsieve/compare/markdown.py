@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .results import DENSE, MISSING, Group, Results, Row, eager_notes, noise_note, speed
+from .results import DENSE, MISSING, SYMBOLS, Group, Results, Row, bytes_range, eager_notes, noise_note, speed
+from .statistics import BETTER, WORSE
 
+MARKS = (
+    f"{SYMBOLS[WORSE]} worse, {SYMBOLS[BETTER]} better than dense on the same samples; at most 5 % of these "
+    "marks are expected to be wrong. Unmarked: no difference was shown."
+)
 MEANING = (
     "`against dense`: the difference from the dense score on the same samples, with its 95 % interval. "
     "`better`, `worse`: what differs when at most 5 % of all such marks are expected to be wrong "
@@ -16,8 +21,8 @@ _HEADINGS = ["context", "policy", "score", "95 % interval", "against dense", "an
 
 
 def markdown(results: Results, failures: Sequence[str]) -> str:
-    """A table for every task, and what failed."""
-    lines = []
+    """Policies by tasks, then a table for every task, and what failed."""
+    lines = _pivot(results)
     for task in dict.fromkeys(group.task for group in results.groups):
         groups = [group for group in results.groups if group.task == task]
         better = "higher" if groups[0].higher_is_better else "lower"
@@ -42,6 +47,26 @@ def markdown(results: Results, failures: Sequence[str]) -> str:
     if failures:
         lines += ["## Failed", "", *(f"- {failure}" for failure in failures), ""]
     return "\n".join(lines)
+
+
+def _pivot(results: Results) -> list[str]:
+    """A line for every policy, a column for every task."""
+    lines = [
+        "## Policies by tasks",
+        "",
+        _line(["policy", "bytes read", *(group.column for group in results.groups)]),
+    ]
+    lines.append("|---|" + "---:|" * (1 + len(results.groups)))
+    for label, rows in results.pivot.items():
+        scores = [_score(rows.get(index)) for index in range(len(results.groups))]
+        lines.append(_line([label, bytes_range(rows.values()), *scores]))
+    if any(row.symbol for row in results.rows):
+        lines += ["", MARKS]
+    return [*lines, ""]
+
+
+def _score(row: Row | None) -> str:
+    return MISSING if row is None or row.score is None else f"{row.score:.3g} {row.symbol}".strip()
 
 
 def _cells(group: Group, row: Row) -> list[str]:

@@ -1,22 +1,18 @@
-"""The tables that a comparison prints: first policies by tasks, then each task with all its numbers."""
+"""The tables that a comparison prints: policies by tasks; on request each task with all its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .markdown import megabytes
-from .results import DENSE, MISSING, SYMBOLS, Group, Results, Row, eager_notes, noise_note, speed
+from .markdown import MARKS, megabytes
+from .results import DENSE, MISSING, Group, Results, Row, bytes_range, eager_notes, noise_note, speed
 from .statistics import BETTER, FEW, WORSE
 
-MEANING = (
-    f"{SYMBOLS[WORSE]} worse, {SYMBOLS[BETTER]} better than dense on the same samples; at most 5 % of "
-    "these marks are expected to be wrong. Unmarked: no difference was shown."
-)
 # Columns of a task's table, those left out of a narrow terminal last.
 _COLUMNS = ["policy", "score", "against dense", "bytes read", "tokens/s", "KV MB", "95 % interval", "answers"]
 _ORDER = [
@@ -32,19 +28,22 @@ _ORDER = [
 ]
 
 
-def show(results: Results, console: Console) -> None:
-    """Print a run's tables, and name the columns that a terminal of this width has no room for."""
+def show(results: Results, console: Console, *, details: bool = False) -> None:
+    """Print policies by tasks; with `details` a table for each task, too."""
     if not results.rows:
         console.print("No sample was measured.")
         return
-    console.print(overview(results, console))
+    for table in overview(results, console):
+        console.print(table)
     if any(row.symbol for row in results.rows):
-        console.print(MEANING, style="dim", soft_wrap=False)
+        console.print(MARKS, style="dim", soft_wrap=False)
     if any(row.mark == FEW for row in results.rows):
         few = list(dict.fromkeys(g.column for g in results.groups if any(row.mark == FEW for row in g.rows)))
         console.print(
             f"Too few samples to tell policies from dense: {', '.join(few)}.", style="dim", markup=False
         )
+    if not details:
+        return
     console.print()
     for task in dict.fromkeys(group.task for group in results.groups):
         console.print(task_table([group for group in results.groups if group.task == task], console))
@@ -53,17 +52,17 @@ def show(results: Results, console: Console) -> None:
             console.print(note, markup=False)
 
 
-def overview(results: Results, console: Console) -> Table:
-    """A line for every policy, a column for every task; as many columns as there is room for."""
-    shown = len(results.groups)
-    table = _overview(results, shown)
-    while shown > 1 and not _fits(table, console):
-        shown -= 1
-        table = _overview(results, shown)
-    if shown < len(results.groups):
-        left_out = ", ".join(group.column for group in results.groups[shown:])
-        table.caption = f"No room here for {left_out}: see the tables below."
-    return table
+def overview(results: Results, console: Console) -> Iterator[Table]:
+    """A line for every policy, a column for every task; in as many tables as the width asks for."""
+    left = list(range(len(results.groups)))
+    while left:
+        shown = len(left)
+        table = _overview(results, left)
+        while shown > 1 and not _fits(table, console):
+            shown -= 1
+            table = _overview(results, left[:shown])
+        yield table
+        left = left[shown:]
 
 
 def task_table(groups: Sequence[Group], console: Console) -> Table:
@@ -79,16 +78,15 @@ def task_table(groups: Sequence[Group], console: Console) -> Table:
     return table
 
 
-def _overview(results: Results, shown: int) -> Table:
+def _overview(results: Results, shown: Sequence[int]) -> Table:
     table = _empty("")
     _add_policy_column(table, results.pivot)
     table.add_column("bytes\nread", justify="right", no_wrap=True)
-    for group in results.groups[:shown]:
-        table.add_column(escape(group.column.replace(" ", "\n")), justify="right", no_wrap=True)
+    for index in shown:
+        heading = results.groups[index].column.replace(" ", "\n")
+        table.add_column(escape(heading), justify="right", no_wrap=True)
     for label, rows in results.pivot.items():
-        first = next(iter(rows.values()))
-        ratio = MISSING if first.bytes_ratio is None else f"{first.bytes_ratio:.2f}"
-        table.add_row(escape(label), ratio, *(_short(rows.get(index)) for index in range(shown)))
+        table.add_row(escape(label), bytes_range(rows.values()), *(_short(rows.get(i)) for i in shown))
     return table
 
 
