@@ -207,11 +207,29 @@ def _folder(out: str | None, config: Config) -> Path:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="the folder of a run")], details: Details = False
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs; several are joined in another")],
+    out: Annotated[
+        Path | None, typer.Option(help="of several: the folder for them; default: results/RUN+RUN")
+    ] = None,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="of several: join nothing, show them side by side")
+    ] = False,
+    details: Details = False,
 ) -> None:
-    """Make the summary and the report of a run anew from its samples."""
-    from .compare import summary
+    """Make the summary and the report of a run anew from its samples; or join runs and machines.
 
+    Runs are joined where all that their results depend on is equal; a difference is named.
+    """
+    from .compare import merge, summary
+
+    if len(runs) == 1:
+        if out is not None or apart:
+            raise UserError("--out and --apart are for several runs")
+        folder = runs[0]
+    else:
+        folder = out or Path("results") / "+".join(Path(name).name for name in merge.names(runs))
+        for note in merge.merge(runs, folder, apart):
+            _say(f"note: {note}")
     _show(folder, summary.write(folder), details)
 
 

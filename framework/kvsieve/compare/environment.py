@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -49,6 +50,16 @@ def describe(model: PreTrainedModel, cells: list[Cell], shared: Fields, started:
 
 
 _QUIET = 0.05  # of the cores' time: a speed measured while others had more of it says little
+
+
+def together(found: Mapping[str, dict[str, Any]], key: str) -> dict[str, Any]:
+    """The facts of several environments, by name: those that all share, and under `key` each one's others."""
+    first, *others = found.values()
+    shared = {fact: value for fact, value in first.items() if all(one.get(fact) == value for one in others)}
+    if not others:
+        return shared
+    own = {name: {k: v for k, v in one.items() if k not in shared} for name, one in found.items()}
+    return shared | {key: own}
 
 
 class Load:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 
@@ -57,6 +59,23 @@ def read(path: Path, limit: int | None = None) -> bytes:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {_why(error)}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none.
+
+    Raises:
+        UserError: the file cannot be read, or is no JSON object.
+    """
+    try:
+        found = json.loads(read(path)) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
 
 
 def _write_new(path: Path, data: bytes) -> None:

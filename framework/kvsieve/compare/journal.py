@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import files, manifest
+from . import environment, files, manifest
 from .config import Config
-from .environment import Load
 from .execute import Prepared
 
 
@@ -25,7 +24,7 @@ class Journal:
         self.disturbed: str | None = None  # why speeds are not to be quoted
         self.prepared: dict[str, Prepared] = {}  # by model
         self.failures: dict[str, str] = {}  # by cell id, or model: why
-        self._load = Load()
+        self._load = environment.Load()
         self._at_start = self._load.now()
 
     def begin(self, model: str, prepared: Prepared) -> None:
@@ -73,20 +72,12 @@ class Journal:
             for model, prepared in self.prepared.items()
             for entry in manifest.entries(prepared.cells, model, self.failures)
         ]
-        text = json.dumps(self._environment() | {"load": load}, indent=2, ensure_ascii=False)
+        machines = {model: prepared.environment for model, prepared in self.prepared.items()}
+        found = environment.together(machines, "models") | {"load": load}
+        text = json.dumps(found, indent=2, ensure_ascii=False)
         with safe():
             files.write(self.folder / "environment.json", text + "\n")
             manifest.write(self.folder, entries)
-
-    def _environment(self) -> dict[str, Any]:
-        """Those that `environment.describe` found; what differs between models stands under `models`."""
-        found = {model: prepared.environment for model, prepared in self.prepared.items()}
-        first, *others = found.values()
-        common = {key: value for key, value in first.items() if all(one[key] == value for one in others)}
-        if not others:
-            return common
-        own = {model: {k: v for k, v in one.items() if k not in common} for model, one in found.items()}
-        return common | {"models": own}
 
 
 @contextlib.contextmanager

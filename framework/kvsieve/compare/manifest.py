@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..errors import UserError
 from . import files
 from .results import Subject
@@ -110,6 +111,8 @@ def read(folder: Path, records: Sequence[Record]) -> list[Entry]:
         for one in given:
             one.setdefault("budget", one.pop("compression", ""))  # its name at first
             one.setdefault("not_default", one["parameters"])  # not told apart at first
+            one.setdefault("run", "")
+            _check_known(folder, one)
         if all(field.name in one for one in given for field in dataclasses.fields(Entry)):
             return [Entry(**one) for one in given]
         recovered = _recovered(folder, records)
@@ -122,6 +125,16 @@ def read(folder: Path, records: Sequence[Record]) -> list[Entry]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder} is not the folder of a run: {NAME} cannot be read ({error!r})") from None
+
+
+def _check_known(folder: Path, entry: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(Entry)}
+    if unknown := [name for name in entry if name not in known]:
+        version = files.read_object(folder / "environment.json").get("kvsieve", "unknown")
+        raise UserError(
+            f"{folder} was written by another version of kvsieve ({version}; this is {__version__}): its "
+            f"{NAME} tells of {', '.join(unknown)}"
+        )
 
 
 def failures(folder: Path) -> list[tuple[str, str]]:

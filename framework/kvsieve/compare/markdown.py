@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .results import DENSE, MISSING, SYMBOLS, Group, Results, Row, bytes_range, eager_notes, noise_note, speed
+from .results import DENSE, MISSING, SYMBOLS, Group, Results, Row, bytes_range, eager_notes, noise_note
 from .statistics import BETTER, WORSE
 
 MARKS = (
@@ -75,7 +75,7 @@ def _cells(group: Group, row: Row) -> list[str]:
     return [
         str(row.context), row.policy_label, group.text(row.score), group.interval(row) or MISSING, against,
         row.changes, ratio, megabytes(row.kv_bytes), slots(row.slots_per_head),
-        speed(row.tokens_per_second) + " noisy" * row.noisy,
+        row.speed + " noisy" * row.noisy,
     ]  # fmt: skip
 
 

@@ -27,6 +27,10 @@ SYMBOLS = {
 NOISY = 0.2  # spread of the batches' tokens/s, as a share of their median, above which a speed means little
 
 
+# Model, task, its parameters, context, run.
+GroupKey = tuple[str, str, str, int, str]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
     """One policy on one task: everything about a row but its numbers."""
@@ -43,6 +47,7 @@ class Subject:
     metric: str
     higher_is_better: bool
     chance: float | None  # the score of a model that knows nothing
+    run: str = ""  # of runs that are shown apart, this one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,7 @@ class Row(Subject):
     tokens_per_second: float | None = None  # median over the full batches
     tokens_per_second_min: float | None = None
     tokens_per_second_max: float | None = None
+    machine: str = ""  # of runs on several: each one's speed, `NVIDIA H200: 1,200; AMD EPYC: 85`, none above
     ran_eagerly: str = ""  # on a GPU: why its steps were not one CUDA graph each
 
     @property
@@ -76,6 +82,11 @@ class Row(Subject):
         """Whether the batches' speeds differ too much for their median to mean anything."""
         middle, low, high = self.tokens_per_second, self.tokens_per_second_min, self.tokens_per_second_max
         return bool(middle and low is not None and high is not None and (high - low) / middle > NOISY)
+
+    @property
+    def speed(self) -> str:
+        """Tokens per second; of several machines, each one's."""
+        return self.machine or speed(self.tokens_per_second)
 
     @property
     def symbol(self) -> str:
@@ -113,7 +124,8 @@ class Group:
         """`needle`; `needle distractors=7 on tiny` where the run has other needles, and other models."""
         parameters = self.rows[0].task_parameters
         told = [f"{name}={_plain(parameters.get(name))}" for name in self.told]
-        return " ".join([self.rows[0].task, *told, *(["on", self.model] if self.model else [])])
+        where = [f"on {self.model}" if self.model else "", f"in {run}" if (run := self.rows[0].run) else ""]
+        return " ".join(filter(None, [self.rows[0].task, *told, *where]))
 
     @property
     def context(self) -> str:
@@ -188,7 +200,7 @@ class Results:
     @cached_property
     def groups(self) -> list[Group]:
         """Tasks in the order of the run, the contexts of each from short to long."""
-        found: dict[tuple[str, str, str, int], list[Row]] = {}
+        found: dict[GroupKey, list[Row]] = {}
         for row in self.rows:
             found.setdefault(group_key(row), []).append(row)
         order = list(dict.fromkeys(key[:3] for key in found))
@@ -235,10 +247,10 @@ def short_models(models: Iterable[str]) -> dict[str, str]:
     return {name: end if last.count(end) == 1 else name for name, end in zip(names, last, strict=True)}
 
 
-def group_key(subject: Subject) -> tuple[str, str, str, int]:
+def group_key(subject: Subject) -> GroupKey:
     """Rows of equal keys may be compared."""
     parameters = json.dumps(dict(subject.task_parameters), sort_keys=True)
-    return subject.model, subject.task, parameters, subject.context
+    return subject.model, subject.task, parameters, subject.context, subject.run
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -62,6 +63,15 @@ def read(path: Path, fields: type[Fields] = SampleFields) -> list[Record]:
     """
     lines = files.read(path).split(b"\n")[:-1] if path.exists() else []
     return [record for line in lines if (record := _decode(line, fields)) is not None]
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    """Replace a file by these records.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    files.write(path, b"".join(map(_encode, records)))
 
 
 def _encode(record: Record) -> bytes:

@@ -13,7 +13,7 @@ from ..errors import UserError
 from . import files, manifest, samples, statistics
 from .manifest import Entry, Record
 from .markdown import markdown
-from .results import DENSE, Results, Row, Subject, group_key, write_csv
+from .results import DENSE, Results, Row, Subject, group_key, speed, write_csv
 
 
 def write(folder: Path, records: Iterable[Record] | None = None) -> list[Row]:
@@ -64,8 +64,6 @@ def _row(entry: Entry, records: Sequence[Record]) -> Row:
         for name in ("steps", "bytes_read", "bytes_written", "bytes_dense")
     }
     steps = total["steps"]
-    full = max(record.get("rows", 1) for record in records)
-    speeds = [speed for record in records if record.get("rows", 1) == full for speed in _speeds(record)]
     slots = [record["slots"] for record in records if record.get("slots") is not None]
     low, high = interval or (None, None)
     return Row(
@@ -79,9 +77,7 @@ def _row(entry: Entry, records: Sequence[Record]) -> Row:
         bytes_written_per_step=total["bytes_written"] / steps if steps else None,
         kv_bytes=float(np.mean([record["kv_bytes"] for record in records])),
         slots_per_head=float(np.mean(slots)) if slots else None,
-        tokens_per_second=float(np.median(speeds)) if speeds else None,
-        tokens_per_second_min=min(speeds, default=None),
-        tokens_per_second_max=max(speeds, default=None),
+        **_speeds(records),
         ran_eagerly="; ".join(sorted({why for record in records if (why := _eager_because(record))})),
     )
 
@@ -120,9 +116,32 @@ def _marked(rows: Sequence[Row]) -> list[Row]:
     return [dataclasses.replace(row, mark=by_row.get(id(row), "")) for row in rows]
 
 
-def _speeds(record: Record) -> list[float]:
+def _speeds(records: Sequence[Record]) -> dict[str, Any]:
+    """The fields of a row about tokens per second: of its full batches; of several machines, each one's."""
+    # A sample was measured once on this machine, or as `merge` has it.
+    measured = [
+        (machine, batch)
+        for record in records
+        for machine, batch in record.get("machines", {"": record}).items()
+    ]
+    full = max(batch.get("rows", 1) for _, batch in measured)
+    found: dict[str, list[float]] = {}
+    for machine, batch in measured:
+        if batch.get("rows", 1) == full:
+            found.setdefault(machine, []).extend(_repetitions(batch))
+    here = found.pop("", [])
+    medians = {machine: float(np.median(speeds)) for machine, speeds in found.items() if speeds}
+    return {
+        "tokens_per_second": float(np.median(here)) if here else None,
+        "tokens_per_second_min": min(here, default=None),
+        "tokens_per_second_max": max(here, default=None),
+        "machine": "; ".join(f"{machine}: {speed(median)}" for machine, median in medians.items()),
+    }
+
+
+def _repetitions(batch: Record) -> list[float]:
     """Tokens a second of the sample's batch; of all its repetitions, if there were several."""
-    found = record.get("tokens_per_second")
+    found = batch.get("tokens_per_second")
     return [float(one) for one in (found if isinstance(found, list) else [found]) if one is not None]
 
 

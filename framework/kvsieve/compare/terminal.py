@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .markdown import MARKS, megabytes
-from .results import DENSE, MISSING, Group, Results, Row, bytes_range, eager_notes, noise_note, speed
+from .results import DENSE, MISSING, Group, Results, Row, bytes_range, eager_notes, noise_note
 from .statistics import BETTER, FEW, WORSE
 
 # Columns of a task's table, those left out of a narrow terminal last.
@@ -115,7 +115,6 @@ def _task_table(groups: Sequence[Group], columns: Sequence[str]) -> Table:
 
 def _cells(group: Group, row: Row, best: float | None) -> dict[str, str]:
     score = group.text(row.score)
-    tokens = speed(row.tokens_per_second)
     against = MISSING if row.policy == DENSE else group.difference(row) or MISSING
     return {
         "policy": escape(row.policy_label),
@@ -125,7 +124,7 @@ def _cells(group: Group, row: Row, best: float | None) -> dict[str, str]:
         "answers": row.changes,
         "bytes read": MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}",
         "KV MB": megabytes(row.kv_bytes),
-        "tokens/s": f"[dim]noisy {tokens}[/dim]" if row.noisy else tokens,
+        "tokens/s": f"[dim]noisy {row.speed}[/dim]" if row.noisy else escape(row.speed),
     }
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..manifest import Entry, Record
-from ..results import DENSE, group_key
+from ..results import DENSE, GroupKey, group_key
 from .folder import RunFolder
 from .names import readable_label
 
@@ -22,7 +22,7 @@ def answers(run: RunFolder) -> list[dict[str, Any]]:
     titles = {
         group_key(group.rows[0]): f"{group.task}, {group.context} tokens" for group in run.results.groups
     }
-    groups: dict[tuple[str, str, str, int], _Cells] = {}
+    groups: dict[GroupKey, _Cells] = {}
     for entry, samples in run.measured:
         if group_key(entry) in titles:
             groups.setdefault(group_key(entry), []).append((entry, {one["sample"]: one for one in samples}))

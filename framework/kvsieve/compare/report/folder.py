@@ -1,7 +1,6 @@
 """A run folder as the report reads it."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +43,12 @@ def read(folder: Path) -> RunFolder:
     return RunFolder(
         Results(rows),
         _text(folder / "config.yaml"),
-        _object(folder / "environment.json"),
+        files.read_object(folder / "environment.json"),
         len(records),
         manifest.failures(folder),
         [(entry, by_cell[entry.cell]) for entry in entries if entry.cell in by_cell],
-        _object(folder / "protocol.json"),
+        files.read_object(folder / "protocol.json"),
     )
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_text(path) or "{}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return found
 
 
 def _text(path: Path) -> str:
