@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,17 @@ from kvsieve.compare.tasks import (
     CnnDailyMail,
     Sample,
     Shakespeare,
+    SparqNeedle,
     Squad,
     TriviaQA,
     WikiText,
+    hub,
     metrics,
     paper,
-    rows,
 )  # fmt: skip
+from kvsieve.compare.tasks import (
+    folder as local,
+)
 from kvsieve.testing import tokenizers
 
 DATA = Path(__file__).parent.parent / "data" / "sparq_tasks"
@@ -84,7 +89,7 @@ def test_tasks_with_one_reference(cls):
 
 
 def test_scores():
-    tried = 0
+    tried = early = 0
     for row in lines("scores.jsonl"):
         kind, wanted = row["metric"].removeprefix("sparq/"), row["score"]
         if kind == "qa_match":
@@ -96,6 +101,7 @@ def test_scores():
             got = metrics.matching_characters(said, right)
             if right.startswith(said):  # theirs gives an answer that ends early full marks
                 assert (got, wanted) == (len(said), len(right))
+                early += got != wanted
                 continue
         else:
             sample = Sample([1], ["x" * row["characters"]])
@@ -104,6 +110,34 @@ def test_scores():
         assert got == pytest.approx(wanted, abs=1e-9)
         tried += 1
     assert tried > 220
+    assert early == 11
+
+
+def test_the_needle():
+    tokenizer = tokenizers()["bytes"]
+    room = 280  # tokens of needle, question and answer with this tokenizer: the authors leave 128
+    expected = lines("sparq_needle_expected.jsonl")
+    assert len(expected) == 10
+    for number, row in enumerate(expected):
+        task = SparqNeedle(row["length"] + room, samples=5, depths=5, folder=folder(SparqNeedle))
+        sample = task.sample(tokenizer, 0, number % 5)
+        assert sample.facts == {"depth": row["depth"]}
+        assert digest(json.dumps(list(sample.prompt))) == row["prompt_sha256"]
+    assert task.score(sample, Answer("\n eat a sandwich and sit in Dolores Park on a sunny day.")) == 1
+    assert task.score(sample, Answer("Eat a sandwich and sit in Dolores Park on a sunny day")) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"samples": 18}, "sparq_needle has 17 depths: samples cannot be 18"),
+        ({"context": 280}, "needs a context of at least 281 tokens, not 280"),
+        ({"context": 50_000}, r"has \d+ tokens, and sparq_needle needs 49720 of them"),
+    ],
+)
+def test_a_needle_that_does_not_fit_is_one_sentence(given, message):
+    with pytest.raises(UserError, match=message):
+        SparqNeedle(folder=folder(SparqNeedle), **given).sample(tokenizers()["bytes"], 0, 0)
 
 
 @pytest.mark.parametrize("name", tokenizers())
@@ -130,6 +164,96 @@ def test_a_parquet_file_has_the_same_rows(tmp_path):
     assert own.source() != CnnDailyMail(folder=folder(CnnDailyMail)).source()
 
 
+# -------------------------------------------------------------------- from the hub
+@pytest.fixture
+def on_the_hub(monkeypatch):
+    """Answers for the hub, which tests have no network to: rows, or what datasets raises."""
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'kvsieve[tasks]'")
+    hub.read.cache_clear()
+    hub.digest.cache_clear()
+    paper._shuffled.cache_clear()
+    asked = []
+
+    def answer(found):
+        def load_dataset(name, config, split, revision):
+            asked.append((name, config, split, revision))
+            if isinstance(found, Exception):
+                raise found
+            return datasets.Dataset.from_list(found)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return asked
+
+    return answer
+
+
+@pytest.mark.parametrize("cls", [Squad, TriviaQA, CnnDailyMail, WikiText, Shakespeare])
+def test_the_hubs_rows_make_the_same_questions(cls, on_the_hub):
+    asked = on_the_hub(lines(f"{cls.name}/rows.jsonl"))
+    assert questions(cls()) == questions(cls(folder=folder(cls)))
+    assert asked == [(cls.hub.name, cls.hub.config, cls.hub.split, cls.hub.revision)]
+
+
+def test_data_set_revision_and_split_can_be_others(on_the_hub):
+    asked = on_the_hub(lines("squad/rows.jsonl"))
+    Squad(split="train").rows()
+    Squad(dataset="me/squad", revision="abc").rows()
+    assert asked == [(*Squad.hub[:2], "train", Squad.hub.revision), ("me/squad", None, "validation", "abc")]
+    with pytest.raises(ValueError, match="a folder has no dataset, revision or split"):
+        Squad(folder="here", split="train")
+
+
+def test_other_rows_are_another_text(on_the_hub):
+    rows = lines("shakespeare/rows.jsonl")
+    on_the_hub(rows)
+    before = Shakespeare().source()
+    hub.read.cache_clear()
+    hub.digest.cache_clear()
+    on_the_hub(rows[:-1])
+    assert Shakespeare().source() != before
+
+
+def test_a_data_set_in_the_cache_of_this_machine(tmp_path, monkeypatch):
+    """Through datasets itself, without a network."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    written = lines("cnn_dailymail/rows.jsonl")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    found = questions(CnnDailyMail(dataset=str(tmp_path / "data")))
+    assert found == questions(CnnDailyMail(folder=folder(CnnDailyMail)))
+    with pytest.raises(UserError, match='cannot be read from the hub: Unknown split "nowhere"'):
+        CnnDailyMail(dataset=str(tmp_path / "data"), split="nowhere").rows()
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            ConnectionError("Couldn't reach it"),
+            r"squad@7b6d24c4, split validation: the hub cannot be reached \(Couldn't reach it\): give",
+        ),
+        (FileNotFoundError("It is a gated dataset on the Hub.\nLog in"), "is gated on the hub: ask for acc"),
+        (ValueError("Unknown revision"), "cannot be read from the hub: Unknown revision$"),
+        ([{"id": 1, "title": ""}], "has no column 'context'; needed: id, title, context"),
+        ([], "has no column 'id'"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_does_not_give_is_one_sentence(found, message, on_the_hub):
+    on_the_hub(found)
+    with pytest.raises(UserError, match=message) as caught:
+        Squad().sample(tokenizers()["bpe"], 0, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_datasets_the_message_says_what_to_install(monkeypatch):
+    hub.read.cache_clear()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'kvsieve\[tasks\]', or give a folder"):
+        WikiText().rows()
+
+
+# -------------------------------------------------------------------- bad input
 ROW = {"id": "1", "title": "A", "context": "B", "question": "C", "answers": {"text": ["the."]}}
 
 
@@ -160,7 +284,7 @@ def test_bad_input_is_one_sentence(tmp_path, files, message):
 
 def test_a_folder_that_is_not_there_is_named():
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        rows.digest("nowhere")
+        local.digest("nowhere")
 
 
 def test_the_papers_tasks_run_in_a_comparison(compare):

@@ -19,6 +19,7 @@ from kvsieve.compare.tasks import (
     Repetition,
     Retrieval,
     Shakespeare,
+    SparqNeedle,
     Squad,
     TriviaQA,
     WikiText,
@@ -36,6 +37,7 @@ PAPER = {
 CUT_BY_THE_PAPER = {"cnn_dailymail", "shakespeare"}
 CASES = {
     **PAPER,
+    "sparq_needle": SparqNeedle(700, samples=5, folder=str(ROWS / "sparq_needle")),
     "needle": Needle(400, distractors=2),
     "repetition": Repetition(400),
     "perplexity": Perplexity(300, tokens=20),

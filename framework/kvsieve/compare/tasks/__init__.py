@@ -12,6 +12,7 @@ from .passkey import Passkey
 from .perplexity import Perplexity
 from .repetition import Repetition
 from .retrieval import Retrieval
+from .sparq_needle import SparqNeedle
 
 __all__ = [
     "Answer",
@@ -25,13 +26,14 @@ __all__ = [
     "Retrieval",
     "Sample",
     "Shakespeare",
+    "SparqNeedle",
     "Squad",
     "Task",
     "TriviaQA",
     "WikiText",
 ]
 
-_PAPER = (Squad, TriviaQA, CnnDailyMail, WikiText, Shakespeare)
+_PAPER = (Squad, TriviaQA, CnnDailyMail, WikiText, Shakespeare, SparqNeedle)
 
 
 @hookimpl

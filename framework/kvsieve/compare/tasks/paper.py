@@ -1,4 +1,4 @@
-"""The tasks of the SparQ paper (arXiv:2312.04985), from a local folder with the rows of the hub's data sets.
+"""The tasks of the SparQ paper (arXiv:2312.04985), from the hub or a local folder with the same rows.
 
 Prompts, their order and their references are those of the authors' code (llm-inference-research@ead9b6a), so
 the seed of a comparison changes nothing: sample i is the i-th of their shuffle. Text and question are
@@ -19,8 +19,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from ...errors import UserError
-from . import metrics, rows, text
-from .base import Answer, Sample, Task, check_range
+from . import metrics, text
+from .base import Answer, Sample, check_range
+from .hub import DataSet
+from .rows import FromRows, Row
 
 _CHARACTERS = range(4000, 8001)  # of an article or a page
 _PAGE = re.compile(r"(.{6000,}?)(\s.{399,}?)(?=\s|\Z)", re.DOTALL)
@@ -37,28 +39,18 @@ class Question(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Paper(Task):
-    """Base of these tasks: `questions` of the rows in `folder`, shuffled by the authors' seed."""
+class Paper(FromRows):
+    """Base of these tasks: `questions` of the rows, shuffled by the authors' seed."""
 
-    columns: ClassVar[tuple[str, ...]]
     shuffle: ClassVar[int]
 
-    folder: str = dataclasses.field(kw_only=True)  # with .jsonl or .parquet files
-
-    def questions(self, found: list[rows.Row]) -> list[Question]:
+    def questions(self, found: list[Row]) -> list[Question]:
         """The questions of all rows, in their order."""
         raise NotImplementedError
 
-    def source(self) -> str:
-        return rows.digest(self.folder)
-
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         shuffled = _shuffled(dataclasses.replace(self, context=1, samples=1))
-        if max(self.samples, index + 1) > len(shuffled):
-            raise UserError(
-                f"{self.name} has {len(shuffled)} questions in {self.folder}: "
-                f"samples cannot be {self.samples}"
-            )
+        self.check_count(len(shuffled), index)
         question = shuffled[index]
         prompt = tokenizer(question.prompt, verbose=False)["input_ids"][-self.context :]
         return self.asked(tokenizer, question, prompt)
@@ -70,7 +62,7 @@ class Paper(Task):
 
 @functools.cache
 def _shuffled(task: Paper) -> list[Question]:
-    found = task.questions(rows.read(task.folder, task.columns))
+    found = task.questions(task.rows())
     return [found[i] for i in np.random.default_rng(task.shuffle).permutation(len(found))]
 
 
@@ -105,6 +97,7 @@ class Squad(Answers):
     """Share of answers that begin with a right one: SQuAD v1.1 among paragraphs of other articles."""
 
     name = "squad"
+    hub = DataSet("rajpurkar/squad", None, "validation", "7b6d24c440a36b6815f21b70d25016731768db1f")
     columns = ("id", "title", "context", "question", "answers")
     shuffle = 945237
 
@@ -116,10 +109,10 @@ class Squad(Answers):
         check_range("shots", self.shots, 0, 5)
         check_range("confusion_contexts", self.confusion_contexts, 0, 1000)
 
-    def questions(self, found: list[rows.Row]) -> list[Question]:
+    def questions(self, found: list[Row]) -> list[Question]:
         rng = np.random.RandomState(82735235)
         contexts = sorted(set(map(self._context, found)))
-        same: dict[str, list[rows.Row]] = {}
+        same: dict[str, list[Row]] = {}
         for row in found:
             same.setdefault(row["context"], []).append(row)
         made = []
@@ -138,19 +131,19 @@ class Squad(Answers):
             made.append(Question(row["id"], prompt, list(row["answers"]["text"])))
         return made
 
-    def _context(self, row: rows.Row) -> str:
+    def _context(self, row: Row) -> str:
         return f"Title: {_title(row)}. Background: {row['context']}"
 
 
-def _title(row: rows.Row) -> str:
+def _title(row: Row) -> str:
     return str(row["title"]).replace("_", " ")
 
 
-def _ask(row: rows.Row) -> str:
+def _ask(row: Row) -> str:
     return f"Question: {row['question']}\nAnswer:"
 
 
-def _without(row: rows.Row, others: Sequence[rows.Row]) -> list[rows.Row]:
+def _without(row: Row, others: Sequence[Row]) -> list[Row]:
     return [other for other in others if other["id"] != row["id"]]
 
 
@@ -159,12 +152,13 @@ class TriviaQA(Answers):
     """Share of answers that begin with a right one: TriviaQA behind a page of Wikipedia."""
 
     name = "triviaqa"
+    hub = DataSet("mandarjoshi/trivia_qa", "rc", "validation", "0f7faf33a3908546c6fd5b73a660e0f8ff173c2f")
     columns = ("question_id", "question", "answer", "entity_pages")
     shuffle = 487523
 
     single_word: bool = False  # ask for a single word, as the authors do of Pythia
 
-    def questions(self, found: list[rows.Row]) -> list[Question]:
+    def questions(self, found: list[Row]) -> list[Question]:
         rng, made = np.random.RandomState(2751584), []
         wanted = "Single-word answer:" if self.single_word else "Answer:"
         for row in found:
@@ -184,6 +178,7 @@ class CnnDailyMail(Paper):
 
     name = "cnn_dailymail"
     metric = "ROUGE-L"
+    hub = DataSet("abisee/cnn_dailymail", "3.0.0", "validation", "96df5e686bee6baa90b8bee7c28b81fa3fa6223d")
     columns = ("id", "article", "highlights")
     shuffle = 2353669
 
@@ -191,7 +186,7 @@ class CnnDailyMail(Paper):
     def limits(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def questions(self, found: list[rows.Row]) -> list[Question]:
+    def questions(self, found: list[Row]) -> list[Question]:
         return [
             Question(row["id"], f"Article: {row['article']}\nSummary:", [row["highlights"]])
             for row in found
@@ -215,10 +210,11 @@ class WikiText(Paper):
     name = "wikitext"
     metric = "bits per character"
     higher_is_better = False
+    hub = DataSet("EleutherAI/wikitext_document_level", "wikitext-103-raw-v1", "train", None)
     columns = ("page",)
     shuffle = 2353669
 
-    def questions(self, found: list[rows.Row]) -> list[Question]:
+    def questions(self, found: list[Row]) -> list[Question]:
         parts = [(number, _PAGE.match(row["page"])) for number, row in enumerate(found)]
         return [Question(number, part[1], [part[2]]) for number, part in parts if part]
 
@@ -237,10 +233,12 @@ class Shakespeare(Paper):
     name = "shakespeare"
     metric = "matching characters"
     chance = 0.0
+    # The files that the hub makes of its script, which datasets does not run.
+    hub = DataSet("karpathy/tiny_shakespeare", None, "train+validation+test", "refs/convert/parquet")
     columns = ("text",)
     shuffle = 544085
 
-    def questions(self, found: list[rows.Row]) -> list[Question]:
+    def questions(self, found: list[Row]) -> list[Question]:
         whole = "".join(row["text"] for row in found)
         return [
             Question(passage.start() + part.start(), f"{passage[0]}\n{part[1]}", [part[2]])

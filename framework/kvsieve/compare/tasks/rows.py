@@ -1,86 +1,68 @@
-"""Rows of a data set in a local folder: files of JSON lines or parquet, in the order of their names."""
+"""Tasks made of the rows of a data set: from the hub, or from a local folder with the same columns."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from ... import user_files
 from ...errors import UserError
+from . import folder as local
+from . import hub as remote
+from .base import Task
+from .hub import DataSet
 
-MOST_BYTES = 2**30  # of a file
 Row = Mapping[str, Any]
 
 
-@functools.cache
-def read(folder: str, columns: Sequence[str]) -> list[Row]:
-    """All rows of a folder's `*.jsonl` and `*.parquet` files.
+@dataclasses.dataclass(frozen=True)
+class FromRows(Task):
+    """Base of these tasks: the data set `hub`, or the one that the parameters name."""
 
-    Raises:
-        UserError: there is no such folder, or no such file in it; a row lacks a column, or is no row.
-    """
-    found = [row for path in _files(folder) for row in _rows(path, columns)]
-    if not found:
-        raise UserError(f"{folder}: its files hold no rows")
-    return found
+    hub: ClassVar[DataSet]
+    columns: ClassVar[tuple[str, ...]]
 
+    folder: str | None = dataclasses.field(default=None, kw_only=True)  # with .jsonl or .parquet files
+    dataset: str | None = dataclasses.field(default=None, kw_only=True)  # on the hub; none: the paper's
+    revision: str | None = dataclasses.field(default=None, kw_only=True)  # of it; none: that of the paper's
+    split: str | None = dataclasses.field(default=None, kw_only=True)  # of it; none: the paper's
 
-@functools.cache
-def digest(folder: str) -> str:
-    """Of the names and bytes of these files."""
-    found = hashlib.sha256()
-    for path in _files(folder):
-        found.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:12]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folder is not None and (self.dataset or self.revision or self.split):
+            raise ValueError("a folder has no dataset, revision or split: its files are all of the rows")
 
+    @property
+    def data_set(self) -> DataSet:
+        """The one on the hub."""
+        own = self.hub
+        if self.dataset is not None:
+            own = DataSet(self.dataset, None, own.split, None)
+        return own._replace(split=self.split or own.split, revision=self.revision or own.revision)
 
-def _files(folder: str) -> list[Path]:
-    path = user_files.user_path(folder)
-    if not path.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet"))
-    if not files:
-        raise UserError(f"{folder}: holds no .jsonl and no .parquet files")
-    for file in files:
-        user_files.check_readable(file, MOST_BYTES)
-    return files
+    @property
+    def where(self) -> str:
+        """Where the rows are, in words."""
+        return str(self.data_set) if self.folder is None else self.folder
 
+    def rows(self) -> list[Row]:
+        """All of them, in their order.
 
-def _rows(path: Path, columns: Sequence[str]) -> list[Row]:
-    rows = _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
-    for number, row in enumerate(rows, start=1):
-        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
-        if missing:
+        Raises:
+            UserError: they cannot be had, or lack a column.
+        """
+        if self.folder is not None:
+            return local.read(self.folder, self.columns)
+        return remote.read(self.data_set, self.columns)
+
+    def source(self) -> str:
+        if self.folder is not None:
+            return local.digest(self.folder)
+        return remote.digest(self.data_set, self.columns)
+
+    def check_count(self, found: int, index: int) -> None:
+        """Raise UserError if there are fewer questions than samples, or than `index` needs."""
+        if max(self.samples, index + 1) > found:
             raise UserError(
-                f"{path}: row {number} has no column {missing[0]!r}; needed: {', '.join(columns)}"
+                f"{self.name} has {found} questions in {self.where}: samples cannot be {self.samples}"
             )
-    return rows
-
-
-def _json_lines(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(user_files.read_text(path, MOST_BYTES).split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                raise UserError(f"{path}:{number}: is not JSON") from None
-    return rows
-
-
-def _parquet(path: Path) -> list[Row]:
-    try:
-        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
-    except ImportError:
-        raise UserError(f"{path}: parquet files need pyarrow: pip install 'kvsieve[tasks]'") from None
-    try:
-        found: list[Row] = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: is no parquet file: {error}") from None
-    return found
