@@ -168,7 +168,7 @@ def test_shown_yaml_is_a_comparison(tmp_path):
                 pytest.fail(f"{document}: {error}")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_configs_are_valid(path):
     from kvsieve import UserError
     from kvsieve.compare import config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from . import paper
 from .results import DENSE, MISSING, SYMBOLS, Group, Results, Row, bytes_range, eager_notes, noise_note
 from .statistics import BETTER, WORSE
 
@@ -44,6 +45,10 @@ def markdown(results: Results, failures: Sequence[str]) -> str:
     lines += [
         line for note in [noise_note(results.rows), *eager_notes(results.rows)] if note for line in (note, "")
     ]
+    if known := paper.beside(results.rows):
+        rule = "|" + "---|" * len(paper.HEADINGS)
+        lines += ["## The SparQ paper's numbers", "", _line(paper.HEADINGS), rule]
+        lines += [*(_line(beside.cells()) for beside in known), "", paper.MEANING, ""]
     if failures:
         lines += ["## Failed", "", *(f"- {failure}" for failure in failures), ""]
     return "\n".join(lines)
