@@ -6,6 +6,7 @@ its samples.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -93,20 +94,38 @@ def read(folder: Path) -> dict[str, list[Record]]:
     return {cell: records for cell, records in numbers.items() if records}
 
 
-def by_policy(folder: Path) -> dict[str, list[float]]:
-    """The `NUMBERS` of every policy on each model, by its label: means over layers, heads, samples, tasks."""
+@dataclasses.dataclass(frozen=True)
+class Diagnosed:
+    """A policy on one model beside dense attention: means over its samples, and then over its tasks."""
+
+    policy: str
+    label: str  # as in the tables; of several models with "on" and its model
+    samples: int
+    steps: int  # of a sample, at most
+    layers: list[int]  # their numbers in the model
+    numbers: np.ndarray  # [4, L, H], in the order of NUMBERS
+
+
+def by_policy(folder: Path) -> list[Diagnosed]:
+    """Every policy that was diagnosed in a run folder, in the order of its cells."""
     diagnosed = read(folder)
     if not diagnosed:
-        return {}
-    found: dict[str, list[np.ndarray]] = {}
+        return []
     entries = manifest.read(folder, samples.read(folder / "samples.jsonl"))
     models = short_models(entry.model for entry in entries)
+    tasks: dict[tuple[str, str], list[list[Record]]] = {}
     for entry in entries:
         if entry.cell in diagnosed:
-            of_samples = [[np.mean(record[name]) for name in NUMBERS] for record in diagnosed[entry.cell]]
             label = " on ".join(filter(None, [entry.policy_label, models[entry.model]]))
-            found.setdefault(label, []).append(np.mean(of_samples, axis=0))
-    return {label: np.mean(tasks, axis=0).tolist() for label, tasks in found.items()}
+            tasks.setdefault((entry.policy, label), []).append(diagnosed[entry.cell])
+    return [_joined(policy, label, of_policy) for (policy, label), of_policy in tasks.items()]
+
+
+def _joined(policy: str, label: str, tasks: list[list[Record]]) -> Diagnosed:
+    records = [record for of_task in tasks for record in of_task]
+    means = [np.mean([[one[name] for name in NUMBERS] for one in of_task], axis=0) for of_task in tasks]
+    steps = max(record["steps"] for record in records)
+    return Diagnosed(policy, label, len(records), steps, records[0]["layers"], np.mean(means, axis=0))
 
 
 def show(folder: Path, console: Console) -> None:
@@ -118,6 +137,6 @@ def show(folder: Path, console: Console) -> None:
     table.add_column("policy")
     for heading in ("mass kept", "recall", "error", "tail"):
         table.add_column(heading, justify="right")
-    for label, numbers in found.items():
-        table.add_row(label, *(f"{number:.3f}" for number in numbers))
+    for one in found:
+        table.add_row(one.label, *(f"{number:.3f}" for number in one.numbers.mean((1, 2))))
     console.print(table)
