@@ -122,6 +122,20 @@ def sample(cell, one, index):
     }
 
 
+HEADS = {"mass": 0.1, "recall": 0.3, "error": -0.1, "tail": 0.0}  # by how much a head is below dense's
+
+
+def diagnosis(cell, one, index):
+    """A line of diagnostics.jsonl: two layers, three heads, the last head of layer 3 the worst."""
+    dense = {"mass": 1.0, "recall": 1.0, "error": 0.0, "tail": 0.0}
+    far = 0 if one.policy == "dense" else 1 + index
+    numbers = {
+        name: [[dense[name] - far * less * worse for worse in line] for line in ((0, 0.5, 1), (0.5, 1, 2))]
+        for name, less in HEADS.items()
+    }
+    return {"cell": cell, "sample": index, "method": "m", "steps": 5, "layers": [1, 3]} | numbers
+
+
 def write_run(folder, rows, errors=()):
     """`errors`: labels of cells that failed, with the reason."""
     write_csv(folder / "summary.csv", rows)
@@ -157,4 +171,8 @@ def write_run(folder, rows, errors=()):
             for index in range(SAMPLES):
                 file.write(json.dumps(sample(f"c{i}", one, index)) + "\n")
         file.write('{"cell": "c0ffee", "sam')  # killed in the middle of a line
+    with (folder / "diagnostics.jsonl").open("w", encoding="utf-8") as file:
+        for i, one in enumerate(rows):
+            for index in range(2):
+                file.write(json.dumps(diagnosis(f"c{i}", one, index)) + "\n")
     return folder

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...errors import UserError
 from .. import files, manifest, samples
+from ..diagnostics import Diagnosed, by_policy
 from ..manifest import Entry, Record
 from ..results import Results, read_csv
 
@@ -21,6 +22,7 @@ class RunFolder:
     failures: list[tuple[str, str]]  # what could not be measured, and why
     measured: list[tuple[Entry, list[Record]]]  # the cells with their samples; empty: not told by cells.json
     protocol: dict[str, Any]  # by cell id, the fields behind it
+    diagnosed: list[Diagnosed]  # on request
 
 
 def read(folder: Path) -> RunFolder:
@@ -48,6 +50,7 @@ def read(folder: Path) -> RunFolder:
         manifest.failures(folder),
         [(entry, by_cell[entry.cell]) for entry in entries if entry.cell in by_cell],
         files.read_object(folder / "protocol.json"),
+        by_policy(folder),
     )
 
 

@@ -18,6 +18,7 @@ from .answers import answers
 from .depth import depth_maps
 from .folder import RunFolder
 from .headline import headline
+from .heads import head_maps
 from .names import policy_name, readable_label
 from .pivot import pivot
 from .style import FONT, Palette, styles
@@ -31,6 +32,7 @@ _SECTIONS = {
     "frontier": "Frontier",
     "results": "All results",
     "depth": "Depth",
+    "heads": "Heads",
     "answers": "Answers",
     "again": "Run it again",
 }
@@ -40,8 +42,9 @@ def render(run: RunFolder) -> str:
     """The page of a run, as HTML."""
     results = run.results
     look = styles(results.policies)
-    maps, texts = depth_maps(run), answers(run)
-    absent = {name for name, found in (("depth", maps), ("answers", texts)) if not found}
+    maps, heads, texts = depth_maps(run), head_maps(run.diagnosed, results), answers(run)
+    optional = {"depth": maps, "heads": heads, "answers": texts}
+    absent = {name for name, found in optional.items() if not found}
     scripts = [(_PARTS / name).read_text("utf-8") for name in _SCRIPTS]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_PARTS), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -65,6 +68,7 @@ def render(run: RunFolder) -> str:
             note for note in [noise_note(results.rows), *eager_notes(results.rows), _disturbed(run)] if note
         ],
         depth_maps=maps,
+        heads=heads,
         answers=texts,
         commands=commands(run),
         config=run.config,
