@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from kvsieve import UserError
 from kvsieve.cli import app
-from kvsieve.compare import merge, samples, summary
+from kvsieve.compare import diagnostics, merge, samples, summary
 from kvsieve.compare.results import Results
 
 TASKS = "batch_size: 2\ntasks: [needle: {context: 120, samples: 4}]\n"
@@ -153,6 +153,32 @@ def test_what_cannot_be_joined_is_one_sentence(runs, tmp_path):
     with pytest.raises(UserError, match="holds a run of its own: give another folder"):
         joined(runs / "a", runs / "b", out=runs / "a")
     assert "are for several runs" in CliRunner().invoke(app, ["report", str(newer), "--apart"]).stderr
+
+
+def with_diagnostics(run, folder, method="8 steps"):
+    """A copy of a run with diagnostics of its first samples."""
+    shutil.copytree(run, folder)
+    numbers = {name: [[0.5]] for name in diagnostics.NUMBERS}
+    lines = [
+        {"cell": one["cell"], "sample": 0, "method": method, "steps": 3, "layers": [0]} | numbers
+        for one in json.loads((folder / "cells.json").read_text())
+    ]
+    samples.write(folder / diagnostics.NAME, lines)
+    return folder
+
+
+def test_diagnostics_are_joined_if_they_were_made_in_one_way(runs, tmp_path):
+    a, b = with_diagnostics(runs / "a", tmp_path / "a"), with_diagnostics(runs / "b", tmp_path / "b")
+    joined(a, b, out=tmp_path / "out")
+    found = diagnostics.by_policy(tmp_path / "out")
+    assert [(one.label, one.samples) for one in found] == [("dense", 1), ("h2o 1/4", 1), ("sparq 1/4", 1)]
+    joined(a, b, out=tmp_path / "apart", apart=True)
+    labels = [one.label for one in diagnostics.by_policy(tmp_path / "apart")]
+    assert labels == ["dense in a", "h2o 1/4 in a", "sparq 1/4 in b", "dense in b"]
+    other = with_diagnostics(runs / "b", tmp_path / "other", method="4 steps")
+    _, notes = joined(a, other, out=tmp_path / "out")
+    assert notes[-1] == "diagnostics were made in several ways (8 steps; 4 steps) and are left out"
+    assert diagnostics.by_policy(tmp_path / "out") == []
 
 
 def test_the_command_joins_and_reports(runs, tmp_path, monkeypatch):

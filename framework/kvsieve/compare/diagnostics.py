@@ -99,7 +99,7 @@ class Diagnosed:
     """A policy on one model beside dense attention: means over its samples, and then over its tasks."""
 
     policy: str
-    label: str  # as in the tables; of several models with "on" and its model
+    label: str  # as in the tables; where there are several, with its model and its run
     samples: int
     steps: int  # of a sample, at most
     layers: list[int]  # their numbers in the model
@@ -116,7 +116,9 @@ def by_policy(folder: Path) -> list[Diagnosed]:
     tasks: dict[tuple[str, str], list[list[Record]]] = {}
     for entry in entries:
         if entry.cell in diagnosed:
-            label = " on ".join(filter(None, [entry.policy_label, models[entry.model]]))
+            on, run = models[entry.model], entry.run
+            where = [f" on {on}" if on else "", f" in {run}" if run else ""]
+            label = "".join([entry.policy_label, *where])
             tasks.setdefault((entry.policy, label), []).append(diagnosed[entry.cell])
     return [_joined(policy, label, of_policy) for (policy, label), of_policy in tasks.items()]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from . import environment, files, identity, manifest, samples
+from . import diagnostics, environment, files, identity, manifest, samples
 from .identity import Fields
 from .manifest import Entry
 from .results import group_key
@@ -27,6 +27,7 @@ class _Run(NamedTuple):
     folder: Path
     entries: list[Entry]
     records: list[Record]
+    diagnosed: list[Record]
     protocol: dict[str, Fields]  # by cell id
     environment: dict[str, Any]
 
@@ -51,12 +52,15 @@ def merge(folders: Sequence[Path], out: Path, apart: bool = False) -> list[str]:
     else:
         _check(runs)
     entries, records, notes = _joined(runs)
+    diagnosed, more = _diagnosed(runs, apart)
     environments = environment.together({run.name: run.environment for run in runs}, _RUNS)
     manifest.write(out, entries)
     samples.write(out / "samples.jsonl", records)
+    if diagnosed or (out / diagnostics.NAME).exists():  # of an earlier merge
+        samples.write(out / diagnostics.NAME, diagnosed)
     identity.write(out, {cell: fields for run in runs for cell, fields in run.protocol.items()})
     files.write(out / "environment.json", json.dumps(environments, indent=2, ensure_ascii=False) + "\n")
-    return notes
+    return [*notes, *more]
 
 
 def names(folders: Sequence[Path]) -> list[str]:
@@ -76,7 +80,8 @@ def _read(folder: Path, name: str) -> _Run:
     records = samples.read(folder / "samples.jsonl")
     entries = manifest.read(folder, records)
     machine = files.read_object(folder / "environment.json")
-    return _Run(name, folder, entries, records, identity.read(folder), machine)
+    diagnosed = [record for of_cell in diagnostics.read(folder).values() for record in of_cell]
+    return _Run(name, folder, entries, records, diagnosed, identity.read(folder), machine)
 
 
 def _told_apart(run: _Run) -> _Run:
@@ -88,6 +93,7 @@ def _told_apart(run: _Run) -> _Run:
     return run._replace(
         entries=[dataclasses.replace(one, cell=id(one.cell), run=run.name) for one in run.entries],
         records=[record | {"cell": id(record["cell"])} for record in run.records],
+        diagnosed=[record | {"cell": id(record["cell"])} for record in run.diagnosed],
         protocol={id(cell): fields for cell, fields in run.protocol.items()},
     )
 
@@ -154,6 +160,17 @@ def _joined(runs: Sequence[_Run]) -> tuple[list[Entry], list[Record], list[str]]
         for (one, other), count in twice.items()
     ]
     return _labelled(entries.values()), list(kept.values()), notes
+
+
+def _diagnosed(runs: Sequence[_Run], apart: bool) -> tuple[list[Record], list[str]]:
+    """The diagnostics of each sample once; none, and a note, where they were not all made in one way."""
+    records = [record for run in runs for record in run.diagnosed]
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    if len(methods) > 1 and not apart:
+        return [], [f"diagnostics were made in several ways ({'; '.join(methods)}) and are left out"]
+    return list({(record["cell"], record["sample"]): record for record in reversed(records)}.values())[
+        ::-1
+    ], []
 
 
 def _machines(runs: Sequence[_Run]) -> list[str]:
