@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +38,15 @@ class Diagnose(_Section):
 
     steps: int = pydantic.Field(8, ge=1, le=65_536, description="decode steps of a sample, at most")
     samples: int = pydantic.Field(4, ge=1, le=MOST_SAMPLES, description="of each cell, the first ones")
+
+
+class Until(_Section):
+    """Samples of a task in place of their number: so many that every interval is narrow enough."""
+
+    width: float = pydantic.Field(
+        gt=0, description="of the widest 95 % interval of a difference from dense, in units of the score"
+    )
+    at_most: int = pydantic.Field(ge=1, le=MOST_SAMPLES, description="samples")
 
 
 class Settings(_Section):
@@ -79,6 +89,8 @@ class Config:
     tasks: list[tuple[Task, Loc]]
     policies: list[PolicySpec]
     models: list[str]
+    # Of the tasks that are measured in rounds, by `without_samples`; their `samples` are the most.
+    rounds: dict[str, Until] = dataclasses.field(default_factory=dict)
     # What is worth saying although it is no mistake, a line each, with its place.
     remarks: list[str] = dataclasses.field(default_factory=list)
 
@@ -100,10 +112,14 @@ class Config:
         settings = self.settings.model_dump(exclude={"tasks", "policies"}) | facts
         if len(self.models) > 1:
             settings["model"] = self.models
-        tasks = [{task.name: dataclasses.asdict(task)} for task, _ in self.tasks]
+        tasks = [{task.name: dataclasses.asdict(task) | self._until(task)} for task, _ in self.tasks]
         policies = [spec.entry() for spec in self.policies]
         everything = settings | {"tasks": tasks, "policies": policies}
         return dump(everything)
+
+    def _until(self, task: Task) -> dict[str, Any]:
+        until = self.rounds.get(without_samples(task))
+        return {} if until is None else {"samples": until.model_dump()}
 
     def check_output(self, folder: Path) -> None:
         """Refuse to read texts from the folder that the run writes to.
@@ -172,8 +188,10 @@ def load(
     first = {"model": models[0] if models else "none"} if isinstance(source.data.get("model"), list) else {}
     settings = _settings(source.data | first, mistakes, trust_remote_code=trust_remote_code)
     sections = {_meant(key, source.data): key for key in source.data}
+    rounds: dict[str, Until] = {}
+    read = functools.partial(_read_tasks, rounds=rounds)
     tasks, remarks = without_repetitions(
-        read_section(source.data, sections.get("tasks", "tasks"), read_tasks, mistakes), repr
+        read_section(source.data, sections.get("tasks", "tasks"), read, mistakes), repr
     )
     policies, more = without_repetitions(
         read_section(source.data, sections.get("policies", "policies"), _read_policies, mistakes),
@@ -189,7 +207,31 @@ def load(
     # Without them there was a mistake.
     assert settings is not None
     lines = [source.describe(remark) for remark in [*twice, *remarks, *more]]
-    return Config(source, settings, tasks, [spec for spec, _ in policies], models, lines)
+    return Config(source, settings, tasks, [spec for spec, _ in policies], models, rounds, lines)
+
+
+def without_samples(task: Task) -> str:
+    """Equal for tasks that are the same but for the number of their samples."""
+    given = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name != "samples"}
+    return repr((task.name, given))
+
+
+def _read_tasks(
+    entry: Any, loc: Loc, mistakes: list[Mistake], rounds: dict[str, Until]
+) -> list[tuple[Task, Loc]]:
+    """The tasks of an entry; those with a width in place of a number of samples go to `rounds`, too."""
+    until = None
+    if isinstance(entry, dict) and len(entry) == 1:
+        ((name, given),) = entry.items()
+        if isinstance(given, dict) and isinstance(given.get("samples"), dict):
+            before = len(mistakes)
+            values = _values(Until, given["samples"], (*loc, str(name), "samples"), mistakes)
+            until = Until(**values) if len(mistakes) == before else None
+            entry = {name: given | {"samples": until.at_most if until else 1}}
+    found = read_tasks(entry, loc, mistakes)
+    if until is not None:
+        rounds |= {without_samples(task): until for task, _ in found}
+    return found
 
 
 def _read_policies(entry: Any, loc: Loc, mistakes: list[Mistake]) -> list[tuple[PolicySpec, Loc]]:

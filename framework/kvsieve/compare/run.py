@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import plugins, processes
 from ..errors import UserError
-from . import diagnostics, identity, summary
+from . import diagnostics, identity, manifest, rounds, summary
 from .cells import Cell
 from .config import Config
 from .execute import Began, Executor, Measured, Prepared, Restarted, Work, units
@@ -84,12 +84,9 @@ def compare(
                 continue
             if len(config.models) > 1:
                 console.print(f"model {one.settings.model}", soft_wrap=True, markup=False, highlight=False)
-            journal.begin(one.settings.model, prepared)
-            _tell(console, "run_started", folder=folder, cells=list(prepared.cells))
-            journal.end(_measure_missing(executor, one, config.models, prepared, store, journal, console))
+            measured = _measure_model(executor, one, config.models, prepared, store, journal, console)
             store.restore()
             rows = summary.write(folder, store.records.values())
-            measured = [cell for cell in prepared.cells if cell.id not in journal.failures]
             _diagnose(executor, one, measured, journal, console)
         if len(store.records) > before and journal.disturbed:
             note = f"tokens/s are not to be quoted: {journal.disturbed}"
@@ -125,7 +122,7 @@ def _prepared(executor: Executor, config: Config) -> Iterator[tuple[Config, Prep
         yield one, found
 
 
-def _measure_missing(
+def _measure_model(
     executor: Executor,
     config: Config,
     models: Sequence[str],
@@ -133,26 +130,56 @@ def _measure_missing(
     store: Store,
     journal: Journal,
     console: Console,
+) -> list[Cell]:
+    """Measure the cells of one of the `models`, in rounds where the file asks for it; return those that did
+    not fail.
+    """
+    model, cells = config.settings.model, rounds.begin(prepared.cells, config.rounds)
+    notes: list[str] | None = None  # on what needs another round
+    while notes is None or notes:
+        now = prepared._replace(cells=cells)
+        journal.begin(model, now)
+        if notes is None:
+            _tell(console, "run_started", folder=journal.folder, cells=list(cells))
+            _say_what_is_there(config, models, now, store, console)
+        journal.end(_measure_missing(executor, config, now, store, journal, console))
+        entries = manifest.entries(cells, model, journal.failures)
+        cells, notes = rounds.go_on(cells, entries, store.records.values(), config.rounds)
+        for note in notes:
+            console.print(note, soft_wrap=True, markup=False, highlight=False)
+    if config.settings.tensor_parallel:
+        processes.gather(None)  # the other processes go on to the next model
+    return [cell for cell in cells if cell.id not in journal.failures]
+
+
+def _measure_missing(
+    executor: Executor, config: Config, prepared: Prepared, store: Store, journal: Journal, console: Console
 ) -> dict[str, str]:
-    """Measure what the folder does not hold of one of the `models`. Returns why cells failed, by their id."""
-    cells = prepared.cells
-    missing = {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells}
-    work = units(cells, missing)
+    """Measure what the folder does not hold of a model. Returns why cells failed, by their id."""
+    cells = [cell for cell in prepared.cells if cell.id not in journal.failures]
+    work = units(cells, {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells})
     if config.settings.tensor_parallel:
         processes.gather(work)  # the other processes measure the same
+    return _measure(executor, work, prepared.new_tokens, store, journal, console)
+
+
+def _say_what_is_there(
+    config: Config, models: Sequence[str], prepared: Prepared, store: Store, console: Console
+) -> None:
+    """Say which samples of one of the `models` the folder holds, and why it uses others not."""
     folder = store.path.parent
-    found = sum(cell.task.samples - len(missing[cell.id]) for cell in cells)
+    missing = {cell.id: store.missing(cell.id, cell.task.samples) for cell in prepared.cells}
+    found = sum(cell.task.samples - len(missing[cell.id]) for cell in prepared.cells)
     if found:
         console.print(f"{found} samples are already in {folder}", soft_wrap=True)
     known = identity.read(folder)
     theirs = {
         id for id, fields in known.items() if fields.get("model") in {*models} - {config.settings.model}
     }
-    for line in _unused(store, work, prepared, known, theirs):
+    for line in _unused(store, units(prepared.cells, missing), prepared, known, theirs):
         console.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
     with safe():
         identity.write(folder, prepared.fields)
-    return _measure(executor, work, prepared.new_tokens, store, journal, console)
 
 
 def _unused(
@@ -251,9 +278,9 @@ def _take_part(
     """In a process that does not write: measure the work that the first process hands out."""
     for _, prepared in models:
         if isinstance(prepared, Prepared):
-            work: Work = []
-            for _ in executor.measure(processes.gather(work)[0]):
-                pass
+            while (work := processes.gather(None)[0]) is not None:
+                for _ in executor.measure(work):
+                    pass
     return Compared(folder, [], {})
 
 

@@ -12,7 +12,7 @@ import pydantic
 from ..entries import COMPRESSION, MEMORY, TOKENS, budgets, fields
 from ..plugins import Registered
 from ..values import is_list
-from .config import Settings
+from .config import Settings, Until
 
 _FRACTION: dict[str, Any] = {
     "anyOf": [
@@ -39,7 +39,7 @@ def schema(policies: Iterable[Registered], tasks: Iterable[Registered]) -> dict[
     }
     whole["properties"]["model"] = _sweep(whole["properties"]["model"])
     whole["properties"]["policies"] |= {"items": {"$ref": "#/$defs/policy"}}
-    whole["$defs"] = whole.pop("$defs") | {"task": _entry(tasks), "policy": _entry(policies)}
+    whole["$defs"] = whole.pop("$defs") | {"task": _rounds(_entry(tasks)), "policy": _entry(policies)}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **whole,
@@ -54,6 +54,13 @@ def _entry(registered: Iterable[Registered]) -> dict[str, Any]:
     properties = {one.name: _parameters(one.cls) for one in known}
     named = {"type": "object", "properties": properties, "additionalProperties": False}
     return {"anyOf": [{"enum": optional}, named | {"minProperties": 1, "maxProperties": 1}]}
+
+
+def _rounds(tasks: dict[str, Any]) -> dict[str, Any]:
+    """With a width in place of a number of samples."""
+    for task in tasks["anyOf"][1]["properties"].values():
+        task["properties"]["samples"]["anyOf"].append(Until.model_json_schema())
+    return tasks
 
 
 def _parameters(cls: Any) -> dict[str, Any]:
