@@ -36,6 +36,7 @@ slow: $(VENV)/.installed
 gpu:
 	PYTHONPATH=framework:policies $(PYTHON) -m pytest -m gpu
 	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench attention --out benchmarks/results
+	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench growth --out benchmarks/results
 	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench decode --out benchmarks/results
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from kvsieve import plugins
-from kvsieve.bench import attention_speed, decode_speed, memory, record, terminal
+from kvsieve.bench import attention_speed, decode_speed, memory, plot, record, terminal
 from kvsieve.bench.layer_step import ROOM
 from kvsieve.cli import app
 from kvsieve.compare import environment
@@ -111,7 +111,7 @@ def test_the_record_names_machine_and_command(attention_run):
     assert machine["threads"] == 1
     assert {"cpu", "cores", "git_commit", "load_average", "kvsieve"} <= machine.keys()
     assert {"torch", "transformers"} <= machine["versions"].keys()
-    assert record["settings"]["contexts"] == [64, 128]
+    assert record["settings"]["cells"] == ["B=1 T=64 heads 4x2x16", "B=1 T=128 heads 4x2x16"]
     assert record["settings"]["dtype"] == "float32"
 
 
@@ -136,6 +136,33 @@ def test_the_plot_shows_measured_and_theoretical(attention_run):
     assert drawn.startswith("<svg")
     assert "sparq r=4 k=8 local=2" in drawn
     assert "stroke-dasharray" in drawn
+
+
+def test_growth_measures_both_directions_and_draws_times_beside_what_bytes_take(tmp_path):
+    sizes = ["--heads", "4x2x16", "--context", "64,128", "--batch", "1,2", "--at", "128", "--seconds", "0"]
+    record, _, path = run(["bench", "growth", *sizes, "--layout", "double,single"], tmp_path)
+    cells = record["cells"]
+    assert [(cell["batch"], cell["context"]) for cell in cells] == [(1, 64), (1, 128), (2, 128)]
+    for cell in cells:
+        rows = [(row["policy"].split()[0], row["layout"]) for row in cell["rows"]]
+        assert rows == [
+            ("sparq", "double"),
+            ("sparq", "single"),
+            ("h2o", "single"),
+            ("local_window", "single"),
+        ]
+        numbers = 2 * cell["batch"] * 2 * (cell["context"] + 1) * 16  # all keys and values read, one written
+        assert cell["best_dense"]["bytes"] == numbers * 4
+    by_context, by_batch = plot.growth(cells)
+    bandwidth = max(speed for cell in cells for speed in cell["bandwidth"].values())
+    (_, short, _), (_, long, limit) = by_context.lines["best dense", "single"]
+    assert [short, long] == [1e3 * cell["best_dense"]["seconds"]["median"] for cell in cells[:2]]
+    assert limit == pytest.approx(1e3 * cells[1]["best_dense"]["bytes"] / bandwidth)
+    assert [rows for rows, _, _ in by_batch.lines["h2o compression=1/8", "single"]] == [1, 2]
+    drawn = path.with_suffix(".svg").read_text()
+    assert "milliseconds a step" in drawn
+    assert "batch, rows" in drawn
+    assert "best dense" in drawn
 
 
 def test_decode_compares_with_dense_and_with_transformers(decode_run):
@@ -175,6 +202,8 @@ def test_decode_counts_the_weights_that_a_step_reads(decode_run):
         (["bench", "attention", "--ops", "cuda"], "unknown implementation of the ops 'cuda'"),
         (["bench", "attention", "--context", "1"], "--context must be at least 2 tokens"),
         (["bench", "attention", "--batch", "4096", "--context", "1024k"], "GB of memory"),
+        (["bench", "growth", "--context", "2k,16384k", "--batch", "1"], "T=16777216 heads 32x8x128 needs"),
+        (["bench", "growth", "--at", "8m"], "--at is one or more numbers"),
         (["bench", "decode", "--shape", "llama-3"], "did you mean 'llama-3-8b'"),
         (
             ["bench", "decode", "--shape", "llama-3-8b", "--batch", "1000", "--context", "128k"],

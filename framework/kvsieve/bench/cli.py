@@ -1,4 +1,4 @@
-"""`kvsieve bench attention` and `kvsieve bench decode`. Imports nothing heavy until a command runs."""
+"""`kvsieve bench attention`, `growth` and `decode`. Imports nothing heavy until a command runs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ Out = Annotated[Path, typer.Option(help="folder for the JSON file and the plot")
 Plot = Annotated[bool, typer.Option(help="draw speed against context")]
 
 RESULTS = Path("benchmarks/results")
+HEADS = "32x8x128"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -76,9 +77,12 @@ def attention(
     plan = bench.AttentionPlan(
         device=place.device,
         dtype=place.dtype,
-        heads=[read_heads(text) for text in heads or ["32x8x128"]],
-        batches=_sizes("--batch", batch, place, cpu="1", gpu="1,16"),
-        contexts=_sizes("--context", context, place, cpu="1k,2k,4k,8k", gpu="4k,8k,16k,32k,64k,128k"),
+        cells=[
+            bench.Sizes(shape, rows, tokens)
+            for shape in map(read_heads, heads or [HEADS])
+            for rows in _sizes("--batch", batch, place, cpu="1", gpu="1,16")
+            for tokens in _sizes("--context", context, place, cpu="1k,2k,4k,8k", gpu="4k,8k,16k,32k,64k,128k")
+        ],
         policies=policy or ["all"],
         layouts=_layouts(layout),
         dense=_names(dense),
@@ -88,6 +92,59 @@ def attention(
         skip_too_large=batch is None and context is None,
     )
     _run("attention", bench.run, plan, out, plot)
+
+
+@app.command()
+def growth(
+    context: Annotated[
+        str | None, typer.Option(help="tokens attended to by one row; default: 2k to 128k, doubling")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="rows, of as many tokens as --at says; default: 1 to 16, doubling")
+    ] = None,
+    at: Annotated[str, typer.Option(help="tokens of each row of --batch")] = "8k",
+    heads: Annotated[str, typer.Option(help="query heads x KV heads x head size")] = HEADS,
+    policy: Policies = None,
+    layout: Layout = "double,blocked,single",
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    seconds: Seconds = 1.0,
+    eager: Eager = False,
+    ops: Ops = None,
+    out: Out = RESULTS,
+    plot: Plot = True,
+) -> None:
+    """Measure a layer's decode step as it grows: by context and by batch, beside the time its bytes take.
+
+    By default SparQ in every layout, H2O and local window at 1/8, and the best dense attention.
+    """
+    from .contenders import default_policies
+    from .shapes import read_heads, read_sizes
+
+    place, shape = _place(device, dtype, threads, ops), read_heads(heads)
+    from . import attention_speed as bench
+
+    contexts = read_sizes("--context", context or "2k,4k,8k,16k,32k,64k,128k")
+    by_context = [bench.Sizes(shape, 1, tokens) for tokens in contexts]
+    by_batch = [
+        bench.Sizes(shape, rows, tokens)
+        for rows in read_sizes("--batch", batch or "1,2,4,8,16")
+        for tokens in read_sizes("--at", at)
+    ]
+    plan = bench.AttentionPlan(
+        device=place.device,
+        dtype=place.dtype,
+        cells=list(dict.fromkeys([*by_context, *by_batch])),
+        policies=policy or default_policies(shape.size)[1:],
+        layouts=_layouts(layout),
+        dense=[],
+        seconds=seconds,
+        graphs=not eager,
+        implementation=ops,
+        skip_too_large=batch is None and context is None,
+    )
+    _run("growth", bench.run, plan, out, plot)
 
 
 @app.command()

@@ -41,6 +41,7 @@ _COLUMNS: dict[str, dict[str, Column]] = {
         "peak": Column(lambda row: _if_known(size, row["bytes_peak"]), "of memory, beside the weights"),
     },
 }
+_COLUMNS["growth"] = _COLUMNS["attention"]
 
 
 def table(benchmark: str, cell: dict[str, Any]) -> Table:
