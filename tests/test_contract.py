@@ -95,6 +95,14 @@ def step(made, **given):
         ({"columns": {"x": float}}, r"columns\['x'\] must be a torch.dtype"),
         ({"columns": {"x": (torch.float32, 0)}}, r"columns\['x'\] must be a torch.dtype"),
         ({"columns": ["x"]}, "columns must be a mapping"),
+        (
+            {"columns": {"x": torch.int64}, "observes": Observe.MASS, "adds_mass_to": "x"},
+            "adds_mass_to must be a column of torch.float32, or None, not 'x'",
+        ),
+        (
+            {"columns": {"x": torch.float32}, "adds_mass_to": "x"},
+            "`adds_mass_to` needs observes = Observe.MASS",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -540,6 +548,81 @@ def test_a_wrapper_forwards_everything(inner):
     assert layer.policy.key_layout == plain.key_layout
     assert {"counting.age", "counting.counting.age"} <= set(wrapped.columns)
     assert layer.kv["counting.steps"].eq(layer.kv["counting.counting.steps"]).all()
+
+
+def ranked(answer, **members):
+    return policy(keeps=8, priority=lambda self, kv: answer(kv), **members)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda kv: kvsieve.Ranking(kv.positions, newest=-1), "newest must be a number of tokens.* not -1"),
+        (lambda kv: kvsieve.Ranking(kv.positions, oldest=True), "oldest must be a number .* not True"),
+        (lambda kv: kvsieve.Ranking(kv.positions.int()), r"priority, Ranking.by is int32, expected .*int64"),
+        (lambda kv: kvsieve.Ranking(kv.positions[:, :1]), r"Ranking.by has the shape \[3, 1, .*expected"),
+        (lambda kv: kv.positions, "priority is int64, expected"),
+    ],
+)
+def test_a_ranking_that_cannot_be_is_refused(answer, message):
+    with pytest.raises(UserError, match=message):
+        step(ranked(answer))
+
+
+def test_a_ranking_says_what_its_numbers_say():
+    def numbers(kv):
+        ranks = kv["mass"].masked_fill(kv.newest(3), torch.inf)
+        return ranks.masked_fill(kv.oldest(2), torch.inf)
+
+    members = {"columns": {"mass": torch.float32}, "observes": Observe.MASS, "adds_mass_to": "mass"}
+    told = ranked(lambda kv: kvsieve.Ranking(kv["mass"], newest=3, oldest=2), **members)
+    members |= {"on_attend": lambda self, kv, mass: kv.__setitem__("mass", kv["mass"] + mass)}
+    assert torch.equal(step(told), step(ranked(numbers, **members)))
+
+
+def test_a_wrapper_hears_of_the_mass_that_attention_would_add_itself():
+    @dataclass(frozen=True)
+    class Hears(Wrapper):
+        inner: Policy
+        name: ClassVar[str] = "hears"
+        heard: ClassVar[list[torch.Size]] = []
+
+        def on_attend(self, kv, mass):
+            self.heard.append(mass.shape)
+            self.inner.on_attend(kv, mass)
+
+    plain, wrapped = LayerCache(TIGHT["h2o"]), LayerCache(Hears(TIGHT["h2o"]))
+    assert (plain.mass_column, wrapped.mass_column) == ("mass", None)
+    assert torch.equal(step(wrapped.policy, layer=wrapped), step(plain.policy, layer=plain))
+    assert torch.equal(wrapped.kv["mass"], plain.kv["mass"])
+    assert Hears.heard
+
+
+def test_a_column_changed_after_it_was_handed_in_is_refused():
+    def on_append(self, kv, new):
+        norm = new.keys.norm(dim=-1)
+        kv.write("norm", new, norm)
+        norm.zero_()
+
+    with pytest.raises(UserError, match="kv.write.'norm', new, column.*changed in place"):
+        step(policy(columns={"norm": torch.float32}, on_append=on_append))
+
+
+def test_what_on_append_reads_is_there():
+    found = []
+
+    def on_append(self, kv, new):
+        kv.write("norm", new, new.keys.norm(dim=-1))
+        if new.keys.shape[2] == 1:
+            found.append((kv["norm"].gather(2, new.slots), kv.at("keys", new.slots, kv.lengths * 0 + 1)))
+            kv.write("norm", new, found[-1][0] * 2)  # behind the token, in a write of its own
+
+    layer = LayerCache(policy(columns={"norm": torch.float32}, on_append=on_append))
+    step(layer.policy, layer=layer)
+    norm, keys = found[-1]
+    torch.testing.assert_close(norm, keys.norm(dim=-1))
+    newest = (layer.kv.lengths - 1)[..., None]
+    torch.testing.assert_close(layer.kv["norm"].gather(2, newest), 2 * norm)
 
 
 def test_a_plain_dense_policy_inside_a_wrapper_survives_its_spec():

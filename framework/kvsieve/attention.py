@@ -46,6 +46,7 @@ def decode_step(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | No
         selection,
         want_mass=policy.observes is not Observe.NONE,
         by_head=policy.observes is Observe.HEADS,
+        add_mass_to=layer.mass_column,
     )
     if layer.observer is not None:
         layer.observer.answered(layer, query, selection, output)

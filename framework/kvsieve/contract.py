@@ -21,7 +21,7 @@ import torch
 from .cache.layouts import KeyLayout
 from .cache.slots import RESERVED, SIZES, Like, Paged, Slots
 from .errors import UserError
-from .policy import Observe, Policy, Positions, Selection, Wants
+from .policy import Observe, Policy, Positions, Ranking, Selection, Wants
 from .wrapper import Wrapper
 
 _HOOKS = ("on_append", "on_queries", "on_select", "on_attend", "on_surprise", "on_prefill")
@@ -168,6 +168,7 @@ def check_declarations(policy: Policy) -> None:
                     f"Reserved: {', '.join(RESERVED)}"
                 )
             _check_shape(policy, what, name, shape)
+    _check_mass_column(policy)
     _check_overwriting(policy)
     _check_wants(policy)
     if policy.positions is Positions.CACHE and policy.keeps is not None and policy.overwrites:
@@ -181,11 +182,35 @@ def check_declarations(policy: Policy) -> None:
         )
 
 
+def mass_column(policy: Policy) -> str | None:
+    """The column that attention itself adds its mass to; None: `on_attend` is to be called."""
+    return policy.adds_mass_to if _answering(policy, "on_attend").on_attend is Policy.on_attend else None
+
+
+def _answering(policy: Policy, hook: str) -> type[Policy]:
+    """The class whose `hook` answers: that of what a wrapper is around, if it only forwards."""
+    while isinstance(policy, Wrapper) and getattr(type(policy), hook) is getattr(Wrapper, hook):
+        policy = policy.inner
+    return type(policy)
+
+
+def _check_mass_column(policy: Policy) -> None:
+    name = policy.adds_mass_to
+    if name is None:
+        return
+    if not isinstance(name, str) or policy.columns.get(name) is not torch.float32:
+        raise UserError(
+            f"policy {policy.name}: adds_mass_to must be a column of torch.float32, or None, not {name!r}"
+        )
+    if policy.observes not in (Observe.MASS, Observe.STEP_MASS):
+        raise UserError(
+            f"policy {policy.name}: `adds_mass_to` needs observes = Observe.MASS or Observe.STEP_MASS, not "
+            f"{policy.observes}"
+        )
+
+
 def _check_overwriting(policy: Policy) -> None:
-    answers = policy
-    while isinstance(answers, Wrapper) and type(answers).priority is Wrapper.priority:
-        answers = answers.inner
-    ranks = type(answers).priority is not Policy.priority
+    ranks = _answering(policy, "priority").priority is not Policy.priority
     if policy.keeps is not None and policy.overwrites and not ranks:
         raise UserError(
             f"policy {policy.name} keeps {policy.keeps} tokens by `cut`, but has no `priority(kv)` to say "
@@ -307,21 +332,28 @@ def checked_selection(
     return answer
 
 
-def checked_priority(answer: Any, policy: Policy, layer: int, slots: Slots) -> torch.Tensor:
-    """Return what `priority` answered.
+def checked_priority(answer: Any, policy: Policy, layer: int, slots: Slots) -> Ranking:
+    """Return what `priority` answered, as a `Ranking`.
 
     Raises:
         UserError: as `checked_selection`.
     """
     who = f"policy {policy.name}, layer {layer}: priority"
     shape = (*slots.lengths.shape, slots.used)
-    found = _check_tensor(who, answer, shape, "[B, K, T]", _FLOATING, slots.lengths.device)
+    types: tuple[torch.dtype, ...] = _FLOATING
+    if isinstance(answer, Ranking):
+        who, types = f"{who}, Ranking.by", (*_FLOATING, torch.int64)
+        for what, count in (("newest", answer.newest), ("oldest", answer.oldest)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise UserError(f"{who}: {what} must be a number of tokens, 0 or more, not {count!r}")
+    ranking = answer if isinstance(answer, Ranking) else Ranking(answer)
+    found = _check_tensor(who, ranking.by, shape, "[B, K, T]", types, slots.lengths.device)
     if _switch.strict and bool((found.isnan() & slots.live()).any()):
         b, k, t = (found.isnan() & slots.live()).nonzero()[0].tolist()
         raise UserError(
             f"{who} is NaN in row {b}, KV head {k}, slot {t}; a number is needed for every live slot"
         )
-    return found
+    return ranking
 
 
 def checked_sees(

@@ -49,6 +49,7 @@ __all__ = [
     "Pass",
     "Policy",
     "Positions",
+    "Ranking",
     "Selection",
     "Shape",
     "Tail",
@@ -106,6 +107,23 @@ class Wants(enum.Flag):
     IDS = 1
     # How unexpected they were: `on_surprise`. It costs the logits of the whole prompt, or of a piece of it.
     SURPRISE = 2
+
+
+class Ranking(NamedTuple):
+    """A priority told by its parts: a step whose storage is full then finds the lowest slot in one kernel."""
+
+    by: torch.Tensor  # [B, K, T], floating or int64; higher stays
+    newest: int = 0  # of the row's tokens the newest, the one being written counted, stay before all others
+    oldest: int = 0  # and its first
+
+    def priority(self, kv: KVView) -> torch.Tensor:
+        """The same in numbers `[B, K, T]`, floating."""
+        ranks = self.by if self.by.is_floating_point() else self.by.float()
+        if self.newest:
+            ranks = ranks.masked_fill(kv.newest(self.newest), torch.inf)
+        if self.oldest:
+            ranks = ranks.masked_fill(kv.oldest(self.oldest), torch.inf)
+        return ranks
 
 
 class Tail(NamedTuple):
@@ -180,6 +198,14 @@ class Policy:
     def observes(self) -> Observe:
         """The form of the attention weights that `on_attend` is given."""
         return Observe.NONE
+
+    @property
+    def adds_mass_to(self) -> str | None:
+        """A column, float32, that adds up the mass of all attention, without an `on_attend`; None: none.
+
+        In a step attention itself adds it.
+        """
+        return None
 
     @property
     def positions(self) -> Positions:
@@ -259,12 +285,12 @@ class Policy:
         """
         return None
 
-    def priority(self, kv: KVView) -> torch.Tensor:
-        """Rank the slots when storage is full: `[B, K, T]`, floating; higher stays.
+    def priority(self, kv: KVView) -> torch.Tensor | Ranking:
+        """Rank the slots when storage is full: `[B, K, T]`, floating; higher stays. Or say it as a `Ranking`.
 
         Asked when the prompt is complete (the best `keeps` stay) and, if the policy `overwrites`, at every
         decode step whose storage is full (the lowest is overwritten by the new token, which `kv.seen` already
-        counts). Dead slots may hold anything. Does not modify the cache.
+        counts). Dead slots may hold anything. Of equal ones the lower slot goes. Does not modify the cache.
         """
         raise NotImplementedError(
             f"{type(self).__name__} keeps {self.keeps} tokens: priority(kv) must rank them"
@@ -315,8 +341,10 @@ class Policy:
 
     def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
         """Attention has read; `mass [B, K, T]` float32 is what each slot received; of `Observe.HEADS`,
-        `[B, K, G, T]`. May write columns.
+        `[B, K, G, T]`. May write columns. Where it is not overridden, it adds the mass to `adds_mass_to`.
         """
+        if self.adds_mass_to is not None:
+            kv[self.adds_mass_to] += mass
 
     def on_surprise(self, kv: KVView, surprise: torch.Tensor, new: NewTokens) -> None:
         """The model has read the new tokens: `surprise [B, Q]` float32 is -log P(token | those before it).

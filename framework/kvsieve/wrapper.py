@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache.layouts import KeyLayout
-from .policy import Column, Observe, Pass, Policy, Positions, Selection, Shape, Wants
+from .policy import Column, Observe, Pass, Policy, Positions, Ranking, Selection, Shape, Wants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,6 +71,10 @@ class Wrapper(Policy):
         return self.inner.observes
 
     @property
+    def adds_mass_to(self) -> str | None:
+        return self.inner.adds_mass_to
+
+    @property
     def positions(self) -> Positions:
         return self.inner.positions
 
@@ -112,7 +116,7 @@ class Wrapper(Policy):
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
         return self.inner.select(query, kv)
 
-    def priority(self, kv: KVView) -> torch.Tensor:
+    def priority(self, kv: KVView) -> torch.Tensor | Ranking:
         return self.inner.priority(kv)
 
     def cut(self, kv: KVView) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ from typing import ClassVar, Self
 import torch
 from transformers import PreTrainedModel
 
-from kvsieve import KVView, Policy, UserError, calibration
+from kvsieve import KVView, Policy, Ranking, UserError, calibration
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class DuoAttention(Policy):
         full = kv.static["full"][:, None]
         return (full | kv.oldest(self.sinks) | kv.newest(self.recent)) & kv.live()
 
-    def priority(self, kv: KVView) -> torch.Tensor:
-        return kv.positions.float().masked_fill(kv.oldest(self.sinks), torch.inf)
+    def priority(self, kv: KVView) -> Ranking:
+        return Ranking(kv.positions, oldest=self.sinks)
 
     def bind(
         self, layer: int, heads: range, head_size: int, device: torch.device

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from kvsieve import KVView, Observe, Policy, UserError
+from kvsieve import KVView, Observe, Policy, Ranking, UserError
 
 from . import budgets
 
@@ -29,6 +29,7 @@ class H2O(Policy):
     paper: ClassVar[str] = "arXiv:2306.14048"
     columns = {"mass": torch.float32}
     observes = Observe.MASS
+    adds_mass_to = "mass"
 
     def __post_init__(self) -> None:
         if self.budget < 1:
@@ -40,11 +41,8 @@ class H2O(Policy):
     def keeps(self) -> int:
         return self.budget
 
-    def on_attend(self, kv: KVView, mass: torch.Tensor) -> None:
-        kv["mass"] += mass
-
-    def priority(self, kv: KVView) -> torch.Tensor:
-        return kv["mass"].masked_fill(kv.newest(self.recent), torch.inf)
+    def priority(self, kv: KVView) -> Ranking:
+        return Ranking(kv["mass"], newest=self.recent)
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:

@@ -9,9 +9,7 @@ re-index them (StreamingLLM) or clamp distances (LM-Infinite), which matters bey
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
-
-from kvsieve import KVView, Policy, UserError
+from kvsieve import KVView, Policy, Ranking, UserError
 
 from . import budgets
 
@@ -38,8 +36,8 @@ class LocalWindow(Policy):
     def keeps(self) -> int:
         return self.budget
 
-    def priority(self, kv: KVView) -> torch.Tensor:
-        return kv.positions.float().masked_fill(kv.oldest(self.sinks), torch.inf)
+    def priority(self, kv: KVView) -> Ranking:
+        return Ranking(kv.positions, oldest=self.sinks)
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:

@@ -19,7 +19,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from kvsieve import KVView, NewTokens, Policy, Positions, Shape, UserError
+from kvsieve import KVView, NewTokens, Policy, Positions, Ranking, Shape, UserError
 
 from . import budgets
 
@@ -52,8 +52,8 @@ class StreamingLLM(Policy):
         """The keys of the sinks at the positions of the text: a sink stays in the slot of its number."""
         return {f"sink {i}": (torch.float32, "D") for i in range(self.sinks)}
 
-    def priority(self, kv: KVView) -> torch.Tensor:
-        return kv.positions.float().masked_fill(kv.oldest(self.sinks), torch.inf)
+    def priority(self, kv: KVView) -> Ranking:
+        return Ranking(kv.positions, oldest=self.sinks)
 
     def on_append(self, kv: KVView, new: NewTokens) -> None:
         if self.sinks == 0:

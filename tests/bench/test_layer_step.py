@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvsieve import make_policy
+from kvsieve import make_policy, transfer
 from kvsieve.bench import baselines, memory
 from kvsieve.bench.layer_step import ROOM, PolicyStep, Tokens
 from kvsieve.bench.shapes import Heads
@@ -67,3 +67,24 @@ def test_every_dense_candidate_computes_the_same(tokens):
 def test_a_wrong_result_is_noticed(tokens):
     ours = PolicyStep(make_policy("dense"), tokens).run()
     assert not baselines.agrees(ours * 1.1, ours)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy.capturable], ids=str)
+def test_one_metered_step_of_each_shape_counts_what_metering_every_step_does(policy):
+    def step(context):
+        return PolicyStep(policy, Tokens.random(2, context, HEADS, torch.float32, torch.device("cpu")))
+
+    every, apart = step(30), [step(context).traffic() for context in (30, 31, 32)]
+    with transfer.measure() as meter:
+        for _ in apart:
+            every.run()
+    for counted in ("read", "written", "dense_read"):
+        assert getattr(meter, counted) == sum(one[counted] for one in apart)
+
+
+def test_what_is_timed_counts_nothing(tokens, monkeypatch):
+    step = PolicyStep(TIGHT["sparq"], tokens)
+    step.traffic()
+    monkeypatch.setattr(transfer.Meter, "add", lambda *given: pytest.fail("a timed step was metered"))
+    step.prepare()
+    step.run()

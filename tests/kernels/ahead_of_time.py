@@ -57,6 +57,9 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
     return {
         "attend all": lambda: ops.attend(query, *kv, scale=0.1),
         "attend all, mass": lambda: ops.attend(query, *kv, want_mass=True, **gemma),
+        "attend all, mass added": lambda: ops.attend(
+            query, *kv, scale=0.1, want_mass=True, add_mass_to=torch.zeros(B, K, 2 * T)[..., :T]
+        ),
         "attend chosen, tail": lambda: ops.attend(query, *kv, scale=0.1, **chosen, **tail),
         "attend chosen, blocked": lambda: ops.attend(
             query, blocked, values, lengths, **gemma, **chosen, **tail
@@ -139,6 +142,13 @@ def storing_calls(
         "append, column": lambda: ops.append(column, slots, slots),
         "compact": lambda: ops.compact(keys, some, keys[:, :, :S].clone()),
         "compact, blocked": lambda: ops.compact(blocked, some, blocked[:, :, : S // 16].clone()),
+        "lowest, newest stay": lambda: ops.lowest(
+            mass, lengths, positions=column, seen=lengths, newest=8, oldest=0
+        ),
+        "lowest, oldest stay": lambda: ops.lowest(
+            column, lengths, positions=column, seen=lengths, newest=0, oldest=4
+        ),
+        "lowest": lambda: ops.lowest(keys[..., 0], lengths),
         "append token": lambda: ops.append_token(
             [(keys, new), (by_channel, new), (keys.clone(), new), (labels, new[..., :8]), (mass, None)],
             column,

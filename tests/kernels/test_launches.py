@@ -22,12 +22,16 @@ LAUNCHES = {
     "dense": ["_append_token", *ATTEND],
     # Attention over 128 chosen slots is one piece: nothing is to be merged.
     "sparq": ["_append_token", *SEARCH, "_attend_piece"],
+    "h2o": ["_lowest", "_append_token", *ATTEND, "_mass_from_logits"],
+    "local_window": ["_lowest", "_append_token", *ATTEND],
 }
 POLICIES = {
     "dense": make_policy("dense"),
     "sparq": make_policy("sparq", r=8, k=128, local=16),
+    "h2o": make_policy("h2o", budget=260, recent=9),
+    "local_window": make_policy("local_window", budget=260, sinks=4),
 }
-MOST = {"dense": 3, "sparq": 6}
+MOST = {"dense": 3, "sparq": 6, "h2o": 5, "local_window": 4}
 
 
 class Launches(TorchDispatchMode):

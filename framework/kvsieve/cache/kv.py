@@ -404,6 +404,14 @@ class KVView:
         legal = [*slots.columns, *slots.summaries]
         raise UserError(unknown("column or summary", name, legal) + ". A policy declares its own")
 
+    def _whole(self, name: str) -> torch.Tensor:
+        """The column of one float32 a slot, counted as read and written as a whole."""
+        slots, traffic = self._slots, self._traffic
+        traffic.read_column(name, slots.lengths, 1, torch.float32)
+        if traffic.first_write(name):
+            traffic.written("columns", slots.lengths, 1, torch.float32)
+        return slots.column(name)
+
     def _mean(self, name: str) -> torch.Tensor:
         """The summary `[B, K, D]` of this name, counted as read and written; a token may be arriving.
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .. import contract, processes, transfer
+from .. import contract, ops, processes, transfer
 from ..errors import UserError
-from ..policy import Policy, Positions, Selection, Wants
+from ..policy import Policy, Positions, Ranking, Selection, Wants
 from .forward import Forward, kind_of_forward
 from .kv import KVView, LastQueries, Scoring, Static
 from .new_tokens import NewToken, NewTokens
@@ -68,6 +68,7 @@ class LayerCache(CacheLayerMixin):
         self.policy, self.index = policy, index
         self.slots = Slots(policy.key_layout, policy.columns, policy.summaries)
         self.traffic = Traffic()
+        self.mass_column = contract.mass_column(policy)  # to which attention itself adds
         self.packs = contract.packs(policy)  # heads that keep different numbers
         self.overwrites = policy.keeps is not None and policy.overwrites
         # The most that each KV head ever holds; None: it grows. One for all until their number is known.
@@ -265,9 +266,8 @@ class LayerCache(CacheLayerMixin):
             return
         if keeps is None or slots.used <= keeps:
             return
-        priority = self._priority().masked_fill(~slots.live(), -torch.inf)
         # Sorted: the order of tokens is kept.
-        slots.keep(priority.topk(keeps, dim=2).indices.sort(dim=2).values)
+        slots.keep(self._priority().topk(keeps, dim=2).indices.sort(dim=2).values)
 
     def discard_incoming(self) -> None:
         """Forget the tokens that `update` took: nothing is written."""
@@ -298,14 +298,19 @@ class LayerCache(CacheLayerMixin):
         """
         slots = self.slots
         used, slots.used = slots.used, min(slots.used, most)
-        lowest = self._priority().masked_fill(~slots.live(), torch.inf).argmin(2)
+        ranking = self._ranking()
+        lowest = ops.lowest(ranking.by, self.kv, newest=ranking.newest, oldest=ranking.oldest)
         slots.used = used
         return lowest
 
-    def _priority(self) -> torch.Tensor:
+    def _ranking(self) -> Ranking:
         answer = contract.checked_priority(self.policy.priority(self.kv), self.policy, self.index, self.slots)
         self.kv._count_changes()
         return answer
+
+    def _priority(self) -> torch.Tensor:
+        """`[B, K, T]`; dead slots are the lowest."""
+        return self._ranking().priority(self.kv).masked_fill(~self.slots.live(), -torch.inf)
 
     # ---------------------------------------------------------------- a prompt that is read by a plan
     def make_way(self, rooms: torch.Tensor | None) -> None:
@@ -318,9 +323,9 @@ class LayerCache(CacheLayerMixin):
         if not drops:
             return
         self.kv._room = rooms.to(lengths.device)
-        order = self._priority().masked_fill(~self.slots.live(), -torch.inf)
+        priority = self._priority()
         self.kv._room = None
-        order = order.argsort(dim=2, descending=True, stable=True)
+        order = priority.argsort(dim=2, descending=True, stable=True)
         among = torch.arange(self.slots.used, device=lengths.device) < counts[..., None]
         self.slots.keep_where(torch.zeros_like(among).scatter_(2, order, among), most)
 

@@ -122,7 +122,7 @@ class Slots:
         with torch.inference_mode(False):
             self.lengths = zeros(rows, heads, dtype=torch.int64)
             # Of each head, all alike: in the step each counts its own, and none reads what another writes.
-            self._seen = zeros(rows, heads, dtype=torch.int64)
+            self.seen_by_head = zeros(rows, heads, dtype=torch.int64)
             # Tokens that every row gets in a step: not made anew in each.
             self.ones = torch.ones(rows, dtype=torch.int64, device=self.device)
             stores = self.layout.on(self.device).stores(keys, capacity)
@@ -145,7 +145,7 @@ class Slots:
     @property
     def seen(self) -> torch.Tensor:
         """`[B]` int64: tokens so far, dropped ones and those to come included."""
-        return self._seen[:, 0] if self.coming is None else self._seen[:, 0] + self.coming
+        return self.seen_by_head[:, 0] if self.coming is None else self.seen_by_head[:, 0] + self.coming
 
     @property
     def capacity(self) -> int:
@@ -247,7 +247,7 @@ class Slots:
             stores,
             self._stores[POSITIONS],
             self.lengths,
-            self._seen,
+            self.seen_by_head,
             means=[(self.summaries[name], values) for name in means],
             active=active,
             limits=limits,
@@ -262,13 +262,13 @@ class Slots:
         """
         number = torch.arange(keys.shape[2], device=keys.device)
         slots = self.lengths[..., None] + number
-        new = self._of_tokens(keys, values) | {POSITIONS: self._seen[..., None] + number}
+        new = self._of_tokens(keys, values) | {POSITIONS: self.seen_by_head[..., None] + number}
         run = ops.implementation(keys.device)
         for name, tokens in new.items():
             store = layouts.slots_first(name, self._stores[name])
             run.append(store, ops.reference.or_zero(tokens, store, slots), slots)
         self.lengths += counts[:, None]
-        self._seen += counts[:, None]
+        self.seen_by_head += counts[:, None]
         return slots
 
     def _of_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor | None]:
@@ -465,7 +465,8 @@ class Slots:
             if self.packing is None:
                 self._stores = rows(self._stores)
             self.summaries, self._home = rows(self.summaries), {}
-            self.lengths, self._seen = (t.index_select(0, indices) for t in (self.lengths, self._seen))
+            self.lengths = self.lengths.index_select(0, indices)
+            self.seen_by_head = self.seen_by_head.index_select(0, indices)
             self.ones = self.ones.new_ones(len(indices))
 
     def reset(self) -> None:
@@ -479,7 +480,7 @@ class Slots:
         home = {} if self._home is self._stores else self._home
         self.clear_free_sizes()
         stores = (*self._stores.values(), *home.values(), *self.summaries.values())
-        for tensor in (self.lengths, self._seen, *stores):
+        for tensor in (self.lengths, self.seen_by_head, *stores):
             tensor.zero_()
 
     # ---------------------------------------------------------------- look from outside
@@ -500,7 +501,7 @@ class Slots:
 
     def places(self) -> list[tuple[int, torch.Size]]:
         """Address and shape of everything that a step reads and writes."""
-        state = [*self._stores.values(), *self.summaries.values(), self.lengths, self._seen, self.ones]
+        state = [*self._stores.values(), *self.summaries.values(), self.lengths, self.seen_by_head, self.ones]
         places = [(tensor.data_ptr(), tensor.shape) for tensor in state]
         if self.packing is not None:
             places.append((self.packing.starts.data_ptr(), torch.Size([self.capacity])))
@@ -508,17 +509,17 @@ class Slots:
 
     def stored(self) -> dict[str, torch.Tensor]:
         """All tensors by name: whole stores, columns and summaries, `lengths`, `seen`."""
-        return {**self._stores, **self.summaries, "lengths": self.lengths, "seen": self._seen}
+        return {**self._stores, **self.summaries, "lengths": self.lengths, "seen": self.seen_by_head}
 
     def checkpoint(self) -> Checkpoint:
         """Note the lengths, so that after `restore` the next token is put in the same slot."""
-        return Checkpoint(self.used, self.lengths.clone(), self._seen.clone())
+        return Checkpoint(self.used, self.lengths.clone(), self.seen_by_head.clone())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint; slots that were overwritten since are not restored."""
         self.used = checkpoint.used
         self.lengths.copy_(checkpoint.lengths)
-        self._seen.copy_(checkpoint.seen)
+        self.seen_by_head.copy_(checkpoint.seen)
 
 
 def _in_front(stays: torch.Tensor) -> torch.Tensor:

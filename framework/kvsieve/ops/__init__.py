@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -101,18 +101,21 @@ def attend(
     selection: Selection | None = None,
     want_mass: bool = False,
     by_head: bool = False,
+    add_mass_to: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of `query [B, K, G, D]` over the selection, or over every live slot.
 
     Returns the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]` float32 that each slot received,
-    averaged over the group, or `[B, K, G, T]` `by_head`. Reads `2 * D` numbers per slot read and KV head.
+    averaged over the group, or `[B, K, G, T]` `by_head`. With a column's name, `add_mass_to`, the mass is
+    added to it instead. Reads `2 * D` numbers per slot read and KV head.
     """
     run, slots, scoring = implementation(query.device), kv._slots, kv._scoring._asdict()
     read = slots.lengths if selection is None else selection.counts
     kv._traffic.read("keys", read, slots.head_size, slots.dtype)
     kv._traffic.read("values", read, slots.head_size, slots.dtype)
     keys, values, packed = slots.to_attend()
-    how = {"want_mass": want_mass, "by_head": by_head, **packed, **scoring}
+    column = None if add_mass_to is None else kv._whole(add_mass_to)
+    how = {"want_mass": want_mass, "by_head": by_head, "add_mass_to": column, **packed, **scoring}
     if selection is None:
         return run.attend(query, keys, values, slots.lengths, **how)
     weight, value = selection.tail or (None, None)
@@ -227,6 +230,21 @@ def window_weights(kv: KVView) -> torch.Tensor:
     run = implementation(last.queries.device)
     weights = run.window_weights(last.queries, keys, slots.lengths, last.counts, **kv._scoring._asdict())
     return cast(torch.Tensor, weights)
+
+
+def lowest(priority: torch.Tensor, kv: KVView, *, newest: int = 0, oldest: int = 0) -> torch.Tensor:
+    """The live slot `[B, K]` with the lowest `priority [B, K, T]`, floating or int64.
+
+    Of equal ones the first; NaN is as high as infinity. So are the row's `newest` tokens, the one that is
+    coming counted, and its `oldest`. Where no slot is live, 0.
+    """
+    slots = kv._slots
+    given: dict[str, Any] = {}
+    if newest or oldest:
+        coming = 0 if slots.coming is None else 1
+        given = {"positions": slots.positions, "seen": slots.seen_by_head}
+        given |= {"newest": newest - coming, "oldest": oldest}
+    return cast(torch.Tensor, implementation(priority.device).lowest(priority, slots.lengths, **given))
 
 
 def running_mean(kv: KVView, name: str, new: NewTokens) -> None:

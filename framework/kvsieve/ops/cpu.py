@@ -25,7 +25,8 @@ from .reference import (
     channel_scores,
     compact,
     holding,
-    mass_by_slot,
+    kept_mass,
+    lowest,
     page_scores,
     prefill,
     readable,
@@ -47,6 +48,7 @@ __all__ = [
     "channel_scores",
     "code_scores",
     "compact",
+    "lowest",
     "page_scores",
     "prefill",
     "slot_weights",
@@ -105,6 +107,7 @@ def attend(
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
     by_head: bool = False,
+    add_mass_to: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     total: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -137,7 +140,7 @@ def attend(
         assert tail_value is not None
         output = with_tail(output, tail_weight, tail_value)
     output = output.to(query.dtype)
-    return output, mass_by_slot(weights, slots, size, by_head) if want_mass else None
+    return output, kept_mass(weights, slots, size, by_head, add_mass_to) if want_mass else None
 
 
 def _attend_packed(

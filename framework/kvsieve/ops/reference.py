@@ -32,6 +32,7 @@ __all__ = [
     "channel_scores",
     "code_scores",
     "compact",
+    "lowest",
     "page_scores",
     "prefill",
     "slot_weights",
@@ -65,6 +66,7 @@ def attend(
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
     by_head: bool = False,
+    add_mass_to: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     total: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -74,7 +76,8 @@ def attend(
     [K, G]`: a logit per head that takes weight and gives no value. `far`: more slots `[B, K, F]`, how many of
     them are read `[B, K]`, and the query `[B, K, G, D]` that reads them, weighed in the same softmax. Returns
     the output `[B, K, G, D]` and, if wanted, the mass `[B, K, T]`: mean weight over the group, or `[B, K, G,
-    T]` `by_head`. Without a slot to read, the output before the tail is zero.
+    T]` `by_head`; it is added to `add_mass_to` instead, of the same shape, if that is given. Without a slot
+    to read, the output before the tail is zero.
     """
     if starts is not None:
         keys, values = (unpacked(stored, starts, lengths.shape, total) for stored in (keys, values))
@@ -91,7 +94,7 @@ def attend(
     if tail_weight is not None:
         assert tail_value is not None
         output = with_tail(output, tail_weight, tail_value)
-    return output, mass_by_slot(weights, slots, size, by_head) if want_mass else None
+    return output, kept_mass(weights, slots, size, by_head, add_mass_to) if want_mass else None
 
 
 def prefill(
@@ -434,6 +437,28 @@ def compact(storage: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> No
     out[places(out, target)] = kept.masked_fill(missing, 0)
 
 
+def lowest(
+    priority: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+    newest: int = 0,
+    oldest: int = 0,
+) -> torch.Tensor:
+    """The live slot `[B, K]` with the lowest `priority [B, K, T]`, of equal ones the first; else 0.
+
+    Compared as float32, and 64 bits as float64. NaN is as high as infinity; so are slots whose `positions
+    [B, K, T]` are below `oldest`, or among the last `newest` of `seen [B, K]` tokens.
+    """
+    ranks = priority.double() if priority.element_size() == 8 else priority.float()
+    stays = ranks.isnan() | ~below(lengths, ranks.shape[2])
+    if positions is not None:
+        assert seen is not None
+        stays |= (positions >= (seen - newest)[..., None]) | (positions < oldest)
+    return ranks.masked_fill(stays, math.inf).argmin(2)
+
+
 def running_mean(
     mean: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
@@ -596,6 +621,21 @@ def mass_by_slot(weights: torch.Tensor, slots: torch.Tensor | None, size: int, b
     if by_head:
         slots = slots[:, :, None].expand(mass.shape)
     return mass.new_zeros(*mass.shape[:-1], size).scatter_add_(-1, slots, mass)
+
+
+def kept_mass(
+    weights: torch.Tensor,
+    slots: torch.Tensor | None,
+    size: int,
+    by_head: bool,
+    add_to: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """`mass_by_slot`; None, if it is added to a tensor instead."""
+    mass = mass_by_slot(weights, slots, size, by_head)
+    if add_to is None:
+        return mass
+    add_to += mass
+    return None
 
 
 def _logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

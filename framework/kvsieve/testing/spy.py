@@ -15,7 +15,7 @@ from .. import ops
 from ..cache.kv import KVView
 from ..cache.layouts import KEY_STORES, by_token
 from ..cache.new_tokens import NewTokens
-from ..policy import Far, Policy, Selection
+from ..policy import Far, Policy, Ranking, Selection
 from ..wrapper import Wrapper
 
 Answer = TypeVar("Answer")
@@ -50,7 +50,7 @@ class Spy(Wrapper):
             self._look_for_leaks(query, kv, selection)
         return selection
 
-    def priority(self, kv: KVView) -> torch.Tensor:
+    def priority(self, kv: KVView) -> torch.Tensor | Ranking:
         return self._watched(kv, "priority", lambda: self.inner.priority(kv), question=True)
 
     def cut(self, kv: KVView) -> torch.Tensor | None:

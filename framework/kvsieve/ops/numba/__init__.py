@@ -38,6 +38,7 @@ __all__ = [
     "channel_scores",
     "code_scores",
     "compact",
+    "lowest",
     "page_scores",
     "prefill",
     "slot_weights",
@@ -100,6 +101,7 @@ def attend(
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
     by_head: bool = False,
+    add_mass_to: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     total: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -120,6 +122,7 @@ def attend(
             far=far,
             want_mass=want_mass,
             by_head=by_head,
+            add_mass_to=add_mass_to,
             starts=starts,
             total=total,
         )
@@ -145,7 +148,29 @@ def attend(
     masses = _NO_MASS if mass is None else mass.numpy().reshape(pairs, -1, size)
     sink_logits, outputs = _sinks(sinks, rows, heads, group), _pairs(output, group, head_size)
     loops.join_pieces(pairs, partial, *made, sink_logits, *which, live, *tail, outputs, masses)
+    if mass is not None and add_mass_to is not None:
+        add_mass_to += mass
+        mass = None
     return output.to(query.dtype), mass
+
+
+def lowest(
+    priority: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+    newest: int = 0,
+    oldest: int = 0,
+) -> torch.Tensor:
+    """`reference.lowest`."""
+    slots = torch.empty_like(lengths)
+    ranks, size = priority if priority.element_size() >= 4 else priority.float(), priority.shape[2]
+    tokens, end = _NO_SLOTS, lengths
+    if positions is not None and seen is not None:
+        tokens, end = _pairs(positions, size), seen
+    loops.lowest(_pairs(ranks, size), _pairs(lengths), tokens, _pairs(end), newest, oldest, _pairs(slots))
+    return slots
 
 
 def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:

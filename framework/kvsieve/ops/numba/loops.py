@@ -26,6 +26,7 @@ NOT_BLOCKED = 2**40  # more slots than any block has
 
 _compiled = njit(parallel=True, fastmath=True, nogil=True, cache=True, error_model="numpy")
 _compiled_alone = njit(fastmath=True, nogil=True, cache=True, error_model="numpy")
+_compiled_exactly = njit(nogil=True, cache=True, error_model="numpy")  # infinities are numbers here
 _inlined = njit(fastmath=True, nogil=True, error_model="numpy")
 
 
@@ -452,6 +453,21 @@ def _collect_mass(weights: Any, scales: Any, slots: Any, p: Any, count: Any, len
             slot = slots[p, i] if by_list else i
             if 0 <= slot < length:
                 row[slot] += weights[g, i] * scales[g, i // width] * share
+
+
+@_compiled_exactly
+def lowest(ranks: Any, lengths: Any, positions: Any, seen: Any, newest: Any, oldest: Any, slots: Any) -> None:
+    """The first of the live slots with the lowest `ranks [P, T]`, for each pair, into `slots [P]`; else 0.
+
+    NaN is as high as infinity; where `positions [P, T]` are given, so are those below `oldest` and the last
+    `newest` of `seen [P]`.
+    """
+    for p in range(slots.shape[0]):
+        slots[p], least = 0, np.inf
+        for i in range(min(lengths[p], ranks.shape[1])):
+            kept = positions.shape[0] and (positions[p, i] >= seen[p] - newest or positions[p, i] < oldest)
+            if ranks[p, i] < least and not kept:
+                slots[p], least = i, ranks[p, i]
 
 
 @_compiled_alone

@@ -5,6 +5,7 @@ Only on a GPU, or on a CPU under Triton's interpreter (`TRITON_INTERPRET=1`), wh
 
 from .attend import attend
 from .codes import code_scores
+from .lowest import lowest
 from .pages import page_scores, slots_of_pages, widen_bounds
 from .prefill import prefill
 from .scores import channel_scores, top_channels
@@ -22,6 +23,7 @@ __all__ = [
     "channel_scores",
     "code_scores",
     "compact",
+    "lowest",
     "page_scores",
     "prefill",
     "slot_weights",

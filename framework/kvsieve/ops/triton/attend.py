@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .storage import first_slot, in_block, shaped, slot_start, slot_strides, strides
+from .storage import first_slot, head_start, in_block, shaped, slot_start, slot_strides, strides
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4e38)  # finite, for rows without a slot to read: -inf - -inf is NaN
@@ -37,6 +37,7 @@ def attend(
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     want_mass: bool = False,
     by_head: bool = False,
+    add_mass_to: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     total: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -118,8 +119,11 @@ def attend(
         )
     if not want_mass:
         return output, None
-    shape = (rows, heads, group, total) if by_head else (rows, heads, total)
-    mass = (torch.empty if slots is None else torch.zeros)(shape, **new)
+    mass = add_mass_to
+    if mass is None:
+        shape = (rows, heads, group, total) if by_head else (rows, heads, total)
+        mass = (torch.empty if slots is None else torch.zeros)(shape, **new)
+    places = strides("mass", mass, "row head group slot" if by_head else "row head slot")
     _mass_from_logits[(pairs, triton.cdiv(many, _MASS_BLOCK))](
         logits=logits,
         aligned=aligned,
@@ -127,13 +131,15 @@ def attend(
         slots=slots,
         **read,
         mass=mass,
-        total=total,
+        **{"mass_group": 0} | places,
+        KV_HEADS=heads,
         G=group,
         GROUP=triton.next_power_of_2(group),
         BLOCK=_MASS_BLOCK,
         BY_HEAD=by_head,
+        ADD=add_mass_to is not None,
     )
-    return output, mass
+    return output, None if add_mass_to is not None else mass
 
 
 def _or_none(slots: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
@@ -351,7 +357,7 @@ def _merge_pieces(
     _finish(blend, peak, total, pair, g, output, lse, sinks, tail_weight, tail_value, KV_HEADS, G, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["many", "total"])
+@triton.jit(do_not_specialize=["many"])
 def _mass_from_logits(
     logits,
     aligned,
@@ -360,12 +366,17 @@ def _mass_from_logits(
     lengths,
     counts,
     many,
-    mass,  # [B, K, total], or [B, K, G, total] BY_HEAD; zero already if there are slots
-    total,
+    mass,  # [B, K, T], or [B, K, G, T] BY_HEAD; zero already if there are slots, or to ADD to
+    mass_row,
+    mass_head,
+    mass_slot,
+    mass_group,
+    KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     BY_HEAD: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     pair, g = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -380,11 +391,14 @@ def _mass_from_logits(
     peak = tl.load(lse + head, mask=g < G, other=0.0)
     weight = tl.where(mask, tl.exp2(logit - peak[:, None]), 0.0)
     written = live
-    if slots is None:
+    if slots is None and not ADD:
         written = index < many
+    target = mass + head_start(pair, KV_HEADS, mass_row, mass_head) + slot.to(tl.int64) * mass_slot
     if BY_HEAD:
-        tl.store(
-            mass + head[:, None] * total + slot[None, :], weight, mask=(g < G)[:, None] & written[None, :]
-        )
+        target = target[None, :] + g[:, None] * mass_group
+        written = (g < G)[:, None] & written[None, :]
     else:
-        tl.store(mass + pair * total + slot, tl.sum(weight, 0) / G, mask=written)
+        weight = tl.sum(weight, 0) / G
+    if ADD:
+        weight += tl.load(target, mask=written, other=0.0)
+    tl.store(target, weight, mask=written)
