@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.report_run import PROMPT, SAMPLES, TASKS, row, synthetic_rows, write_run
+from tests.report_run import PROMPT, SAMPLES, TASKS, row, sample, synthetic_rows, write_run
 
 from kvsieve.compare import summary
-from kvsieve.compare.report import write_picture, write_report
+from kvsieve.compare.report import answers, write_picture, write_report
 from kvsieve.compare.report.__main__ import main
 from kvsieve.compare.report.depth import depth_maps
 from kvsieve.compare.report.folder import read
@@ -51,6 +51,7 @@ def test_the_page_holds_every_row_the_headline_and_the_setting_of_the_run(run_fo
     assert html.escape(headline(read(run_folder).results)) in page
     assert page.count("<figure>") == len(TASKS)
     assert page.count('class="mark"') == 3 * len(rows)  # along three axes
+    assert [label.split("\n")[0] for label in data_of(page)["labels"][:2]] == ["dense", "SparQ 1/2"]
     for expected in (
         "reference, 3.21 M parameters, float32", "Intel Xeon 2.80GHz, 2 cores", "torch 2.13.0",
         "2025-11-20 19:40 UTC", "my-policy 1.0", "samples: 32", "<code>budget=64 recent=16</code>",
@@ -278,10 +279,7 @@ def test_strings_of_a_user_cannot_become_script(tmp_path):
     assert ATTACK in document.text
     assert [tag for tag, _ in document.elements if tag in ("script", "img")] == ["script"] * 5
     assert not [name for _, attributes in document.elements for name in attributes if name.startswith("on")]
-    labels = [
-        attributes["aria-label"] for _, attributes in document.elements if attributes.get("role") == "img"
-    ]
-    assert any(ATTACK in label for label in labels)
+    assert any(ATTACK in label for label in data_of(page)["labels"])
     assert ATTACK in data_of(page)["answers"][0]["samples"][0]["texts"]
 
 
@@ -414,26 +412,24 @@ def test_the_answers_stand_side_by_side(page):
     assert first["rows"][-1] == [1, 0.0]
 
 
-def test_of_long_answers_those_stay_on_which_policies_differ(tmp_path):
+def test_of_long_answers_those_stay_on_which_policies_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "ROOM", 100_000)
     rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "sparq", 1.0, "1/8")]
     write_run(tmp_path, rows)
-    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[:-1]]
-    lines = []
+    records = [sample(cell, rows[0], index) for cell in ("c0", "c1") for index in range(200)]
     for record in records:
-        for copy in range(2000):
-            index = 4 * copy + record["sample"]
-            text = "x" * 1000 + ("y" if record["cell"] == "c1" and index == 7999 else "")
-            lines.append(json.dumps(record | {"sample": index, "answer": text}))
-    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+        record["answer"] = "x" * 1000
+    records[-1]["answer"] = "x" * 2000
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     cells = json.loads((tmp_path / "cells.json").read_text())
-    (tmp_path / "cells.json").write_text(json.dumps([cell | {"samples": 8000} for cell in cells]))
-    page = write_report(tmp_path).read_text(encoding="utf-8")
-    (group,) = data_of(page)["answers"]
-    kept = [sample["index"] for sample in group["samples"]]
-    assert group["all"] == 8000
-    assert kept[-1] == 7999
-    assert kept[:-1] == list(range(len(kept) - 1))
-    assert len(page) < 3_000_000
+    (tmp_path / "cells.json").write_text(json.dumps([cell | {"samples": 200} for cell in cells]))
+    (group,) = data_of(write_report(tmp_path).read_text(encoding="utf-8"))["answers"]
+    kept = [one["index"] for one in group["samples"]]
+    assert group["all"] == 200
+    assert 50 < len(kept) < 100
+    assert kept == [*range(len(kept) - 1), 199]  # where they differ first, then in their order
+    assert [len(text) for text in group["samples"][-1]["texts"]] == [1000, answers.LONGEST + 1]
+    assert len(json.dumps(group)) < 100_000
 
 
 @pytest.mark.parametrize("name", ["quickstart", "small_k"])

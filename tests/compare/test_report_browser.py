@@ -138,6 +138,8 @@ def test_a_pointed_mark_tells_its_numbers(opened):
     mark.scroll_into_view_if_needed()
     mark.hover()
     assert opened.inner_text("#tip").startswith("dense\naccuracy: 1.000")
+    opened.mouse.move(10, 10)
+    assert opened.locator("#tip").is_hidden()
 
 
 def test_answers_are_compared_with_those_of_dense(opened):
@@ -203,9 +205,11 @@ def test_a_chart_can_be_saved(opened, tmp_path, kind):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_an_audit_finds_nothing_serious(opened, scheme):
+def test_an_audit_finds_nothing(opened, tmp_path, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
     opened.emulate_media(color_scheme=scheme)
+    rows = [one for one in synthetic_rows() if (one.task, one.context) == ("needle", 512)]
+    opened.goto(write_report(write_run(tmp_path, rows, errors=[("needle 512, odd", "NaN")])).as_uri())
     for details in opened.locator("details").all():
         details.evaluate("one => { one.open = true; }")
     found = axe.Axe().run(opened).response["violations"]
@@ -233,4 +237,7 @@ def test_dark_is_dark_and_print_is_light_with_the_command(opened):
     assert colours(opened) == ["rgb(255, 255, 255)", "rgb(0, 0, 0)"]
     assert opened.locator("#command").is_visible()
     assert not opened.locator(".filters").is_visible()
+    assert not opened.locator("#again details dl").first.is_visible()
+    opened.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert opened.locator("#again details dl").first.is_visible()  # the protocol
     assert re.match(rb"%PDF-", opened.pdf())

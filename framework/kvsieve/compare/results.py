@@ -209,6 +209,11 @@ class Results:
         return [Group(found[key], told[found[key][0].task], short[key[0]]) for key in keys]
 
     @cached_property
+    def numbers(self) -> dict[int, int]:
+        """The place of a row in `rows`, by its identity: rows may be equal."""
+        return {id(row): number for number, row in enumerate(self.rows)}
+
+    @cached_property
     def policies(self) -> list[str]:
         """Dense first, then as they first appear."""
         names = dict.fromkeys(row.policy for row in self.rows)

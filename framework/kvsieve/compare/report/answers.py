@@ -1,5 +1,6 @@
 """The answers side by side: the end of a prompt, what was expected, what every policy wrote."""
 
+import json
 from typing import Any
 
 from ..manifest import Entry, Record
@@ -8,7 +9,8 @@ from .folder import RunFolder
 from .names import readable_label
 
 LONGEST = 1200  # characters of an answer that are shown
-ROOM = 1_200_000  # characters of all answers and prompts in the page
+ROOM = 2_800_000  # characters in the page for all answers, less what its rows take
+A_ROW = 3_000
 
 _Cells = list[tuple[Entry, dict[int, Record]]]  # of one group
 
@@ -31,13 +33,13 @@ def answers(run: RunFolder) -> list[dict[str, Any]]:
         for key, cells in groups.items()
         if any(record["answer"] for _, records in cells for record in records.values())
     }
-    room = ROOM // max(1, len(groups))
+    room = max(0, ROOM - A_ROW * len(run.results.rows)) // max(1, len(groups))
     found = []
     for key, cells in groups.items():
         samples = [_sample(i, cells) for i in sorted({i for _, records in cells for i in records})]
         kept, left = [], room
         for sample in sorted(samples, key=lambda sample: len(sample["texts"]) < 2):  # a stable sort
-            left -= len(sample["prompt"]) + sum(map(len, [*sample["texts"], *sample["expected"]]))
+            left -= len(json.dumps(sample))
             if left < 0:
                 break
             kept.append(sample)

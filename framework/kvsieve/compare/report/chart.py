@@ -111,38 +111,38 @@ class _Panel:
         return [*parts, svg.line(x.start, level, x.end, level, colour, width=1.2, stroke_dasharray="5 4")]
 
     def series(self, policy: str, placed: Sequence[tuple[Row, float, float]]) -> Markup:
-        """The marks of a policy, and a line through those that differ in their budget alone."""
+        """The intervals of a policy, lines through what differs in its budget alone, and the marks."""
+        points = [(row, px, self.y(row.score or 0.0)) for row, _, px in placed]
+        lines = "".join(svg.path(line) for line in _lines(points) if len(line) > 1)
+        bars = "".join(
+            svg.path([(px, self.y(row.score_low)), (px, self.y(row.score_high))])
+            for row, px, _ in points
+            if row.score_low is not None and row.score_high is not None and policy != DENSE
+        )
         colour = self.palette.policies[policy]
-        lines = _lines([(row, px, self.y(row.score or 0.0)) for row, _, px in placed])
+        faint = 0.7 if len(self.results.policies) <= 6 else 0.35
         parts = [
-            element(
-                "path", d=svg.path(line), fill="none", stroke=colour, stroke_width=1.6, stroke_opacity=0.5
-            )
-            for line in lines
-            if len(line) > 1
+            element("path", d=d, fill="none", stroke=colour, stroke_width=1.6, stroke_opacity=opacity)
+            for d, opacity in ((lines, 0.5), (bars, faint))
+            if d
         ]
-        parts += [self.mark(row, share, px, colour) for row, share, px in placed]
+        paper, marks = self.palette.paper, [self.mark(row, share, px, colour) for row, share, px in placed]
+        # The edge of a mark is told in its shape's own units.
+        parts.append(element("g", *marks, fill=colour, stroke=paper, stroke_width=0.2))
         return element("g", *parts, class_="series", data_policy=self.results.policies.index(policy))
 
     def mark(self, row: Row, share: float, px: float, colour: str) -> Markup:
-        """Hollow where its price is a noisy speed; a wide invisible circle is easier to point at."""
-        py, noisy, paper = (
-            self.y(row.score or 0.0),
-            self.axis.name == "time" and row.noisy,
-            self.palette.paper,
-        )
-        drawn = [element("circle", cx=px, cy=py, r=11, fill="transparent", class_="hit")]
-        if row.score_low is not None and row.score_high is not None and row.policy != DENSE:
-            low, high = self.y(row.score_low), self.y(row.score_high)
-            faint = 0.7 if len(self.results.policies) <= 6 else 0.35
-            drawn.append(svg.line(px, low, px, high, colour, width=1.6, stroke_opacity=faint))
-        fill, edge, width = (paper, colour, 1.6) if noisy else (colour, paper, 1.1)
+        """Hollow where its price is a noisy speed."""
+        noisy: dict[str, svg.Attribute] = {}
+        if self.axis.name == "time" and row.noisy:
+            noisy = {"fill": self.palette.paper, "stroke": colour, "stroke_width": 0.3}
         outline = styles(self.results.policies)[row.policy].shape
-        drawn.append(svg.shape(outline, px, py, 5.2, fill, edge, width))
-        return element(
-            "g", *drawn, class_="mark noisy" if noisy else "mark", role="img", tabindex=-1,
-            aria_label=_label(self.group, row), data_share=f"{share:.6g}", data_x=px, data_y=py,
-        )  # fmt: skip
+        about: dict[str, svg.Attribute] = {
+            "data_row": self.results.numbers[id(row)],
+            "data_share": f"{share:.5g}",
+        }
+        kind = "mark noisy" if noisy else "mark"
+        return svg.shape(outline, px, self.y(row.score or 0.0), 5.2, class_=kind, **about, **noisy)
 
 
 def _lines(points: Sequence[tuple[Row, float, float]]) -> list[list[tuple[float, float]]]:
@@ -155,7 +155,7 @@ def _lines(points: Sequence[tuple[Row, float, float]]) -> list[list[tuple[float,
     return [sorted(line) for line in lines.values()]
 
 
-def _label(group: Group, row: Row) -> str:
+def label(group: Group, row: Row) -> str:
     """Everything about a mark, line by line: the tooltip, and what a screen reader says."""
     lines = {
         group.metric: f"{group.text(row.score)} ({group.interval(row)})"

@@ -10,7 +10,6 @@ from markupsafe import Markup
 from ..diagnostics import Diagnosed
 from ..results import Results
 from .names import policy_name
-from .style import styles
 from .svg import element
 
 _LEVELS = 20  # of shade
@@ -28,7 +27,6 @@ def head_maps(diagnosed: Sequence[Diagnosed], results: Results) -> dict[str, Any
     """
     if not diagnosed:
         return None
-    look = styles(results.policies)
     lines, squares = [], 0
     for one in diagnosed:
         squares += one.numbers.size
@@ -37,7 +35,6 @@ def head_maps(diagnosed: Sequence[Diagnosed], results: Results) -> dict[str, Any
                 "name": policy_name(one.policy),
                 "how": one.label.removeprefix(one.policy).strip(),
                 "index": results.policies.index(one.policy),
-                "shape": look[one.policy].shape,
                 "cells": [
                     _cell(name, extreme, numbers, one.layers, drawn=squares <= _MOST)
                     for (name, extreme), numbers in zip(_COLUMNS, one.numbers, strict=True)

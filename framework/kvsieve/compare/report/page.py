@@ -75,7 +75,7 @@ def render(run: RunFolder) -> str:
         protocol=protocol(run),
         environment=json.dumps(run.environment, indent=2, ensure_ascii=False),
         parameters=_parameters(results),
-        data=_data_block({"csv": csv_lines(results.rows), "answers": texts}),
+        data=_data_block({"csv": csv_lines(results.rows), "labels": _labels(results), "answers": texts}),
         scripts=[Markup(script) for script in scripts],
         script_hashes=Markup(" ".join(_hash(script) for script in scripts)),
         css=Markup(_css(results)),
@@ -88,6 +88,12 @@ def _disturbed(run: RunFolder) -> str:
     during = load.get("run") if isinstance(load, dict) else None
     why = during.get("not_to_be_quoted") if isinstance(during, dict) else None
     return f"tokens/s are not to be quoted: {why}." if why else ""
+
+
+def _labels(results: Results) -> list[str]:
+    """The text of every mark, row by row: the same on every axis."""
+    labels = {id(row): chart.label(group, row) for group in results.groups for row in group.rows}
+    return [labels[id(row)] for row in results.rows]
 
 
 def _panels(results: Results) -> list[dict[str, Any]]:
@@ -168,6 +174,7 @@ def _css(results: Results) -> str:
         for mode in ("light", "dark")
     }
     css = (_PARTS / "page.css").read_text("utf-8").replace("FONT", FONT)
+    css += "\n".join(f".p{i} {{ color: var(--policy-{i}); }}" for i in range(len(results.policies)))
     return css.replace("LIGHT", colours["light"]).replace("DARK", colours["dark"])
 
 

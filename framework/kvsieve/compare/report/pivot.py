@@ -4,12 +4,10 @@ from typing import Any
 
 from ..results import DENSE, MISSING, Group, Results, Row, bytes_range
 from .names import policy_name
-from .style import styles
 
 
 def pivot(results: Results) -> dict[str, Any]:
     """The template's view: tasks with their lengths as columns, and a line for every policy."""
-    look = styles(results.policies)
     tasks: list[dict[str, Any]] = []
     for group in results.groups:
         if not tasks or tasks[-1]["task"] != group.task:
@@ -24,7 +22,6 @@ def pivot(results: Results) -> dict[str, Any]:
                 "name": policy_name(policy),
                 "how": label.removeprefix(policy).strip(),
                 "index": results.policies.index(policy),
-                "shape": look[policy].shape,
                 "bytes": bytes_range(rows.values()),
                 "cells": [_cell(group, rows.get(i)) for i, group in enumerate(results.groups)],
             }

@@ -34,13 +34,10 @@ def line(
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=colour, stroke_width=width, **attributes)
 
 
-def shape(
-    outline: str, x: float, y: float, radius: float, fill: str, edge: str | None = None, width: float = 1
-) -> Markup:
-    """One of the marks of `style`, with its middle at x, y; `width` is that of its edge."""
+def shape(outline: str, x: float, y: float, radius: float, **attributes: Attribute) -> Markup:
+    """One of the marks of `style`, with its middle at x, y."""
     place = f"translate({_short(x)},{_short(y)}) scale({_short(radius)})"
-    edged: dict[str, Attribute] = {"stroke": edge, "stroke_width": width / radius} if edge else {}
-    return element("path", d=outline, transform=place, fill=fill, **edged)
+    return element("path", d=outline, transform=place, **attributes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ from ..markdown import slots
 from ..results import DENSE, MISSING, Group, Results, Row, byte_text, speed
 from ..statistics import FEW, WORSE
 from .names import policy_name
-from .style import styles
 
 
 class Column(NamedTuple):
@@ -58,7 +57,6 @@ class Cell(NamedTuple):
 
 def table(group: Group, results: Results) -> dict[str, Any]:
     """The template's view of a group: its rows, with the best values of the sparse policies marked."""
-    look = styles(results.policies)
     best = {
         "score": _best(max if group.higher_is_better else min, (row.score for row in group.contenders)),
         "kv_bytes": _best(min, (row.kv_bytes for row in group.contenders)),
@@ -69,10 +67,9 @@ def table(group: Group, results: Results) -> dict[str, Any]:
             "name": policy_name(row.policy),
             "how": row.policy_label.removeprefix(row.policy).strip(),
             "index": results.policies.index(row.policy),
-            "shape": look[row.policy].shape,
             "parameters": row.not_default,
             "mark": row.mark,
-            "number": results.rows.index(row),
+            "number": results.numbers[id(row)],
             "cells": _cells(group, row, best if row in group.contenders else {}),
         }
         for row in group.rows

@@ -59,7 +59,8 @@ if (report.data.answers.length) {
     scroll.setAttribute("aria-label", "Answers of this sample");
     const prompt = one.prompt ? [element("p", { className: "lead", textContent: "The prompt ends with" }), element("pre", { className: "prompt", tabIndex: 0, textContent: one.prompt })] : [];
     const left = group.samples.length < group.all ? [element("p", { className: "lead", textContent: `${group.samples.length} of ${group.all} samples are in this page, those with different answers first; samples.jsonl has all.` })] : [];
-    shown.replaceChildren(...prompt, scroll, ...left);
+    const title = element("h3", { textContent: `${group.title}: sample ${one.index}${one.facts ? `, ${one.facts}` : ""}` });
+    shown.replaceChildren(title, ...prompt, scroll, ...left);
   }
 
   task.append(...groups.map((group, i) => new Option(group.title, i)));

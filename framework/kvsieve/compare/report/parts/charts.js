@@ -5,18 +5,25 @@
   const toggles = [...document.querySelectorAll(".policy[data-policy]")];
   const tip = document.getElementById("tip");
 
-  // The marks that are shown, from left to right; of two in one place that which is drawn later comes later.
-  const marksOf = (chart) =>
-    [...chart.querySelectorAll(".series:not(.off) .mark")].sort((one, other) => one.dataset.x - other.dataset.x);
+  // What a mark tells, and where it stands in its chart.
+  const places = new Map();
+  for (const mark of panels.querySelectorAll(".mark")) {
+    mark.setAttribute("role", "img");
+    mark.setAttribute("aria-label", report.data.labels[mark.dataset.row]);
+    const { e: x, f: y } = mark.transform.baseVal.getItem(0).matrix;
+    places.set(mark, { x, y, share: Number(mark.dataset.share) });
+  }
+
+  // The marks that are shown, from left to right.
+  const marksOf = (chart) => [...chart.querySelectorAll(".series:not(.off) .mark")].sort((one, other) => places.get(one).x - places.get(other).x);
 
   // The steps through the marks that no other shown mark beats in both score and price. Noisy speeds beat nothing.
   function drawFrontier(chart) {
     const sign = chart.dataset.lower === "1" ? -1 : 1;
     const marks = marksOf(chart).filter((mark) => !mark.classList.contains("noisy"));
-    marks.sort((one, other) => one.dataset.share - other.dataset.share || sign * (one.dataset.y - other.dataset.y));
+    const found = marks.map((mark) => places.get(mark)).sort((one, other) => one.share - other.share || sign * (one.y - other.y));
     let path = "", best = Infinity;
-    for (const mark of marks) {
-      const { x, y } = mark.dataset;
+    for (const { x, y } of found) {
       if (sign * y >= best) continue;
       path += path ? `H${x}V${y}` : `M${x},${y}`;
       best = sign * y;
@@ -33,8 +40,8 @@
   }
 
   function move(event) {
-    const mark = event.target.closest(".mark");
-    if (!mark) return;
+    const mark = event.target;
+    if (!mark.matches(".mark")) return;
     const marks = marksOf(mark.closest(".chart"));
     const at = marks.indexOf(mark);
     const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: marks.length - 1 }[event.key];
@@ -47,7 +54,10 @@
 
   let told = null; // the mark that the tooltip tells about
   function show(mark) {
+    if (mark === told) return;
+    hide();
     told = mark;
+    told.classList.add("told");
     const [name, ...lines] = mark.getAttribute("aria-label").split("\n");
     tip.replaceChildren(report.element("b", { textContent: name }), ...lines.map((line) => report.element("div", { textContent: line })));
     tip.hidden = false;
@@ -56,22 +66,35 @@
 
   function place() {
     if (!told) return;
-    const { left, top, bottom, width } = told.querySelector(".hit").getBoundingClientRect();
+    const { left, top, bottom, width } = told.getBoundingClientRect();
     const across = left + width / 2 - tip.offsetWidth / 2;
-    const above = top - tip.offsetHeight - 4;
+    const above = top - tip.offsetHeight - 8;
     tip.style.left = `${Math.min(Math.max(8, across), document.documentElement.clientWidth - tip.offsetWidth - 8)}px`;
-    tip.style.top = `${above > 8 ? above : bottom + 4}px`;
+    tip.style.top = `${above > 8 ? above : bottom + 8}px`;
   }
 
   function hide() {
+    told?.classList.remove("told");
     told = null;
     tip.hidden = true;
   }
 
-  for (const [come, go] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
-    panels.addEventListener(come, (event) => { const mark = event.target.closest(".mark"); if (mark) show(mark); });
-    panels.addEventListener(go, hide);
+  // The nearest mark to the pointer, if it is near.
+  function point(event) {
+    const chart = event.target.closest(".chart");
+    if (!chart) return hide();
+    const frame = chart.getBoundingClientRect();
+    const scale = chart.viewBox.baseVal.width / frame.width;
+    const [x, y] = [(event.clientX - frame.left) * scale, (event.clientY - frame.top) * scale];
+    const far = (mark) => Math.hypot(places.get(mark).x - x, places.get(mark).y - y);
+    const near = marksOf(chart).reduce((best, mark) => (!best || far(mark) < far(best) ? mark : best), null);
+    return near && far(near) < 16 ? show(near) : hide();
   }
+
+  for (const event of ["pointermove", "pointerdown"]) panels.addEventListener(event, point);
+  panels.addEventListener("pointerleave", hide);
+  panels.addEventListener("focusin", (event) => { if (event.target.matches(".mark")) show(event.target); });
+  panels.addEventListener("focusout", hide);
   panels.addEventListener("keydown", move);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
   for (const event of ["scroll", "resize"]) addEventListener(event, place, { passive: true });
@@ -125,7 +148,7 @@
       const computed = getComputedStyle(originals[i]);
       for (const name of ["fill", "stroke", "stroke-width", "stroke-opacity"]) if (element.hasAttribute("stroke") || element.hasAttribute(name)) element.setAttribute(name, computed.getPropertyValue(name));
     });
-    for (const element of copy.querySelectorAll(".off, .hit")) element.remove();
+    for (const element of copy.querySelectorAll(".off")) element.remove();
     const [title, note] = [figure.querySelector("figcaption").cloneNode(true), figure.querySelector("figcaption small").textContent];
     title.querySelector("small").remove();
     const parts = [drawn("text", { x: 20, y: 30, fill: style.color, "font-size": 14, "font-weight": 600 }, title.textContent.trim()),
@@ -134,12 +157,14 @@
     body.append(...copy.childNodes);
     parts.push(body);
     let [x, y] = [24, height + 76];
-    for (const button of toggles.filter((one) => body.querySelector(`.series[data-policy="${one.dataset.policy}"]`))) {
+    for (const button of toggles) {
+      const mark = body.querySelector(`.series[data-policy="${button.dataset.policy}"] .mark`);
+      if (!mark) continue;
       const name = button.textContent.trim();
       const wide = 24 + 6.4 * name.length;
       if (x > 24 && x + wide > width + 20) [x, y] = [24, y + 18];
-      const key = button.querySelector("path");
-      parts.push(drawn("path", { d: key.getAttribute("d"), transform: `translate(${x},${y - 4}) scale(4.5)`, fill: getComputedStyle(key).fill }),
+      const fill = getComputedStyle(button.querySelector(".key")).color;
+      parts.push(drawn("path", { d: mark.getAttribute("d"), transform: `translate(${x},${y - 4}) scale(4.5)`, fill }),
         drawn("text", { x: x + 10, y, fill: style.color, "font-size": 11 }, name));
       x += wide;
     }

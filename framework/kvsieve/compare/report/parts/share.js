@@ -38,6 +38,11 @@ const report = {
   },
 };
 
+// On paper nothing can be unfolded.
+const folded = [...document.querySelectorAll("details")];
+addEventListener("beforeprint", () => { for (const one of folded) { one.dataset.open = one.open; one.open = true; } });
+addEventListener("afterprint", () => { for (const one of folded) one.open = one.dataset.open === "true"; });
+
 for (const button of document.querySelectorAll(".copy[data-from]")) {
   button.addEventListener("click", () => report.copy(document.getElementById(button.dataset.from).textContent, button));
 }

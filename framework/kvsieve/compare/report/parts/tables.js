@@ -48,7 +48,8 @@
 
   // Copies of what is shown. CSV of the results: the lines of summary.csv, with every number.
   const plain = (cell) => {
-    if (cell.dataset.text !== undefined) return cell.dataset.text.trim();
+    const text = cell.dataset.text ?? (cell.matches("th") ? cell.dataset.value : undefined);
+    if (text !== undefined) return text.trim();
     const [first, ...notes] = [...cell.childNodes].map((node) => node.textContent.trim()).filter(Boolean);
     return notes.length ? `${first} (${notes.join("; ")})` : first ?? "";
   };
