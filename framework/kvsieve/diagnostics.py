@@ -22,7 +22,7 @@ from .ops import reference
 from .plans import Segments
 from .policy import Policy, Selection
 from .prompts import Prompts, end_tokens, token_lists
-from .reading import read
+from .reading import Reader, read
 from .scoring import Scoring
 
 _LEAST = torch.finfo(torch.float32).tiny
@@ -56,6 +56,7 @@ def diagnose(
     answers: Prompts | None = None,
     segments: Segments | None = None,
     prefill_chunk: int | None = None,
+    reader: Reader | None = None,
 ) -> Diagnosis:
     """Decode under `policy`, and compare every step with dense attention, per layer and head.
 
@@ -77,6 +78,7 @@ def diagnose(
         questions: one for every prompt, asked once the policy has read it and decided who stays, as in
             `kvsieve.read(..., leave=0)`. None: the prompts ask.
         answers: a text for every prompt to go on with; of each, steps + 1 tokens are taken.
+        reader: reads the prompts in place of the model: a recording of them, made by it.
 
     Raises:
         UserError: as `decode`; where the answers are so short that no step is made; a model with layers that
@@ -103,8 +105,8 @@ def diagnose(
             )
         records = [Record(layer, max(map(len, texts)) + steps) for layer in cache.policy_layers]
         if questions is not None:
-            read(model, rows, cache, segments=segments, leave=0, prefill_chunk=prefill_chunk)
-            rows, segments = asked, None
+            read(model, rows, cache, segments=segments, leave=0, prefill_chunk=prefill_chunk, reader=reader)
+            rows, segments, reader = asked, None, None
         scoring = Scoring(
             model,
             rows,
@@ -114,6 +116,7 @@ def diagnose(
             segments=segments,
             cache=cache,
             eager=True,
+            reader=reader,
         )
         next(iter(scoring))  # the prefill
         for record in records:

@@ -30,6 +30,7 @@ def read(
     segments: Segments | None = None,
     leave: int = 1,
     prefill_chunk: int | None = None,
+    reader: Reader | None = None,
 ) -> None:
     """Read `prompts` into an empty cache by the plan of its policy, and say no word.
 
@@ -42,6 +43,7 @@ def read(
         prompts, segments, prefill_chunk: as in `decode`.
         cache: empty, for this model.
         leave: number of tokens at the end of each prompt that are not read.
+        reader: reads in place of the model: a recording of the prompts, made by it.
 
     Raises:
         UserError: before anything is computed, as `decode`; or where a prompt has no more than `leave`
@@ -55,7 +57,7 @@ def read(
             raise UserError(f"prompt {b} has {len(row)} tokens: with leave={leave} nothing is left to read")
     check_positions(model, rows, 0, cache.policy)
     cache.check_empty()
-    reading = Reading(model, rows, cache.policy, segments, prefill_chunk, leave)
+    reading = Reading(reader or model, rows, cache.policy, segments, prefill_chunk, leave)
     reading.check_cache(cache)
     reading.run(cache)
     cache.mark_read()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from tests.policies import of_two_layers
 
 import kvsieve
 from kvsieve import UserError
@@ -151,6 +152,37 @@ def test_a_question_after_the_prompt_is_asked_when_the_policy_has_decided(compar
     at_once = kvsieve.diagnose(model, [[*prompt[0], *question[0]]], policy, steps=3)
     torch.testing.assert_close(torch.tensor(record["mass"]), found.mass[0].mean(0), atol=1e-5, rtol=0)
     assert (found.mass[0].mean(0) - at_once.mass[0].mean(0)).abs().max() > 1e-4
+
+
+# The policies of a line need the same of a prefill.
+READ_ALIKE = [
+    ["dense", "sparq", "local_window", "quest", "streaming_llm"],
+    ["h2o"],
+    ["infllm"],
+    ["snapkv", "adakv"],
+]
+BY_A_PLAN = "citrus"
+
+
+def test_a_prompt_is_prefilled_once_for_policies_that_need_the_same_of_it(model):
+    sample = Needle(context=120).sample(model.tokenizer, 0, 0)
+    prefills = []
+
+    def note(module, args, inputs):
+        prefills.append(inputs["input_ids"].shape[1] == 120)
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    question = executed.Question(model, sample, config.Diagnose(steps=2))
+    names = [*(name for line in READ_ALIKE for name in line), BY_A_PLAN]
+    found = {name: question.diagnosis(of_two_layers(name)) for name in names}
+    hook.remove()
+    assert sum(prefills) == 1 + len(READ_ALIKE)  # one for dense attention's answer
+    for name, shared in found.items():
+        alone = kvsieve.diagnose(
+            model, question.prompts, of_two_layers(name), answers=question.answers, segments=question.segments
+        )
+        for number in NUMBERS:
+            torch.testing.assert_close(getattr(shared, number), getattr(alone, number))
 
 
 def test_an_answer_of_one_token_has_no_step(model):

@@ -13,7 +13,7 @@ from ...cache.kv_cache import KVCache
 from ...hf import parallel
 from ...loop import Decoding, Runner
 from ...prompts import check_lengths, end_tokens
-from ...reading import Reading, check_positions
+from ...reading import Reading, read
 from ...recording import Needs, Recording, needs
 from ...sampling import Sampler
 from ...scoring import Scoring
@@ -190,11 +190,7 @@ class Measurement:
         recording: Recording | None,
     ) -> tuple[list[Answer], Decoding]:
         """Read the prompts, let the policy decide who stays, and ask each question of a copy of that."""
-        check_positions(self.model, prompts, 0, cache.policy)
-        reading = Reading(recording or self.model, prompts, cache.policy, segments)
-        reading.check_cache(cache)
-        reading.run(cache)
-        cache.mark_read()
+        read(self.model, prompts, cache, segments=segments, leave=0, reader=recording)
         last, said = len(samples[0].questions) - 1, []
         for number in range(last + 1):
             rows = [list(sample.questions[number]) for sample in samples]

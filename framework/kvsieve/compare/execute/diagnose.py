@@ -6,18 +6,23 @@ Dense attention answers a sample once, and its tokens are fed to every policy.
 from __future__ import annotations
 
 import itertools
-import traceback
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
+from ...attention import ChangedKeys
+from ...cache.kv_cache import KVCache
 from ...diagnostics import Diagnosis, dense_answers, diagnose
 from ...policy import Policy
+from ...reading import Reading
+from ...recording import Needs, Recording, needs
 from ..cells import Cell
 from ..config import Diagnose, Settings
 from ..samples import Record
 from ..tasks import Sample
-from . import Events, Failed, Measured
+from . import Events, Measured
+from .cell import prompts_of
+from .unit import failed
 
 
 def diagnose_cells(
@@ -28,13 +33,13 @@ def diagnose_cells(
     missing: Mapping[str, list[int]],
 ) -> Events:
     """Diagnose the `missing` samples, by cell id: a record for each; an error fails its cell alone."""
-    failed = set()
+    broken = set()
     for task, of_task in itertools.groupby(cells, lambda cell: cell.task):
         same = list(of_task)
         for index in sorted(set().union(*(missing[cell.id] for cell in same))):
             question = None
             for cell in same:
-                if index not in missing[cell.id] or cell.id in failed:
+                if index not in missing[cell.id] or cell.id in broken:
                     continue
                 try:
                     if question is None:
@@ -42,35 +47,53 @@ def diagnose_cells(
                     found = question.diagnosis(cell.policy)
                     yield Measured(cell, [{"cell": cell.id, "sample": index} | _plain(found)])
                 except Exception as error:
-                    failed.add(cell.id)
-                    yield Failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc())
+                    broken.add(cell.id)
+                    yield failed(cell, error)
 
 
 class Question:
-    """A sample, and dense attention's answer to it; of several questions after the prompt, to the first."""
+    """A sample, and dense attention's answer to it; of several questions after the prompt, to the first.
+
+    The prompt is prefilled once for all policies that need the same of it.
+    """
 
     def __init__(self, model: PreTrainedModel, sample: Sample, asked: Diagnose) -> None:
-        self.model, self.sample = model, sample
-        self.question = list(sample.questions[0]) if sample.questions else None
+        self.model = model
+        self.prompts, self.segments = prompts_of([sample])
+        self.questions = [list(sample.questions[0])] if sample.questions else None
         # The first token comes from the prompt, the last one is fed to nobody.
         self.steps = min(asked.steps, sample.limit - 1)
-        self.answer = list(sample.forced[: self.steps + 1])
-        if self.steps and not self.answer:
-            text = [*sample.prompt, *(self.question or [])]
-            (self.answer,) = dense_answers(model, [text], self.steps)
+        self.answers = [list(sample.forced[: self.steps + 1])]
+        if self.steps and not sample.forced:
+            text = [*self.prompts[0], *(self.questions or [[]])[0]]
+            self.answers = dense_answers(model, [text], self.steps)
+        self.recordings: dict[Needs, Recording] = {}
 
     def diagnosis(self, policy: Policy) -> Diagnosis | None:
         """Diagnose the policy; None: the answer is a single token, which comes from the prompt."""
-        if len(self.answer) < 2:
+        if len(self.answers[0]) < 2:
             return None
+        reading = Reading(self.model, self.prompts, policy, self.segments)
+        wanted = needs(KVCache(self.model, policy), reading)
+        if isinstance(wanted, str):  # it reads the prompt itself
+            return self._diagnosis(policy, None)
+        if wanted not in self.recordings:
+            self.recordings[wanted] = Recording(self.model, self.prompts, [wanted])
+        try:
+            return self._diagnosis(policy, self.recordings[wanted])
+        except ChangedKeys:
+            return self._diagnosis(policy, None)
+
+    def _diagnosis(self, policy: Policy, recording: Recording | None) -> Diagnosis:
         return diagnose(
             self.model,
-            [list(self.sample.prompt)],
+            self.prompts,
             policy,
             steps=self.steps,
-            questions=None if self.question is None else [self.question],
-            answers=[self.answer],
-            segments=[list(self.sample.segments)] if self.sample.segments else None,
+            questions=self.questions,
+            answers=self.answers,
+            segments=self.segments,
+            reader=recording,
         )
 
 
