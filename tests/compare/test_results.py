@@ -94,7 +94,11 @@ def test_every_group_has_its_own_dense_row_and_says_its_parameters():
     assert [group.dense.score for group in found.groups] == [1, 0]
     assert [row.difference for row in found.rows if row.policy == "sparq"] == [0, 0]
     assert [group.at_chance for group in found.groups] == [False, True]
+    assert [row.mark for row in found.rows] == ["", "indistinguishable", "", "chance"]
     text = markdown(found, [])
+    assert (
+        "Dense attention itself is at chance level on needle 512 distractors=7: no policy is judged" in text
+    )
     assert "## needle distractors=0: exact match" in text
     assert "## needle distractors=7: exact match" in text
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import paper
-from .results import DENSE, MISSING, SYMBOLS, Group, Results, Row, bytes_range, eager_notes, noise_note
+from .results import (
+    DENSE,
+    MISSING,
+    SYMBOLS,
+    Group,
+    Results,
+    Row,
+    bytes_range,
+    chance_note,
+    eager_notes,
+    noise_note,
+)
 from .statistics import BETTER, WORSE
 
 MARKS = (
@@ -67,6 +78,8 @@ def _pivot(results: Results) -> list[str]:
         lines.append(_line([label, bytes_range(rows.values()), *scores]))
     if any(row.symbol for row in results.rows):
         lines += ["", MARKS]
+    if note := chance_note(results):
+        lines += ["", note]
     return [*lines, ""]
 
 

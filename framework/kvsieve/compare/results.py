@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from ..errors import UserError
 from . import files
-from .statistics import ALIKE, BETTER, FEW, WORSE
+from .statistics import ALIKE, BETTER, CHANCE, FEW, WORSE
 
 DENSE = "dense"
 MISSING = "\N{EN DASH}"
@@ -23,6 +23,7 @@ SYMBOLS = {
     WORSE: "\N{BLACK DOWN-POINTING TRIANGLE}",
     ALIKE: "",
     FEW: "",
+    CHANCE: "",
 }
 NOISY = 0.2  # spread of the batches' tokens/s, as a share of their median, above which a speed means little
 
@@ -65,7 +66,8 @@ class Row(Subject):
     lost: int | None = None  # of these, answers that dense had right and the policy wrong (0/1 scores only)
     won: int | None = None  # and the other way round
     p_value: float | None = None  # of no difference from dense
-    mark: str = ""  # better, worse, indistinguishable, few (too few samples); empty: not compared
+    # better, worse, indistinguishable, few (too few samples), chance (`Group.at_chance`); empty: not compared
+    mark: str = ""
     bytes_per_step: float | None = None  # read by attention, per sequence
     bytes_ratio: float | None = None  # of what dense attention would have read
     bytes_written_per_step: float | None = None
@@ -162,8 +164,8 @@ class Group:
 
     @property
     def contenders(self) -> list[Row]:
-        """The rows of which one may be the best: sparse, and not worse than dense."""
-        return [row for row in self.rows if row.policy != DENSE and row.mark != WORSE]
+        """The rows of which one may be the best: sparse, judged, and not worse than dense."""
+        return [row for row in self.rows if row.policy != DENSE and row.mark not in (WORSE, CHANCE)]
 
     def text(self, score: float | None) -> str:
         """A score with as many decimals as the scores of its group need."""
@@ -292,6 +294,14 @@ def read_csv(path: Path) -> list[Row]:
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: line {len(rows) + 2}: {error}") from None
     return rows
+
+
+def chance_note(results: Results) -> str:
+    """Name the tasks by which no policy is judged; empty where there is none."""
+    named = [group.column for group in results.groups if group.at_chance]
+    if not named:
+        return ""
+    return f"Dense attention itself is at chance level on {', '.join(named)}: no policy is judged there."
 
 
 def eager_notes(rows: Iterable[Row]) -> list[str]:

@@ -24,6 +24,7 @@ Limits = tuple[float, float] | None  # the lowest and the highest score that a t
 Array = Any  # of numpy; a float where there is one table
 
 BETTER, WORSE, ALIKE, FEW = "better", "worse", "indistinguishable", "few"
+CHANCE = "chance"  # dense itself does no better than a model that knows nothing: nothing is judged by it
 
 
 class Difference(NamedTuple):

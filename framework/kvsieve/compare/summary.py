@@ -104,8 +104,9 @@ def _compared(row: Row, entry: Entry, own: Sequence[Record], dense: Sequence[Rec
 
 
 def _marked(rows: Sequence[Row]) -> list[Row]:
-    """With the marks, for which all rows of the run count."""
-    compared = [row for row in rows if row.difference is not None]
+    """With the marks, for which all rows of the run count but those of tasks where dense is at chance."""
+    unjudged = {id(row) for group in Results(list(rows)).groups if group.at_chance for row in group.rows}
+    compared = [row for row in rows if row.difference is not None and id(row) not in unjudged]
     marks = statistics.marks(
         [np.nan if row.p_value is None else row.p_value for row in compared],
         [row.difference for row in compared],
@@ -113,6 +114,9 @@ def _marked(rows: Sequence[Row]) -> list[Row]:
         [row.policy_label for row in compared],
     )
     by_row = {id(row): mark for row, mark in zip(compared, marks, strict=True)}
+    by_row |= {
+        id(row): statistics.CHANCE for row in rows if id(row) in unjudged and row.difference is not None
+    }
     return [dataclasses.replace(row, mark=by_row.get(id(row), "")) for row in rows]
 
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .markdown import MARKS, megabytes
-from .results import DENSE, MISSING, Group, Results, Row, bytes_range, eager_notes, noise_note
+from .results import DENSE, MISSING, Group, Results, Row, bytes_range, chance_note, eager_notes, noise_note
 from .statistics import BETTER, FEW, WORSE
 
 # Columns of a task's table, those left out of a narrow terminal last.
@@ -37,6 +37,8 @@ def show(results: Results, console: Console, *, details: bool = False) -> None:
         console.print(table)
     if any(row.symbol for row in results.rows):
         console.print(MARKS, style="dim", soft_wrap=False)
+    if note := chance_note(results):
+        console.print(note, style="dim", markup=False)
     if any(row.mark == FEW for row in results.rows):
         few = list(dict.fromkeys(g.column for g in results.groups if any(row.mark == FEW for row in g.rows)))
         console.print(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..results import DENSE, MISSING, Group, Results, Row, bytes_range
+from ..results import DENSE, MISSING, Group, Results, Row, bytes_range, chance_note
 from .names import policy_name
 
 
@@ -26,7 +26,7 @@ def pivot(results: Results) -> dict[str, Any]:
                 "cells": [_cell(group, rows.get(i)) for i, group in enumerate(results.groups)],
             }
         )
-    return {"tasks": tasks, "lines": lines}
+    return {"tasks": tasks, "lines": lines, "note": chance_note(results)}
 
 
 def _cell(group: Group, row: Row | None) -> dict[str, Any]:

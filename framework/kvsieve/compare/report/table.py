@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ..markdown import slots
 from ..results import DENSE, MISSING, Group, Results, Row, byte_text, speed
-from ..statistics import FEW, WORSE
+from ..statistics import CHANCE, FEW, WORSE
 from .names import policy_name
 
 
@@ -112,12 +112,12 @@ def _against(group: Group, row: Row) -> Cell:
         return Cell(None, MISSING)
     difference, _, interval = group.difference(row).partition(" ")
     style = "worse" if row.mark == WORSE else ""
-    few = "few samples" if row.mark == FEW else ""
+    unjudged = {FEW: "few samples", CHANCE: "dense at chance"}.get(row.mark, "")
     return Cell(
         row.difference,
         f"{row.symbol} {difference}".strip(),
         style,
-        _notes(interval.strip("()"), row.changes, few),
+        _notes(interval.strip("()"), row.changes, unjudged),
     )
 
 
