@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kvsieve import UserError
 from kvsieve.cli import app
 from kvsieve.compare import identity
-from kvsieve.compare.tasks import Passkey, Retrieval
+from kvsieve.compare.tasks import KeyValue, Needle, Passkey, Retrieval
 from kvsieve.compare.tasks import text as texts
 from kvsieve.testing import tokenizers
 
@@ -29,7 +29,8 @@ def chatting(name):
 @pytest.mark.parametrize("name", tokenizers())
 @pytest.mark.parametrize(
     "task", [Retrieval(1100, kind="multivalue", chat=True), Retrieval(1100, kind="common_words", chat=True),
-             Passkey(700, chat=True)], ids=lambda task: task.title,
+             Passkey(700, chat=True), Needle(500, chat=True), KeyValue(400, chat=True)],
+    ids=lambda task: task.title,
 )  # fmt: skip
 def test_a_prompt_is_a_turn_of_the_user_and_the_beginning_of_an_answer(task, name):
     tokenizer = chatting(name)
@@ -37,11 +38,17 @@ def test_a_prompt_is_a_turn_of_the_user_and_the_beginning_of_an_answer(task, nam
     prompt = texts.decode(tokenizer, sample.prompt)
     assert len(sample.prompt) == task.context
     begin = tokenizer.bos_token or ""
-    assert re.fullmatch(
-        re.escape(begin) + r" ?<user> ?(Remember|Something).*\? ?</turn><assistant>.*", prompt, re.DOTALL
-    )
+    assert re.fullmatch(re.escape(begin) + r" ?<user> ?.*\? ?</turn><assistant>.*", prompt, re.DOTALL)
     lead = prompt.rpartition("<assistant>")[2]
-    assert re.fullmatch(r" ?(The p.* (are|is)|Answer:)", lead)
+    assert re.fullmatch(r' ?(The (p|s).* (are|is)|Answer:|{"[0-9a-f]{8}": ")', lead)
+
+
+@pytest.mark.parametrize("cls", [Needle, KeyValue])
+def test_a_question_asked_after_the_text_ends_the_users_turn(cls):
+    tokenizer = chatting("bytes")
+    sample = cls(500, question="after", chat=True).sample(tokenizer, 0, 1)
+    assert "</turn>" not in tokenizer.decode(sample.prompt)
+    assert re.fullmatch(r"\nWhat is .*\?</turn><assistant>[{T].*", tokenizer.decode(sample.questions[0]))
 
 
 def test_a_tokenizer_without_a_template_is_refused():

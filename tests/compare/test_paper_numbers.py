@@ -7,7 +7,8 @@ import pytest
 
 from kvsieve.compare import config, markdown, paper
 from kvsieve.compare.identity import task_parameters
-from kvsieve.compare.results import Results, Row
+from kvsieve.compare.report import write_report
+from kvsieve.compare.results import Results, Row, write_csv
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
 LLAMA = "meta-llama/Llama-2-13b-hf"
@@ -84,6 +85,15 @@ def test_the_summary_says_what_the_columns_really_are():
         in said
     )
     assert "SparQ's 1/2 is r=64 with k=128, which moves about a third of the bytes" in said
+
+
+def test_the_page_has_them_where_there_are_some(tmp_path):
+    write_csv(tmp_path / "summary.csv", [row(policy="dense", label="dense", ratio=1.0), row()])
+    page = write_report(tmp_path).read_text()
+    assert '<section id="paper">' in page
+    assert "<td>0.329 (r=64 k=128)</td>" in page
+    write_csv(tmp_path / "summary.csv", [row(policy="dense", label="dense", ratio=1.0, model="reference")])
+    assert 'id="paper"' not in write_report(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from .. import paper
 from ..results import Results, csv_lines, eager_notes, noise_note
 from . import chart
 from .again import commands, protocol
@@ -34,6 +35,7 @@ _SECTIONS = {
     "depth": "Depth",
     "heads": "Heads",
     "answers": "Answers",
+    "paper": "The paper",
     "again": "Run it again",
 }
 
@@ -43,7 +45,8 @@ def render(run: RunFolder) -> str:
     results = run.results
     look = styles(results.policies)
     maps, heads, texts = depth_maps(run), head_maps(run.diagnosed, results), answers(run)
-    optional = {"depth": maps, "heads": heads, "answers": texts}
+    numbers = paper.beside(results.rows)
+    optional = {"depth": maps, "heads": heads, "answers": texts, "paper": numbers}
     absent = {name for name, found in optional.items() if not found}
     scripts = [(_PARTS / name).read_text("utf-8") for name in _SCRIPTS]
     environment = jinja2.Environment(
@@ -70,6 +73,9 @@ def render(run: RunFolder) -> str:
         depth_maps=maps,
         heads=heads,
         answers=texts,
+        paper=[number.cells() for number in numbers],
+        headings=paper.HEADINGS,
+        meaning=paper.MEANING,
         commands=commands(run),
         config=run.config,
         protocol=protocol(run),

@@ -22,6 +22,7 @@ class KeyValue(Task):
 
     words: Literal["hexadecimal", "uuids"] = "hexadecimal"  # keys and values
     question: Literal["prefill", "after"] = "prefill"  # in the prompt, or after what stays was decided
+    chat: bool = False  # ask in the model's own chat template; the answer's beginning is given as well
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,10 +30,14 @@ class KeyValue(Task):
 
     def sample(self, tokenizer: Any, seed: int, index: int) -> Sample:
         rng = self.random(seed, index)
-        before = text.beginning(tokenizer)
+        before, turn = text.frame(tokenizer, self.chat)
         separator, end = text.encode(tokenizer, ",\n "), text.encode(tokenizer, "}\n")
         key, value = self._word(rng), self._word(rng)
-        question = text.encode(tokenizer, f'\n{{"{key}": "')
+        lead = f'{{"{key}": "'
+        question = text.encode(tokenizer, f"\n{lead}")
+        if self.chat:
+            question = text.encode(tokenizer, f'\nWhat is the value of "{key}"?') + turn
+            question += text.encode(tokenizer, lead)
         asked = text.encode(tokenizer, f'"{key}": "{value}"')
         before += text.encode(tokenizer, "{")
         room = self.context - len(before) - len(asked) - len(end) - len(question)

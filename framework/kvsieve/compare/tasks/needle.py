@@ -39,6 +39,7 @@ class Needle(Task):
     questions: int = 1  # numbers that are asked for, each after a copy of what stays of one text
     distractors: int = 0  # other names with other numbers, hidden in the same text
     text: str | None = None  # a text file to hide the number in; none: held-out Python sources
+    chat: bool = False  # ask in the model's own chat template; the answer's beginning is given as well
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,8 +61,8 @@ class Needle(Task):
             text.encode(tokenizer, f"\nThe secret number of {name} is {number}.\n")
             for name, number in zip(names, numbers, strict=True)
         ]
-        before = text.beginning(tokenizer)
-        questions = [text.encode(tokenizer, f"\nThe secret number of {name} is") for name in names[:asked]]
+        before, end = text.frame(tokenizer, self.chat)
+        questions = [self._question(tokenizer, end, name) for name in names[:asked]]
         fixed = len(before) + sum(map(len, hidden)) + max(map(len, questions))
         if fixed > self.context:
             raise UserError(f"needle needs a context of at least {fixed} tokens here, not {self.context}")
@@ -74,6 +75,13 @@ class Needle(Task):
         references = [f" {number}" for number in numbers[:asked]]
         facts = {"depth": depths[0]} if asked == 1 else {"depths": depths[:asked]}
         return ask(prompt + hay[start:], questions, self.question, references, characters=7, facts=facts)
+
+    def _question(self, tokenizer: Any, end: list[int], name: str) -> list[int]:
+        """The beginning of an answer; in a chat after a question and the `end` of the user's turn."""
+        if not self.chat:
+            return text.encode(tokenizer, f"\nThe secret number of {name} is")
+        asked = text.encode(tokenizer, f"\nWhat is the secret number of {name}?")
+        return asked + end + text.encode(tokenizer, f"The secret number of {name} is")
 
     @property
     def title(self) -> str:
