@@ -113,6 +113,10 @@ def compare(
     trust_task_code: TrustTaskCode = False,
     eager: Eager = False,
     details: Details = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="measure one batch and estimate the time and memory of every cell"),
+    ] = False,
 ) -> None:
     """Run every task under every policy and print the table; continues where an interrupted run stopped."""
     changes = [*(overrides or []), *(["eager=true"] if eager else [])]
@@ -123,6 +127,11 @@ def compare(
     from .compare.run import compare as run  # takes seconds: only once the config is known to be right
 
     _no_loading_bars()
+    if dry_run:
+        from .compare import dry_run as dry
+
+        dry.show(dry.estimate(checked, folder, _executor(executor, address, workers)), Console())
+        return
     try:
         with sigterm_interrupts():
             outcome = run(checked, folder, executor=_executor(executor, address, workers))

@@ -11,18 +11,22 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from .cells import Cell
 from .execute import Work
 
+_STEP = 8  # prompt tokens that a decoded token counts as: it reads all weights
+
+
+def cost(context: int, policies: int, new_tokens: int) -> float:
+    """The work of a sample under one of the policies that share its prompt, in prompt tokens."""
+    return context / policies + _STEP * new_tokens
+
 
 class RunProgress:
-    """Counts work in prompt tokens; a decoded token reads all weights and counts as `_STEP` of them."""
-
-    _STEP = 8
+    """Counts work: see cost."""
 
     def __init__(self, console: Console, work: Work, new_tokens: dict[str, int]) -> None:
         """`new_tokens`: that a sample decodes at most, by cell id."""
         self.console = console
-        # The policies of a task share its prompts.
         self.cost = {
-            cell.id: cell.task.context / len(unit.cells) + self._STEP * new_tokens[cell.id]
+            cell.id: cost(cell.task.context, len(unit.cells), new_tokens[cell.id])
             for unit in work
             for cell in unit.cells
         }
@@ -68,7 +72,8 @@ class RunProgress:
             elapsed = time.monotonic() - self.started
             left = elapsed * (self.total - self.done) / self.done if self.done else 0.0
             self.console.print(
-                f"{self._count()} samples, {_time(elapsed)}, {_time(left)} left: {cell.label}", soft_wrap=True
+                f"{self._count()} samples, {minutes(elapsed)}, {minutes(left)} left: {cell.label}",
+                soft_wrap=True,
             )
 
     def again(self, cell: Cell, reason: str) -> None:
@@ -88,6 +93,7 @@ class RunProgress:
         return f"{self.measured}/{self.samples}"
 
 
-def _time(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """`12:05`."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes}:{seconds:02d}"
