@@ -1,6 +1,7 @@
 """The two commands, from the command line to the files."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from kvsieve import plugins
+from kvsieve import ops, plugins
 from kvsieve.bench import attention_speed, decode_speed, memory, plot, record, terminal
 from kvsieve.bench.layer_step import ROOM
 from kvsieve.cli import app
@@ -365,6 +366,23 @@ def test_a_policy_that_fails_costs_no_other_and_rows_are_written_as_they_come(mo
     assert rows == [0, 0, 1]
     assert "was not measured: OutOfMemoryError: no room" in output
     assert [row["policy"].split()[0] for row in record["cells"][0]["rows"]] == ["h2o", "dense"]
+
+
+def test_a_compiler_that_is_missing_is_said_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(ops, "_FASTEST_ON_CPU", "cpu")
+    monkeypatch.setattr(record, "_PACKAGES", ("torch",))
+    given = [*ATTENTION[:4], "--context", "16,32", "--seconds", "0", "--policy", "dense", "--no-plot"]
+    found, output, _ = run(given, tmp_path)
+    assert output.count("without numba torch's ops are measured; pip install 'kvsieve[cpu]'") == 1
+    assert found["machine"]["ops"] == "cpu"
+    on_gpu = {"ops": "triton", "versions": {}}
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/clang" if name == "clang" else None)
+    assert record.missing_compiler(on_gpu) is None
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "there is no C compiler" in record.missing_compiler(on_gpu)
+    monkeypatch.setenv("CC", "tcc")
+    assert record.missing_compiler(on_gpu) is None
 
 
 def test_what_others_took_of_the_machine_is_marked_beside_the_numbers(monkeypatch, tmp_path):

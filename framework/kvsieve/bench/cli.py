@@ -259,7 +259,7 @@ def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
     from rich.console import Console
 
     from .. import ops
-    from .record import Record
+    from .record import Record, missing_compiler
     from .terminal import table
 
     def say(line: str) -> None:
@@ -270,8 +270,8 @@ def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
         record = Record(out, benchmark, plan.device, _settings(plan))
         if record.cells:
             say(f"continuing {record.path}, which holds {len(record.cells)} cells")
-        if record.machine["ops"] == "cpu" and "numba" not in record.machine["versions"]:
-            say("without numba torch's ops are measured; pip install 'kvsieve[cpu]' brings compiled ones")
+        if missing := missing_compiler(record.machine):
+            say(missing)
         for cell in run(plan, say, record.measured):
             record.write(cell)
             if "failed" in cell:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -141,6 +142,20 @@ def machine(device: torch.device) -> dict[str, Any]:
             "runtime": torch.version.cuda or torch.version.hip,
         }
     return found
+
+
+def missing_compiler(machine: Mapping[str, Any]) -> str | None:
+    """Say what the lack of a compiler costs, and how to mend it; None: none is lacking."""
+    if machine["ops"] == "cpu" and "numba" not in machine["versions"]:
+        return "without numba torch's ops are measured; pip install 'kvsieve[cpu]' brings compiled ones"
+    if machine["ops"] == "triton" and not (
+        os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    ):
+        return (
+            "there is no C compiler (gcc, clang, or the one that CC names): Triton's kernels and the step "
+            "that transformers compiles fail unless they are cached; --ops reference needs none"
+        )
+    return None
 
 
 def _driver() -> str | None:
