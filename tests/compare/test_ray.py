@@ -114,6 +114,15 @@ def table(folder):
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
+def test_a_cluster_measures_what_this_process_does_and_a_cell_fails_alone(cluster, compare):
+    text = "device: cpu\ntasks: [needle: {context: 120, samples: 2}]\npolicies: [dense, broken]\n"
+    outcome = compare(text, "ray", on_ray.OnRay(workers=1))
+    assert list(outcome.failures.values()) == ["RuntimeError: no luck"]
+    assert "in select" in (outcome.folder / "errors.txt").read_text()
+    assert table(outcome.folder) == table(compare(text, "here").folder)
+
+
+@pytest.mark.slow
 def test_a_killed_worker_and_a_failing_cell_change_nothing_in_the_table(
     cluster, compare, model_folder, tmp_path, monkeypatch
 ):
