@@ -101,6 +101,25 @@ def test_threads_get_what_they_get_alone(ops):
         assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
 
 
+def test_numba_leaves_torch_its_number_of_threads(monkeypatch):
+    told, mine = [], torch.get_num_threads()
+
+    def launching(threads):  # as numba does where it takes its threads from torch's OpenMP
+        told.append(threads)
+        torch.set_num_threads(mine + 1)
+
+    monkeypatch.setattr("numba.set_num_threads", launching)
+    with ThreadPoolExecutor(1) as threads:  # a thread that has not told numba a number yet
+
+        def select():
+            torch.set_num_threads(mine)
+            selections(compiled, 0, Barrier(1))
+            return torch.get_num_threads()
+
+        assert threads.submit(select).result() == mine
+    assert len(told) == 1
+
+
 @both
 def test_memory_taken_in_inference_mode_serves_outside_of_it(ops):
     with ThreadPoolExecutor(1) as threads:  # a thread without a workspace yet

@@ -79,6 +79,9 @@ class _Held(threading.local):
         threads = torch.get_num_threads()
         if threads != self.threads:
             numba.set_num_threads(min(threads, _config.NUMBA_NUM_THREADS))
+            # numba's threads may be those of torch's OpenMP: starting them, it asks for one a core.
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
             self.threads = threads
 
 
