@@ -43,11 +43,16 @@ def page(browser, report):
     context.close()
 
 
+def show(page, report):
+    page.goto(report.as_uri())
+    page.locator("html[data-charts=drawn]").wait_for()
+
+
 @pytest.fixture
 def opened(page, report):
     page.set_viewport_size({"width": 1200, "height": 900})
     page.emulate_media(color_scheme="light", media="screen")
-    page.goto(report.as_uri())
+    show(page, report)
     yield page
     assert page.said == []
 
@@ -209,7 +214,7 @@ def test_an_audit_finds_nothing(opened, tmp_path, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
     opened.emulate_media(color_scheme=scheme)
     rows = [one for one in synthetic_rows() if (one.task, one.context) == ("needle", 512)]
-    opened.goto(write_report(write_run(tmp_path, rows, errors=[("needle 512, odd", "NaN")])).as_uri())
+    show(opened, write_report(write_run(tmp_path, rows, errors=[("needle 512, odd", "NaN")])))
     for details in opened.locator("details").all():
         details.evaluate("one => { one.open = true; }")
     found = axe.Axe().run(opened).response["violations"]

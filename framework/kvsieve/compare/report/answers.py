@@ -9,8 +9,7 @@ from .folder import RunFolder
 from .names import readable_label
 
 LONGEST = 1200  # characters of an answer that are shown
-ROOM = 2_800_000  # characters in the page for all answers, less what its rows take
-A_ROW = 3_000
+ROOM = 2_000_000  # characters of all that is shown, before it is packed to a third or less
 
 _Cells = list[tuple[Entry, dict[int, Record]]]  # of one group
 
@@ -33,7 +32,7 @@ def answers(run: RunFolder) -> list[dict[str, Any]]:
         for key, cells in groups.items()
         if any(record["answer"] for _, records in cells for record in records.values())
     }
-    room = max(0, ROOM - A_ROW * len(run.results.rows)) // max(1, len(groups))
+    room = ROOM // max(1, len(groups))
     found = []
     for key, cells in groups.items():
         samples = [_sample(i, cells) for i in sorted({i for _, records in cells for i in records})]

@@ -1,6 +1,7 @@
 """The page: everything a reader needs to judge a run, in one file that needs no network."""
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -48,6 +49,14 @@ def render(run: RunFolder) -> str:
     numbers = paper.beside(results.rows)
     optional = {"depth": maps, "heads": heads, "answers": texts, "paper": numbers}
     absent = {name for name, found in optional.items() if not found}
+    axes = chart.measured(results) or chart.AXES[:1]
+    data = {
+        "csv": csv_lines(results.rows),
+        "labels": _labels(results),
+        "answers": texts,
+        # Of the first axis the page itself has the drawings.
+        "axes": [(axis.name, axis.label, _drawings(results, axis)) for axis in axes[1:]],
+    }
     scripts = [(_PARTS / name).read_text("utf-8") for name in _SCRIPTS]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_PARTS), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -60,8 +69,8 @@ def render(run: RunFolder) -> str:
         failures=run.failures,
         pivot=pivot(results),
         legend=[{"name": policy_name(name), "shape": look[name].shape} for name in results.policies],
-        axes=chart.measured(results),
-        panels=_panels(results),
+        axes=axes,
+        drawings=_drawings(results, axes[0]),
         width=chart.WIDTH,
         height=chart.HEIGHT,
         groups=[table(group, results) for group in results.groups],
@@ -81,7 +90,7 @@ def render(run: RunFolder) -> str:
         protocol=protocol(run),
         environment=json.dumps(run.environment, indent=2, ensure_ascii=False),
         parameters=_parameters(results),
-        data=_data_block({"csv": csv_lines(results.rows), "labels": _labels(results), "answers": texts}),
+        data=_packed(data),
         scripts=[Markup(script) for script in scripts],
         script_hashes=Markup(" ".join(_hash(script) for script in scripts)),
         css=Markup(_css(results)),
@@ -102,24 +111,12 @@ def _labels(results: Results) -> list[str]:
     return [labels[id(row)] for row in results.rows]
 
 
-def _panels(results: Results) -> list[dict[str, Any]]:
-    """For every group a drawing along each axis."""
+def _drawings(results: Results, axis: chart.Axis) -> list[Markup]:
+    """The panel of every group."""
     palette = Palette(
         **_INK, policies={name: f"var(--policy-{i})" for i, name in enumerate(results.policies)}
     )
-    return [
-        {
-            "task": group.task,
-            "context": group.context,
-            "metric": group.metric,
-            "higher_is_better": group.higher_is_better,
-            "drawings": [
-                (axis, Markup("").join(chart.panel(group, results, axis, palette)))
-                for axis in chart.measured(results)
-            ],
-        }
-        for group in results.groups
-    ]
+    return [Markup("").join(chart.panel(group, results, axis, palette)) for group in results.groups]
 
 
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
@@ -184,10 +181,9 @@ def _css(results: Results) -> str:
     return css.replace("LIGHT", colours["light"]).replace("DARK", colours["dark"])
 
 
-def _data_block(value: Any) -> Markup:
-    """JSON that cannot end the script element it stands in, whatever strings it holds."""
-    text = json.dumps(value, ensure_ascii=True)
-    return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
+def _packed(value: Any) -> str:
+    """JSON, compressed, in letters and digits: no string of it can end the script element it stands in."""
+    return base64.b64encode(gzip.compress(json.dumps(value).encode(), mtime=0)).decode()
 
 
 def _hash(script: str) -> str:

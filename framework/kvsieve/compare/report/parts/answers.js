@@ -1,6 +1,6 @@
 "use strict";
-if (report.data.answers.length) {
-  const groups = report.data.answers;
+report.data.then(({ answers: groups }) => {
+  if (!groups.length) return;
   const [task, sample, before, next, differ, shown] = ["task", "sample", "before", "next", "differ", "shown"].map((name) => document.getElementById(`answers-${name}`));
   const { element } = report;
 
@@ -70,4 +70,4 @@ if (report.data.answers.length) {
     button.addEventListener("click", () => { sample.selectedIndex += step; show(); });
   }
   listSamples();
-}
+});

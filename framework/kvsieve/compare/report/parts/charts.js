@@ -1,6 +1,16 @@
 "use strict";
-{
+report.data.then((data) => {
   const panels = document.querySelector(".panels");
+  for (const [name, label, drawings] of data.axes) {
+    [...panels.children].forEach((figure, i) => {
+      const first = figure.querySelector(".chart");
+      const other = first.cloneNode(false);
+      other.dataset.axis = name;
+      other.setAttribute("aria-label", first.getAttribute("aria-label").replace(panels.dataset.label, label));
+      other.innerHTML = drawings[i];
+      figure.insertBefore(other, figure.querySelector(".save"));
+    });
+  }
   const charts = [...panels.querySelectorAll(".chart")];
   const toggles = [...document.querySelectorAll(".policy[data-policy]")];
   const tip = document.getElementById("tip");
@@ -9,7 +19,7 @@
   const places = new Map();
   for (const mark of panels.querySelectorAll(".mark")) {
     mark.setAttribute("role", "img");
-    mark.setAttribute("aria-label", report.data.labels[mark.dataset.row]);
+    mark.setAttribute("aria-label", data.labels[mark.dataset.row]);
     const { e: x, f: y } = mark.transform.baseVal.getItem(0).matrix;
     places.set(mark, { x, y, share: Number(mark.dataset.share) });
   }
@@ -191,4 +201,5 @@
       report.save(blob, `${made.name}.${button.dataset.as}`);
     });
   }
-}
+  document.documentElement.dataset.charts = "drawn";
+});

@@ -2,7 +2,11 @@
 
 // The data of the page, and what its parts share: elements, the clipboard, files.
 const report = {
-  data: JSON.parse(document.getElementById("data").textContent),
+  data: (async () => {
+    const packed = Uint8Array.from(atob(document.getElementById("data").textContent), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return JSON.parse(await new Response(stream).text());
+  })(),
 
   element(tag, properties = {}, ...children) {
     const made = Object.assign(document.createElement(tag), properties);

@@ -77,9 +77,12 @@
       }
       return markdown(lines, 2);
     },
-    "all csv": () => report.data.csv[0] + bodies.flatMap(rowsOf).filter((row) => !row.hidden).map((row) => report.data.csv[1 + Number(row.dataset.row)]).join(""),
+    "all csv": async () => {
+      const { csv } = await report.data;
+      return csv[0] + bodies.flatMap(rowsOf).filter((row) => !row.hidden).map((row) => csv[1 + Number(row.dataset.row)]).join("");
+    },
   };
   for (const button of document.querySelectorAll(".copy[data-table]")) {
-    button.addEventListener("click", () => report.copy(copies[`${button.dataset.table} ${button.dataset.as}`](), button));
+    button.addEventListener("click", async () => report.copy(await copies[`${button.dataset.table} ${button.dataset.as}`](), button));
   }
 }
