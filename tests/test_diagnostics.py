@@ -13,7 +13,7 @@ from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
 from tests.policies import CASES, of_two_layers
 
-H, D, STEPS = 4, 8, 5
+H, D, STEPS = 4, 8, 3
 PROMPTS = random_prompts(33, 20)
 
 
@@ -148,7 +148,7 @@ def brute_force(model, prompt, policy, reads):
     return torch.stack(layers, 2)
 
 
-@pytest.mark.parametrize(("name", "kv_heads"), [*GROUPED, ("sparq", 4), ("h2o", 4)])
+@pytest.mark.parametrize(("name", "kv_heads"), [*GROUPED, ("sparq", 4)])
 def test_the_numbers_are_those_of_brute_force_in_ragged_rows(name, kv_heads):
     model, (policy, reads) = tiny_llama(kv_heads), BRUTE[name]
     found = diagnose(model, PROMPTS, policy, steps=STEPS)
@@ -173,14 +173,14 @@ def test_every_policy_is_diagnosed_and_one_that_leaves_nothing_out_is_dense(name
         # To anllm, 12 ends a sequence: without it all is one, of which nothing is left out.
         prompts = [[12 if which == "tight" and n == 9 else n % 7 for n in range(sum(turn))] for turn in turns]
         policy = of_two_layers(name, which)
-        found = diagnose(tiny_llama(), prompts, policy, steps=3, answers=[[3, 9, 1, 5]] * 2, segments=turns)
+        found = diagnose(tiny_llama(), prompts, policy, steps=2, answers=[[3, 9, 1]] * 2, segments=turns)
         for numbers in found[:4]:
-            assert numbers.shape == (2, 3, 2, H)
+            assert numbers.shape == (2, 2, 2, H)
             assert numbers.isfinite().all()
             assert numbers.min() >= 0
         assert torch.stack([found.mass, found.recall, found.tail]).max() < 1 + 1e-5
         if which == "loose" or name == "dense":
-            torch.testing.assert_close(found.mass, torch.ones(2, 3, 2, H))
+            torch.testing.assert_close(found.mass, torch.ones(2, 2, 2, H))
             assert (found.recall == 1).all()
             assert (found.tail == 0).all()
             assert found.error.max() < 1e-4
