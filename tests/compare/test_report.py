@@ -458,6 +458,17 @@ def test_folders_of_older_versions_still_have_a_report(name, tmp_path):
     assert "kvsieve compare config.yaml" in page
 
 
+def test_joined_runs_say_how_they_were_joined(tmp_path):
+    write_run(tmp_path, [row("needle", 512, "dense", 1.0)])
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "environment.json").write_text(
+        json.dumps({"torch": "2.13.0", "runs": {"here": {}, "a b": {}}})
+    )
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert '<pre id="command">kvsieve report here &#39;a b&#39; --out joined</pre>' in page
+    assert "pip install" not in page
+
+
 def test_forty_policies_look_different():
     look = styles([f"p{i}" for i in range(40)])
     assert len({(style.light, style.shape) for style in look.values()}) == 40

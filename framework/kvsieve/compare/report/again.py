@@ -10,8 +10,16 @@ _PACKAGES = ["kvsieve", "torch", "transformers"]
 
 
 def commands(run: RunFolder) -> str:
-    """The lines of a shell: the versions that were installed, then the comparison itself."""
+    """The lines of a shell: the versions that were installed, then the comparison itself.
+
+    Of joined runs, which have a configuration each, the line that joins them.
+    """
     known = run.environment
+    if not run.config:
+        joined = known.get("runs")
+        return (
+            shlex.join(["kvsieve", "report", *joined, "--out", "joined"]) if isinstance(joined, dict) else ""
+        )
     versions = {name: known[name] for name in _PACKAGES if isinstance(known.get(name), str)}
     versions |= {str(name): str(version) for name, version in known.get("plugins", {}).items()}
     pinned = [f"{name}=={re.sub('[+].*', '', version)}" for name, version in versions.items()]
