@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.table import Table
 from transformers import PreTrainedModel
 
 from .. import plugins, processes
@@ -23,8 +24,9 @@ from .execute import Began, Executor, Measured, Prepared, Restarted, Work, units
 from .execute.local import Local
 from .journal import Journal, safe
 from .progress import RunProgress
-from .results import Row
+from .results import Results, Row
 from .samples import Store
+from .terminal import overview
 
 
 class Compared(NamedTuple):
@@ -160,7 +162,13 @@ def _measure_missing(
     work = units(cells, {cell.id: store.missing(cell.id, cell.task.samples) for cell in cells})
     if config.settings.tensor_parallel:
         processes.gather(work)  # the other processes measure the same
-    return _measure(executor, work, prepared.new_tokens, store, journal, console)
+    entries = manifest.entries(cells, config.settings.model, {})
+
+    def so_far() -> Iterator[Table]:
+        return overview(Results(summary.summarize(entries, store.records.values())), console)
+
+    with RunProgress(console, work, prepared.new_tokens, so_far) as progress:
+        return _measure(executor, work, store, journal, progress)
 
 
 def _say_what_is_there(
@@ -220,20 +228,12 @@ def _asked(record: dict[str, Any]) -> str:
 
 
 def _measure(
-    executor: Executor,
-    work: Work,
-    new_tokens: dict[str, int],
-    store: Store,
-    journal: Journal,
-    console: Console,
+    executor: Executor, work: Work, store: Store, journal: Journal, progress: RunProgress
 ) -> dict[str, str]:
     """Store batches as they come; report cells that fail. Returns the reasons by cell id."""
     failures: dict[str, str] = {}
     left = {name: len(missing) for unit in work for name, missing in unit.missing.items()}
-    with (
-        RunProgress(console, work, new_tokens) as progress,
-        contextlib.closing(executor.measure(work)) as events,
-    ):
+    with contextlib.closing(executor.measure(work)) as events:
         for event in events:
             cell = event.cell
             if isinstance(event, Began):

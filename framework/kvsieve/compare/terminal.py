@@ -149,7 +149,7 @@ def _empty(title: str) -> Table:
 
 def _add_policy_column(table: Table, labels: Iterable[str]) -> None:
     """Long labels continue on a second line."""
-    table.add_column("policy", width=min(28, max(map(len, labels))), overflow="fold")
+    table.add_column("policy", width=min(28, max(map(len, ["policy", *labels]))), overflow="fold")
 
 
 def _fits(table: Table, console: Console) -> bool:
