@@ -34,7 +34,8 @@ slow: $(VENV)/.installed
 
 # Runs with the interpreter at hand: a CUDA image brings its own torch and triton.
 gpu:
-	PYTHONPATH=framework:policies $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=framework:policies $(PYTHON) -m pytest -m "not slow" tests/kernels
+	PYTHONPATH=framework:policies $(PYTHON) -m pytest -m gpu tests/test_graph.py
 	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench attention --out benchmarks/results
 	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench growth --out benchmarks/results
 	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench decode --out benchmarks/results

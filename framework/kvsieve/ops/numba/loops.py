@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from .numbers import LANES, LOWEST, add_products, exp2, finite, larger, widen
+from .numbers import LANES, LOWEST, add_products, exp2, finite, larger, prefetch, widen
 
 PIECE = 1024  # slots
 SOFTMAX, LOGITS, MAX = range(3)  # what ranks a slot: see `reference.top_by_channels`
+# The processor foresees runs of memory, but not the channels of a block or chosen rows: they are asked for
+# so many slots ahead.
+_AHEAD, _ROWS_AHEAD = 2 * LANES, 4
 _BLOCK = 64  # slots of a ranking of which only the best is looked at first
 _FORCED = np.float32(3e38)
 _LOG2_E = np.float32(1.4426950408889634)
@@ -160,6 +163,9 @@ def _by_block(
     sums = np.empty(group * LANES, np.float32)
     for slot in range(first, first + count, LANES):
         begin = start + slot // n * block + slot % n
+        ahead = start + (slot + _AHEAD) // n * block + (slot + _AHEAD) % n
+        for c in range(channels.shape[0]):
+            prefetch(keys, ahead + channels[c] * channel)
         sums[:] = 0
         for c in range(0, channels.shape[0], 4):
             c0, c1 = begin + channels[c] * channel, begin + channels[c + 1] * channel
@@ -368,6 +374,7 @@ def _attend_piece(
         if slot < 0 or slot >= lengths[p]:
             logits[:, first + i] = LOWEST
             continue
+        _prefetch_chosen(keys, key_starts[p], key_place, slots, p, first + i, size)
         _copy_slot(keys, key_starts[p], key_place, slot, row)
         for g in range(group):
             q, logit = scaled[g], np.float32(0)
@@ -382,11 +389,24 @@ def _attend_piece(
         slot = slots[p, first + i] if by_list else first + i
         if slot < 0 or slot >= lengths[p]:
             continue
+        _prefetch_chosen(values, value_starts[p], value_place, slots, p, first + i, size)
         _copy_slot(values, value_starts[p], value_place, slot, row)
         for g in range(group):
             out, weight = blended[g], logits[g, first + i]
             for d in range(size):
                 out[d] += weight * row[d]
+
+
+@_inlined
+def _prefetch_chosen(stored: Any, start: Any, place: Any, slots: Any, p: Any, i: Any, size: Any) -> None:
+    """Ask for what stands in the slot `slots [P, S]` that comes soon after the i-th; nothing where S is 0."""
+    if slots.shape[1] == 0:
+        return
+    slot = slots[p, min(i + _ROWS_AHEAD, slots.shape[1] - 1)]
+    block, step, channel, n = place[0], place[1], place[2], place[3]
+    begin = start + slot // n * block + slot % n * step
+    for d in range(0, size, LANES if channel == 1 else 1):
+        prefetch(stored, begin + d * channel)
 
 
 @_inlined

@@ -145,3 +145,17 @@ def exp2(x: Any) -> Any:
         np.float32(1) + t * (np.float32(0.5) + t * (np.float32(1 / 6) + t * series))
     )
     return series * _float_of((np.int32(whole) + np.int32(127)) << np.int32(23))
+
+
+@intrinsic
+def prefetch(context: Any, stored: Any, at: Any) -> Any:
+    """Ask for the line of memory with `stored[at]`, ahead of its use; there need not be such a number."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _WORD, _WORD, _WORD])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        builder.call(function, [pointer, _WORD(0), _WORD(3), _WORD(1)])  # to read, into all levels, as data
+
+    return types.void(stored, at), build
