@@ -49,6 +49,11 @@ def test_a_map_is_as_strong_as_its_numbers():
     assert [cell["map"] for cell in line["cells"][1:]] == [""] * 3  # nothing differs
 
 
+def test_a_policy_whose_samples_are_gone_is_left_out():
+    gone = Diagnosed("tova", "tova 1/8", 1, 1, [0], np.ones((4, 1, 1)))
+    assert head_maps([gone], Results(ROWS)) is None
+
+
 def test_a_page_of_many_heads_keeps_its_size():
     numbers = np.random.default_rng(0).random((4, 80, 64))
     many = [Diagnosed("sparq", f"sparq {i}", 1, 1, [*range(80)], numbers) for i in range(8)]

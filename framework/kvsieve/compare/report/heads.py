@@ -23,8 +23,9 @@ _COLUMNS = (("Mass kept", "least"), ("Recall", "least"), ("Error", "most"), ("Ta
 def head_maps(diagnosed: Sequence[Diagnosed], results: Results) -> dict[str, Any] | None:
     """The template's view: a line for every policy, with the mean and a map for each number.
 
-    None: nothing was diagnosed.
+    None: nothing was diagnosed of what is in the tables.
     """
+    diagnosed = [one for one in diagnosed if one.policy in results.policies]
     if not diagnosed:
         return None
     lines, squares = [], 0
