@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import pytest
+import torch
 
 import kvsieve
 from kvsieve.compare import cells
@@ -109,10 +110,10 @@ class Doubles(kvsieve.Policy):
         kv.write_keys(new.slots, 2 * new.keys)
 
 
-def unit_of(*policies):
-    task = Perplexity(120, 3, tokens=4)
+def unit_of(*policies, samples=3):
+    task = Perplexity(120, samples, tokens=4)
     found = [Cell(policy.name, task, policy, None) for policy in policies]
-    return Unit(found, {cell.id: [0, 1, 2] for cell in found})
+    return Unit(found, {cell.id: [*range(samples)] for cell in found})
 
 
 def test_a_policy_that_fails_spoils_its_own_rows_alone(load, model):
@@ -153,3 +154,57 @@ def test_a_unit_is_shared_out_in_whole_batches():
     ]
     assert [part.missing for part in _parts(unit, 1, 4)] == [unit.missing]
     assert [part.samples for part in _parts(unit, 9, 1)] == [[0], [1], [2], [5], [6], [7]]
+
+
+@pytest.fixture
+def memory(monkeypatch, model):
+    """Memory for so many rows of a policy, by its name; and the batches that were measured or tried."""
+    rows, tried, measure = {}, [], Measurement._batch
+
+    def batch(measurement, indexes, samples, recording):
+        name = measurement.cell.policy.name
+        tried.append((name, indexes, recording is not None))
+        if len(indexes) > rows.get(name, 9):
+            measurement.cache = kvsieve.KVCache(model, measurement.cell.policy)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+        return measure(measurement, indexes, samples, recording)
+
+    monkeypatch.setattr(Measurement, "_batch", batch)
+    return rows, tried
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_measured_in_halves(load, model, memory):
+    rows, tried = memory
+    settings = load("batch_size: 4\ntasks: [needle]\npolicies: [dense]\n").settings
+    unit = unit_of(kvsieve.Policy(), kvsieve.make_policy("sparq", r=4, k=16, local=4), samples=6)
+    wanted, _ = measured(model, settings, unit)
+    tried.clear()
+    rows["sparq"] = 1
+    found, failures = measured(model, settings, unit)
+    assert failures == {}
+    assert [(each, shared) for name, each, shared in tried if name == "sparq"] == [
+        ([0, 1, 2, 3], True),
+        ([0, 1, 2, 3], False),  # the recording was let go
+        ([0, 1], False),
+        *(([index], False) for index in range(6)),
+    ]
+    assert [(each, shared) for name, each, shared in tried if name == "dense"] == [
+        ([0, 1, 2, 3], True), ([4, 5], True)
+    ]  # fmt: skip
+    for name in found:
+        assert [record["score"] for record in found[name]] == pytest.approx(
+            [record["score"] for record in wanted[name]], rel=1e-5
+        )
+    assert [record["rows"] for record in found["sparq"]] == [1] * 6
+
+
+def test_a_row_that_does_not_fit_into_memory_fails_its_cell_alone(load, model, memory):
+    memory[0]["sparq"] = 0
+    settings = load("batch_size: 4\ntasks: [needle]\npolicies: [dense]\n").settings
+    sparq = kvsieve.make_policy("sparq", r=4, k=16, local=4)
+    found, failures = measured(model, settings, unit_of(sparq, kvsieve.Policy()))
+    assert failures == {
+        "sparq": "out of memory with a single row, a prompt of 120 tokens: choose a shorter context, a "
+        "smaller dtype or another device (CUDA out of memory. Tried to allocate 2 GiB.)"
+    }
+    assert len(found["dense"]) == 3

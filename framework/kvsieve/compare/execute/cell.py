@@ -41,6 +41,11 @@ class Measurement:
         self.capacity = 0
         self.warm = False  # kernels are compiled, and the step is captured
         self.changes_keys = False  # its policy was found to do so
+        self.rows: int | None = None  # that fit into memory; None: no more were asked for than did
+
+    def release(self) -> None:
+        """Give back the memory that is held between batches."""
+        self.cache, self.stopwatch = None, Stopwatch()
 
     def needs(self, samples: Sequence[Sample]) -> Needs | str:
         """Return what the policy needs of the prefill of these samples, or why it reads them itself."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Hashable, Sequence
 
+import torch
 from transformers import PreTrainedModel
 
 from ...errors import UserError
@@ -23,6 +24,7 @@ from .cell import Measurement, prompts_of
 def measure_unit(model: PreTrainedModel, settings: Settings, unit: Unit) -> Events:
     """Measure batch by batch, and each batch under every policy; an error fails its cell alone.
 
+    A batch that does not fit into memory under a policy is measured in halves, down to one row.
     Where processes share a model, only errors that all of them raise alike fail a cell: after any other the
     rest would wait for ever.
     """
@@ -41,6 +43,7 @@ class _Measuring:
         self.measurements: dict[str, Measurement] = {}  # by cell id
         self.failed: set[str] = set()
         self.samples: dict[int, Sample] = {}  # of the running batch
+        self.recording: Recording | None = None  # of the running batch, where cells share a prefill
 
     def batch(self, batch: Sequence[int]) -> Events:
         """Measure these samples, of each cell those that it misses."""
@@ -65,19 +68,19 @@ class _Measuring:
 
     def _together(self, group: list[tuple[Cell, Needs | str]], indexes: list[int]) -> Events:
         """Measure samples of cells that share a prefill."""
-        recording = None
+        self.recording = None
         for number, (cell, _) in enumerate(group):
             yield Began(cell)
             if number == 0 and len(group) > 1:
-                recording = self._recording(indexes, [found for _, found in group])
+                self.recording = self._record(indexes, [found for _, found in group])
             try:
-                records = self._records(cell, indexes, recording)
+                records = self._records(cell, indexes)
             except self.alone as error:
                 yield self._failed(cell, error)
             else:
                 yield Measured(cell, records)
 
-    def _recording(self, indexes: list[int], wanted: list[Needs | str]) -> Recording | None:
+    def _record(self, indexes: list[int], wanted: list[Needs | str]) -> Recording | None:
         """The prefill of these samples; None if it failed: every cell then reads, and fails, by itself."""
         prompts, _ = prompts_of(self._samples(indexes))
         try:
@@ -85,13 +88,60 @@ class _Measuring:
         except self.alone:
             return None
 
-    def _records(self, cell: Cell, indexes: list[int], recording: Recording | None) -> list[Record]:
-        measurement, samples = self._measurement(cell), self._samples(indexes)
+    def _records(self, cell: Cell, indexes: list[int]) -> list[Record]:
+        """Measure samples of a cell together, or in parts that fit into memory.
+
+        Raises:
+            UserError: there is not enough for one row.
+        """
+        measurement, records = self._measurement(cell), list[Record]()
+        parts = [indexes]
+        while parts:
+            part = parts.pop(0)
+            rows = min(len(part), measurement.rows or len(part))
+            part, *rest = [part[first : first + rows] for first in range(0, len(part), rows)]
+            parts[:0] = rest
+            try:
+                records += self._batch(measurement, part, self.recording if part == indexes else None)
+            except Exception as error:
+                if parallel.is_split(self.model) or not _out_of_memory(error):
+                    raise
+                parts.insert(0, part)
+                self._make_room(measurement, part, error)
+        return records
+
+    def _batch(
+        self, measurement: Measurement, indexes: list[int], recording: Recording | None
+    ) -> list[Record]:
+        samples = self._samples(indexes)
         if not measurement.warm and self.model.device.type == "cuda":
             # Untimed: kernels are compiled, and the steps are captured.
             measurement.batch(indexes, samples, recording)
             measurement.warm = True
         return measurement.batch(indexes, samples, recording)
+
+    def _make_room(self, measurement: Measurement, indexes: list[int], error: Exception) -> None:
+        """Let go of what others hold; where nobody holds anything, halve the cell's batches from now on.
+
+        Raises:
+            UserError: they are of one row.
+        """
+        measurement.release()
+        held = self.recording is not None or any(each.cache for each in self.measurements.values())
+        self.recording = None
+        for each in self.measurements.values():
+            each.release()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if held:
+            return
+        if len(indexes) == 1:
+            prompt = len(self.samples[indexes[0]].prompt)
+            raise UserError(
+                f"out of memory with a single row, a prompt of {prompt} tokens: choose a shorter context, a "
+                f"smaller dtype or another device ({str(error).splitlines()[0]})"
+            )
+        measurement.rows = -(-len(indexes) // 2)
 
     def _measurement(self, cell: Cell) -> Measurement:
         if cell.id not in self.measurements:
@@ -109,6 +159,12 @@ class _Measuring:
         self.failed.add(cell.id)
         self.measurements.pop(cell.id, None)
         return failed(cell, error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory of the device, or of this machine, was not enough."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def failed(cell: Cell, error: Exception) -> Failed:
