@@ -123,7 +123,7 @@ def _digest(name: str) -> str:
     if name in _IN_ESSAYS:
         from .loading import as_sentences
 
-        with as_sentences([name]):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), as_sentences([name]):
             from lm_eval.tasks.ruler.prepare_niah import get_haystack
 
             parts += get_haystack("essay")
