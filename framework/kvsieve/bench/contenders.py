@@ -69,6 +69,9 @@ def asked_for(
         UserError: one that was asked for by its name does not fit.
     """
     found: dict[str, Contender] = {}
+    if ALL in policies:
+        left = [name for name, entry in plugins.policies().items() if not _in_every(name, entry.cls)]
+        say(f"{', '.join(left)}: to be named with parameters of their own")
     for text in policies:
         for one in every() if text == ALL else [text]:
             try:
@@ -83,14 +86,18 @@ def asked_for(
     return list(found.values())
 
 
+def _in_every(name: str, cls: type) -> bool:
+    return _PARAMETERS.get(name, _EIGHTH) is not None and COMPRESSION in budgets(cls)
+
+
 def every_policy(head_size: int, calibration: Path, layers: int = 1) -> list[str]:
     """Every registered policy that can be asked for a compression, at 1/8; those of the default as there."""
     found = {text.partition(":")[0]: text for text in default_policies(head_size)}
     for name, entry in plugins.policies().items():
-        parameters = _PARAMETERS.get(name, _EIGHTH)
+        parameters = _PARAMETERS.get(name) or _EIGHTH
         if "full_heads" in fields(entry.cls):
             parameters = {"full_heads": [[0]] * layers}
-        if name in found or parameters is None or COMPRESSION not in budgets(entry.cls):
+        if name in found or not _in_every(name, entry.cls):
             continue
         if "calibration" in fields(entry.cls):
             parameters = parameters | {"calibration": str(calibration)}
