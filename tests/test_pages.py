@@ -98,8 +98,9 @@ def test_fixed_shapes_stand_at_the_capacity():
     assert layer.kv["low"].shape[2] == -(-layer.slots.capacity // PAGE)
     places = layer.slots.places()
     layer.update(inputs.keys[:, :, -1:], inputs.values[:, :, -1:])
-    new = layer.append_token()
+    new = layer.take_token()
     layer.policy.on_append(layer.kv, new)
+    layer.write_token(new)
     assert layer.slots.places() == places
 
 
