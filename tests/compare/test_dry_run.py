@@ -42,8 +42,10 @@ def test_cells_follow_from_one_batch_of_the_shortest_task(load, model, tmp_path)
 
 def test_it_is_as_much_as_a_run_then_holds_and_what_is_there_is_not_counted(load, model, tmp_path):
     folder = tmp_path / "out"
-    rows = run.compare(load(TEXT), folder, Console(quiet=True), model).rows
-    found = estimated(load(TEXT.replace("samples: 6", "samples: 8")), folder, model)
+    rows = run.compare(
+        load(TEXT.replace("samples: 6", "samples: 1")), folder, Console(quiet=True), model
+    ).rows
+    found = estimated(load(TEXT.replace("samples: 6", "samples: 3")), folder, model)
     assert [one.missing for one in found] == [2] * 4
     assert [one.kv_bytes / 2 for one in found] == [row.kv_bytes for row in rows]
 
