@@ -15,6 +15,7 @@ from kvsieve.bench.layer_step import ROOM
 from kvsieve.cli import app
 from kvsieve.compare import environment
 from kvsieve.entries import COMPRESSION, budgets
+from kvsieve.hf import placement
 
 ATTENTION = [
     "bench",
@@ -221,7 +222,7 @@ def test_mistakes_are_answered_before_anything_is_measured(arguments, message, t
 
 
 def test_what_does_not_fit_is_left_out_of_the_default_sizes(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    monkeypatch.setattr(placement, "free_memory", lambda device: 0)
     result = CliRunner().invoke(app, ["bench", "attention", "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert result.output.count("left out: the cell B=1") == 4
@@ -310,7 +311,7 @@ def test_a_cache_that_only_a_prompt_fills_is_refused_without_one(own_model, tmp_
 def test_caches_that_do_not_fit_together_are_timed_apart(monkeypatch, tmp_path):
     monkeypatch.setattr(decode_speed, "_weights", lambda config: 0)
     monkeypatch.setattr(memory, "check", lambda need, device, what: None)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    monkeypatch.setattr(placement, "free_memory", lambda device: 0)
     record, _, _ = run([*DECODE, *POLICIES, "--no-plot"], tmp_path)
     (cell,) = record["cells"]
     assert not cell["interleaved"]

@@ -42,7 +42,7 @@ def test_all_mistakes_are_reported_at_once_each_in_its_place(write):
         ("test.yaml:1:1: model is missing", ""),
         ("test.yaml:1:8: modle: unknown key 'modle'", "did you mean 'model'? Legal: batch_size"),
         ("test.yaml:3:1: seed: this key is already given in line 2", ""),
-        ("test.yaml:4:13: batch_size: ", "must be an integer from 1 to 65536 (got 0)"),
+        ("test.yaml:4:13: batch_size: ", "must be an integer from 1 to 65536 or 'auto' (got 0)"),
         ("test.yaml:6:5: tasks.0.needle: samples must be at least 1, not 0", ""),
         ("test.yaml:6:29: tasks.0.needle.context.1: ", "must be an integer (got 'lots')"),
         (

@@ -9,7 +9,8 @@ import torch
 import kvsieve
 from kvsieve.compare import cells
 from kvsieve.compare.cells import Cell
-from kvsieve.compare.execute import Failed, Measured, Unit, units
+from kvsieve.compare.execute import Failed, Measured, Unit, batch, units
+from kvsieve.compare.execute.batch import batch_size
 from kvsieve.compare.execute.cell import Measurement
 from kvsieve.compare.execute.ray import _parts
 from kvsieve.compare.execute.unit import measure_unit
@@ -208,3 +209,16 @@ def test_a_row_that_does_not_fit_into_memory_fails_its_cell_alone(load, model, m
         "smaller dtype or another device (CUDA out of memory. Tried to allocate 2 GiB.)"
     }
     assert len(found["dense"]) == 3
+
+
+@pytest.mark.parametrize(("row_fits", "rows"), [(0.2, 1), (1, 1), (7.9, 4), (8, 8), (1e6, batch.MOST)])
+def test_an_automatic_batch_takes_half_of_the_free_memory(load, model, monkeypatch, row_fits, rows):
+    settings = load("batch_size: auto\ntasks: [needle]\npolicies: [dense]\n").settings
+    unit = unit_of(kvsieve.Policy(), kvsieve.make_policy("h2o", budget=8, recent=2))
+    config = model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    row = 2.5 * token * (120 + 4)  # the shared prefill, and a cache with keys twice
+    monkeypatch.setattr(batch, "free_memory", lambda device: 2 * row_fits * row)
+    assert batch_size(settings, model, unit.cells, dict.fromkeys(unit.missing, 4)) == rows
+    settings = load("batch_size: 5\ntasks: [needle]\npolicies: [dense]\n").settings
+    assert batch_size(settings, model, unit.cells, {}) == 5

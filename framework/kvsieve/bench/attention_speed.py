@@ -14,6 +14,7 @@ import torch
 from .. import specs
 from ..compare.environment import Load
 from ..errors import UserError
+from ..hf import placement
 from . import baselines, memory
 from .contenders import Contender, asked_for, contenders, every_policy, random_calibration
 from .layer_step import ROOM, PolicyStep, Tokens
@@ -253,7 +254,7 @@ def _dense_candidates(
     if baselines.OURS in families:
         consider(baselines.OURS, reference.run, reference.prepare)
     repeated = cell.heads.group * memory.plain_bytes(cell.batch, cell.context, cell.heads, plan.dtype)
-    fits = 4 * repeated < memory.free_memory(plan.device)  # scaled, and in float32, on the way
+    fits = 4 * repeated < placement.free_memory(plan.device)  # scaled, and in float32, on the way
     for name, build in baselines.builders(list(families), tokens, fits):
         try:
             attend = build(tokens)

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from .. import specs
 from ..compare.environment import Load
 from ..errors import UserError
+from ..hf import placement
 from ..hf.models import config_of
 from ..policy import Policy
 from . import memory
@@ -158,7 +159,7 @@ def _planned(
         fixed += batch * context * (3 * inner + 4 * text.hidden_size) * plan.dtype.itemsize
     stock = layers * plain
     memory.check(fixed + max([stock, *held]), plan.device, f"{plan.name} at B={batch} T={context}")
-    together = fixed + stock + sum(held) <= memory.free_memory(plan.device)
+    together = fixed + stock + sum(held) <= placement.free_memory(plan.device)
     return Sizes(batch, context, field, together)
 
 

@@ -1,4 +1,4 @@
-"""Memory that a measurement needs, computed before anything is allocated; that is free; that it took."""
+"""Memory that a measurement needs, computed before anything is allocated; and that it took."""
 
 from __future__ import annotations
 
@@ -9,20 +9,9 @@ import torch
 
 from ..cache.slots import Slots
 from ..errors import UserError
+from ..hf import placement
 from ..policy import Policy
 from .shapes import Heads
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device without swapping."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
-        return found["MemAvailable"]
-    except (OSError, KeyError):
-        return 2**63 - 1  # the system does not say
 
 
 def plain_bytes(batch: int, context: int, heads: Heads, dtype: torch.dtype) -> int:
@@ -76,7 +65,7 @@ class Peak:
 
 def check(need: int, device: torch.device, what: str) -> None:
     """Raise UserError if it does not fit."""
-    free = free_memory(device)
+    free = placement.free_memory(device)
     if need > free:
         raise UserError(
             f"{what} needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free on {device}: "

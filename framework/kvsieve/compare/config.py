@@ -68,7 +68,9 @@ class Settings(_Section):
         False, description="share the model among the processes that torchrun starts"
     )
     seed: int = pydantic.Field(0, ge=0, le=2**63 - 1, description="of the samples: which text, which numbers")
-    batch_size: int = pydantic.Field(1, ge=1, le=65_536, description="prompts decoded together")
+    batch_size: Annotated[int, pydantic.Field(ge=1, le=65_536)] | Literal["auto"] = pydantic.Field(
+        1, description="prompts decoded together; auto: as many as the free memory has room for"
+    )
     eager: bool = pydantic.Field(
         False, description="run decode steps from Python, on a GPU too, instead of as one CUDA graph"
     )
@@ -77,6 +79,12 @@ class Settings(_Section):
     )
     tasks: list[Any] = pydantic.Field(min_length=1)
     policies: list[Any] = pydantic.Field(min_length=1)
+
+    @property
+    def rows(self) -> int:
+        """The size of a batch, which the model and the memory have decided where it was left to them."""
+        assert isinstance(self.batch_size, int), "settings are those of a prepared comparison from here on"
+        return self.batch_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ def estimate(
         prepared = executor.prepare(one, started)
         shortest = min((cell.task for cell in prepared.cells), key=lambda task: task.context)
         base = [cell for cell in prepared.cells if cell.task == shortest]
-        rows = one.settings.batch_size
+        rows = prepared.batch_size
         rates, errors = _measured(executor, base, min(2 * rows, shortest.samples), clock)
         for number, cell in enumerate(prepared.cells):
             like = base[number % len(base)]  # every task meets the same policies, in their order

@@ -1,4 +1,4 @@
-"""Where a model is put, and in which type it computes: checked before any weight is read."""
+"""Where a model is put, in which type it computes, and what memory is left beside it."""
 
 from __future__ import annotations
 
@@ -68,6 +68,18 @@ def dtype(given: object, target: torch.device) -> str | torch.dtype:
     is_float = isinstance(found, torch.dtype) and found.is_floating_point
     why = "is for storage: PyTorch does not compute in it" if is_float else "is not a floating-point type"
     raise UserError(f"dtype {_shown(given)} {why}. Legal: {', '.join(_TYPES)}, {_AUTO}")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on the device without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+        return found["MemAvailable"]
+    except (OSError, KeyError):
+        return 2**63 - 1  # the system does not say
 
 
 def check_device_map(device_map: object, given: object) -> None:

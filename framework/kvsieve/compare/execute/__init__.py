@@ -50,6 +50,7 @@ class Prepared(NamedTuple):
     fields: dict[str, Fields]  # behind each cell id: `identity.fields`
     facts: dict[str, Any]  # settings that only the model could tell
     environment: dict[str, Any]  # the machine that measures
+    batch_size: int
 
 
 class Measured(NamedTuple):

@@ -12,6 +12,7 @@ from .. import environment, identity
 from ..cells import Cell, expand
 from ..config import Config, Diagnose, Settings
 from . import Events, Prepared, Work
+from .batch import batch_size
 from .diagnose import diagnose_cells
 from .unit import measure_unit
 
@@ -24,13 +25,14 @@ class Local:
         self.model, self.given = model, model is not None
 
     def prepare(self, config: Config, started: str) -> Prepared:
-        self.settings = config.settings
         if self.model is None or not self.given:
             # Never two at a time.
             self.model = None
             gc.collect()
             self.model = load_model(config.settings)
-        return prepare(config, self.model, started)
+        prepared = prepare(config, self.model, started)
+        self.settings = config.settings.model_copy(update={"batch_size": prepared.batch_size})
+        return prepared
 
     def measure(self, work: Work) -> Events:
         assert self.model is not None
@@ -59,14 +61,18 @@ def prepare(config: Config, model: PreTrainedModel, started: str) -> Prepared:
     shared = identity.shared_fields(config, model)
     cells = expand(config, model, shared)
     seed = config.settings.seed
+    new_tokens = {cell.id: cell.task.sample(model.tokenizer, seed, 0).limit for cell in cells}
+    rows = batch_size(config.settings, model, cells, new_tokens)
     return Prepared(
         cells,
-        {cell.id: cell.task.sample(model.tokenizer, seed, 0).limit for cell in cells},
+        new_tokens,
         {cell.id: identity.fields(cell.task, cell.policy, shared) for cell in cells},
         {
             "dtype": shared["dtype"],
             "device": None if parallel.is_split(model) else str(model.device),
             "revision": shared["revision"] or config.settings.revision,
+            "batch_size": rows,
         },
         environment.describe(model, cells, shared, started),
+        rows,
     )

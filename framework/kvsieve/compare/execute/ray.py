@@ -115,7 +115,6 @@ class OnRay:
             raise UserError(
                 f"device {settings.device!r}: Ray chooses the GPU of each process: leave it out, or say cpu"
             )
-        self.settings = settings
         # A new process for every unit: nothing of one, such as its memory, is left to the next.
         self.options = {"num_cpus": 1, "num_gpus": int(gpus), "max_calls": 1, "max_retries": 0}
         try:
@@ -124,10 +123,11 @@ class OnRay:
             raise UserError(f"a worker of the Ray cluster could not start: {error}") from None
         if isinstance(found, str):
             raise UserError(found)
+        self.settings = settings.model_copy(update={"batch_size": found.batch_size})
         return found
 
     def measure(self, work: Work) -> Events:
-        here, size = os.getcwd(), self.settings.batch_size
+        here, size = os.getcwd(), self.settings.rows
         each = -(-self._room() // max(1, len(work)))  # parts of a unit, for a worker each
         parts = [part for unit in work for part in _parts(unit, each, size)]
         waiting = deque(_Job(unit.cells, dict(unit.missing), unit.cells[0]) for unit in parts)

@@ -30,8 +30,8 @@ def measure_unit(model: PreTrainedModel, settings: Settings, unit: Unit) -> Even
     """
     measuring = _Measuring(model, settings, unit)
     samples = unit.samples
-    for first in range(0, len(samples), settings.batch_size):
-        yield from measuring.batch(samples[first : first + settings.batch_size])
+    for first in range(0, len(samples), settings.rows):
+        yield from measuring.batch(samples[first : first + settings.rows])
 
 
 class _Measuring:
