@@ -50,6 +50,6 @@ def test_a_misspelt_environment_variable_is_named(monkeypatch: pytest.MonkeyPatc
 def test_an_implementation_has_the_ops_of_the_reference_with_the_same_parameters(name: str) -> None:
     other = importlib.import_module(f"kvsieve.ops.{name}")
     assert other.__all__ == reference.__all__
-    assert len(reference.__all__) == 16
+    assert len(reference.__all__) == 17
     for op in reference.__all__:
         assert inspect.signature(getattr(other, op)) == inspect.signature(getattr(reference, op)), op
