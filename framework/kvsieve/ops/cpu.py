@@ -10,9 +10,9 @@ time of `masked_fill`. Attention over all slots is the exception: there dead slo
 masking them would copy every value. The cache fills its storage with zeros at a reset.
 """
 
-import functools
 import math
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -184,7 +184,31 @@ def append(
     bits.scatter_(2, inside, torch.where(written, new.view(integers), bits.gather(2, inside)))
 
 
-append_token = functools.partial(reference.append_token, write=append)
+def append_token(
+    stores: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    seen: torch.Tensor,
+    *,
+    means: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    active: torch.Tensor | None = None,
+    limits: int | torch.Tensor | None = None,
+    lowest: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`reference.append_token`."""
+    return reference.write_token(
+        append,
+        stores,
+        positions,
+        lengths,
+        seen,
+        means=means,
+        active=active,
+        limits=limits,
+        lowest=lowest,
+        starts=starts,
+    )
 
 
 def widen_bounds(

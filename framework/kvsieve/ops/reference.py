@@ -392,7 +392,6 @@ def append_token(
     limits: int | torch.Tensor | None = None,
     lowest: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
-    write: Callable[..., None] = append,
 ) -> torch.Tensor:
     """All that happens to one new token a row: stores, position, means, `lengths [B, K]` and `seen [B, K]`.
 
@@ -402,6 +401,34 @@ def append_token(
     that has come and the new `[B, K, 1, D]`. Rows that are not `active [B]` stay as they are. Stores may be
     as `append` takes them. Returns the slots `[B, K, 1]`.
     """
+    return write_token(
+        append,
+        stores,
+        positions,
+        lengths,
+        seen,
+        means=means,
+        active=active,
+        limits=limits,
+        lowest=lowest,
+        starts=starts,
+    )
+
+
+def write_token(
+    write: Callable[..., None],
+    stores: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    seen: torch.Tensor,
+    *,
+    means: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    active: torch.Tensor | None,
+    limits: int | torch.Tensor | None,
+    lowest: torch.Tensor | None,
+    starts: torch.Tensor | None,
+) -> torch.Tensor:
+    """`append_token`, with an `append` of another implementation."""
     counts = torch.ones_like(seen) if active is None else active[:, None].expand(seen.shape).long()
     slots = lengths.clone()
     if lowest is not None:
