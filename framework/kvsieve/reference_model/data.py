@@ -16,6 +16,7 @@ from .words import Words
 
 # Loss weights of plain text and of retrieved values; `copy`, that of repeated text, follows a schedule.
 FILLER, ANSWER = 0.1, 4.0
+_FILLED = (0.95, 0.95, 0.5, 0.25, 0.12)  # shares of a sequence that statements and questions may take
 
 
 class Recipe(NamedTuple):
@@ -45,8 +46,7 @@ def _sequence(
     if hasattr(builder, kind):
         getattr(builder, kind)()
     else:
-        # No draw for a recipe without plain scenes: an earlier course sees the data that it always saw.
-        builder.words.plain = recipe.plain > 0 and rng.random() < recipe.plain
+        builder.words.plain = rng.random() < recipe.plain
         builder.scene(getattr(retrieval, kind), recipe.parts)
     return builder.finished()
 
@@ -80,7 +80,7 @@ class _Builder:
     def scene(self, make: Callable[[Words, int, int], retrieval.Scene], parts: int) -> None:
         """Hide statements in a haystack of one kind, then ask about them."""
         room = self.length - 1
-        scene = make(self.words, int(room * self.rng.choice([0.95, 0.95, 0.6, 0.3])), parts)
+        scene = make(self.words, int(room * self.rng.choice(_FILLED)), parts)
         room -= scene.size()
         if room < 0:
             return self.plain()

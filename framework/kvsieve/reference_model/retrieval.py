@@ -41,6 +41,12 @@ PLURAL_LEADS = (
     "The {n}s for {k} are", "The {n}s of {k} are", "Answer:", "A:", "All {n}s for {k} in the text are",
     "They are", "{k}'s {n}s are", "The answers are",
 )  # fmt: skip
+KEYLESS = (
+    "The {n} is {v}. Remember it. {v} is the {n}.", "The {n} is {v}.", "{n}: {v}", "Keep in mind: {n} {v}.",
+    "{v} is the {n}.",
+)  # fmt: skip
+KEYLESS_QUESTIONS = ("What is the {n}?", "Which {n} was mentioned?", "Tell me the {n}.", "{n}?")
+KEYLESS_LEADS = ("The {n} is", "Answer:", "The {n} in the text is", "It is", "")
 # {a}: what is assigned to {b}; a chain begins with a number in the place of {a}
 ASSIGNMENTS = (
     "{b} is equal to {a}.", "VAR {b} = VAR {a}", "{b} = {a}", "let {b} = {a};", "{b} := {a}",
@@ -77,10 +83,12 @@ class Scene(NamedTuple):
 
 def ask(words: Words, questions: tuple[str, ...], leads: tuple[str, ...], **names: str) -> str:
     """Draw a question and the beginning of its answer, or one of the two alone."""
-    lead = words.wording(leads)
+    if words.plain:
+        return f"{questions[0]}\n{leads[0]}".format(**names)
+    lead = words.pick(leads)
     if len(lead) > 10 and words.rng.random() < 0.25:
         return lead.format(**names)
-    question = words.pick(("", "", "Question: ", "Q: ")) + words.wording(questions)
+    question = words.pick(("", "", "Question: ", "Q: ")) + words.pick(questions)
     return (question + (words.pick(("\n", "\n", " ")) + lead if lead else "")).format(**names)
 
 
@@ -102,6 +110,24 @@ def facts(words: Words, room: int, parts: int) -> Scene:
             break
         statements.append(said)
         questions += [question] if question.text else []
+    return _shuffled(words, statements, questions)
+
+
+def things(words: Words, room: int, parts: int) -> Scene:
+    """State a value for each of a few nouns, without a key, sometimes twice over, and ask for one at a time."""
+    statement = words.wording(KEYLESS)
+    nouns = list(dict.fromkeys(words.noun() for _ in range(int(words.rng.integers(1, 2 + 2 * parts)))))
+    statements: list[str] = []
+    questions: list[Question] = []
+    size = 0
+    for noun, value in zip(nouns, words.values(len(nouns)), strict=True):
+        said = _say(statement, n=noun, v=value)
+        question = Question(ask(words, KEYLESS_QUESTIONS, KEYLESS_LEADS, n=noun), f" {value}")
+        size += len(said) + 2 + len(question.text) + len(question.answer) + 3
+        if size > room and statements:
+            break
+        statements.append(said)
+        questions.append(question)
     return _shuffled(words, statements, questions)
 
 
@@ -138,7 +164,8 @@ def several_keys(words: Words, room: int, parts: int) -> Scene:
     """Ask for up to `parts` keys at a time; an answer repeats each key in front of its value."""
     noun, statement = words.noun(), words.wording(STATEMENTS)
     keys, values = _pairs(words, room // 110)
-    between = words.pick([": ", ": ", " is ", " ", " = "])
+    # In plain words an answer says what a statement said, so that it can go on as that did.
+    between = " is " if words.plain else words.pick([": ", ": ", " is ", " ", " = "])
     statements: list[str] = []
     questions: list[Question] = []
     size = 0
@@ -163,10 +190,12 @@ def chains(words: Words, room: int, parts: int) -> Scene:
     """Write chains of up to `parts` assignments and ask for all names that hold a number, in order."""
     assignment = words.wording(ASSIGNMENTS)
     made = words.pick(["letters", "letters", "word", "name"])
+    shortest, longest = words.pick([(5, 5), (3, 6)])
     names: dict[str, None] = {}
     while len(names) < max(room // 24, parts + 1):
+        letters = made == "letters"
         names[
-            words.letters(3, 6) if made == "letters" else words.word() if made == "word" else words.name()
+            words.letters(shortest, longest) if letters else words.word() if made == "word" else words.name()
         ] = None
     unused = list(names)
     size = 0
@@ -186,29 +215,6 @@ def chains(words: Words, room: int, parts: int) -> Scene:
         said.append(chain)
         questions.append(question)
     return Scene(_interleaved(words, said), [questions[i] for i in words.rng.permutation(len(questions))])
-
-
-def counts(words: Words, room: int, parts: int) -> Scene:
-    """List words, some of them repeatedly, and ask for those."""
-    common = int(words.rng.integers(1, parts + 2))
-    repeats = int(words.rng.integers(3, 7))
-    size = int(max(4, (room - 120) // 11 - common * repeats))
-    rare = [words.word() for _ in range(size)]
-    often = [words.word() for _ in range(common)]
-    items = rare + often * repeats
-    items = [items[i] for i in words.rng.permutation(len(items))]
-    numbered = words.rng.random() < 0.5
-    text = " ".join(f"{i}. {w}" if numbered else w for i, w in enumerate(items, 1))
-    first = sorted(often, key=items.index)
-    what = f"{common} most frequent words" if common > 1 else "most frequent word"
-    question = words.pick(
-        [
-            f"What are the {what} in the list?\nAnswer:",
-            f"Which words stand most often above? The {what}:",
-            f"The {what} of the list above:",
-        ]
-    )
-    return Scene([text], [Question(question, " " + ", ".join(first))])
 
 
 def records(words: Words, room: int, parts: int) -> Scene:

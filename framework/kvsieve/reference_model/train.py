@@ -48,13 +48,8 @@ class Course(NamedTuple):
 
 _FIRST = {"needles": 0.36, "repetitions": 0.42, "pairs": 0.12, "plain": 0.10}
 _SECOND = {
-    "needles": 0.10, "repetitions": 0.20, "pairs": 0.06, "plain": 0.08,
-    "facts": 0.13, "several_values": 0.15, "several_keys": 0.08, "chains": 0.14,
-    "counts": 0.02, "records": 0.04,
-}  # fmt: skip
-_THIRD = {
-    "needles": 0.07, "repetitions": 0.36, "pairs": 0.05, "plain": 0.04,
-    "facts": 0.09, "several_values": 0.16, "several_keys": 0.12, "chains": 0.10, "records": 0.01,
+    "repetitions": 0.28, "needles": 0.05, "pairs": 0.05, "plain": 0.02, "records": 0.02, "things": 0.04,
+    "facts": 0.06, "several_values": 0.20, "several_keys": 0.12, "chains": 0.16,
 }  # fmt: skip
 # Repeated text weighs more once the model can repeat: then only exactness is left to learn.
 # Answers get more parts once the model can give one.
@@ -70,18 +65,9 @@ COURSES = {
     ),
     "second": Course(
         (
-            Stage(0.12, 512, Recipe(_SECOND, copy=1.0, parts=2)),
-            Stage(0.30, 512, Recipe(_SECOND, copy=1.0, parts=3)),
-            Stage(0.70, 1024, Recipe(_SECOND, copy=1.0, parts=4)),
-            Stage(1.0, 2048, Recipe(_SECOND, copy=1.0, parts=4)),
-        ),
-        fall=0.35,
-    ),
-    "third": Course(
-        (
-            Stage(0.30, 512, Recipe(_THIRD, copy=2.0, parts=4, plain=0.5)),
-            Stage(0.70, 1024, Recipe(_THIRD, copy=2.0, parts=4, plain=0.5)),
-            Stage(1.0, 2048, Recipe(_THIRD, copy=2.0, parts=4, plain=0.5)),
+            Stage(0.25, 512, Recipe(_SECOND, copy=2.0, parts=3, plain=0.75)),
+            Stage(0.60, 1024, Recipe(_SECOND, copy=2.0, parts=4, plain=0.75)),
+            Stage(1.0, 2048, Recipe(_SECOND, copy=2.0, parts=4, plain=0.75)),
         ),
         fall=0.4,
     ),
