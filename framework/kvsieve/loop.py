@@ -20,7 +20,7 @@ from .errors import UserError
 from .plans import Segments
 from .policy import Policy
 from .prompts import Prompts, end_tokens, pad_token, token_lists
-from .reading import Reader, Reading, check_positions
+from .reading import Begun, Reader, Reading, check_positions
 from .sampling import Given, Sampler
 
 
@@ -180,9 +180,9 @@ class Runner:
         prefill_chunk: int | None = None,
         cache: KVCache | None = None,
         segments: Segments | None = None,
-        reader: Reader | None = None,
+        reader: Reader | Begun | None = None,
     ) -> None:
-        """`reader` reads the prompts: a `Recording` of them, or None: the model."""
+        """`reader` reads the prompts: a `Recording` of them, or their reading begun; or None: the model."""
         before = None if cache is None else cache.tokens_read()
         if before is not None:
             _check_continuation(rows, before, segments)

@@ -159,6 +159,10 @@ class Policy:
 
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = ""
+    # Fields that only say who is dropped: nothing but `cut`, `cut_together`, `priority` and the rooms of a
+    # `plan` goes by them. In a comparison, policies that differ in nothing else read a prompt together until
+    # one of them drops.
+    drops_by: ClassVar[tuple[str, ...]] = ()
 
     # ---------------------------------------------------------------- declarations
     # Properties, so that they may depend on the parameters; a plain class attribute of the same name will do.

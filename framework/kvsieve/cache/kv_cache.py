@@ -303,6 +303,17 @@ class KVCache(Cache):
         for layer in self.policy_layers:
             layer.end_pass(ragged)
 
+    def go_on_from(self, other: KVCache) -> None:
+        """Hold a copy of what another cache holds between two passes over the same prompts.
+
+        This one is empty; the policies have done the same so far.
+        """
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if isinstance(mine, LayerCache):
+                mine.go_on_from(cast(LayerCache, theirs))
+            else:
+                mine.__dict__.update(copy.deepcopy(theirs.__dict__))
+
     def complete_prompt(self) -> None:
         """The prompts are complete, between two forwards: every layer decides who stays."""
         for layer in self.policy_layers:

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .. import contract, ops, processes, transfer
 from ..errors import UserError
 from ..policy import Policy, Positions, Ranking, Selection, Wants
+from . import layouts
 from .forward import Forward, kind_of_forward
 from .kv import KVView, LastQueries, Scoring, Static
 from .new_tokens import NewToken, NewTokens
@@ -353,6 +354,23 @@ class LayerCache(CacheLayerMixin):
         elif ragged:
             slots.used = int(slots.lengths.max())
         self.expected, self.kv._probing = None, False
+
+    def go_on_from(self, other: LayerCache) -> None:
+        """Hold a copy of what another layer holds between two passes over the same prompts, as if read here.
+
+        This layer is empty; the policies have done the same so far.
+        """
+        slots = other.slots
+        keys = layouts.by_token(slots.keys, slots.used)
+        if not (self.is_initialized and self.slots.fits(keys)):
+            self.lazy_initialization(keys, slots.values)
+        self._make_room(slots.used)
+        self.slots.hold_copy_of(slots)
+        self.kv._go_on_from(other.kv)
+        self.fed, self.scoring = other.fed, other.scoring
+        if other.last_logits is not None:
+            with torch.inference_mode(False):  # reset() may be called outside of it
+                self.last_logits = other.last_logits.clone()
 
     # ---------------------------------------------------------------- room
     def fix_shapes(self, tokens: int) -> None:
