@@ -209,7 +209,7 @@ class Reading:
 
     @torch.no_grad()
     def begin(self, cache: KVCache, stages: int) -> Begun:
-        """Read the first stages into an empty cache: so many that nothing is dropped before the last of them."""
+        """Read the first stages into an empty cache: no more than come before anything is dropped."""
         mask, logits = self._nothing_fed(0)
         for stage in self.stages[:stages]:
             kind = Forward.CHUNK if stage.kind is Forward.PROMPT else stage.kind  # who goes on completes it
@@ -225,8 +225,8 @@ class Reading:
     def _feed(
         self, cache: KVCache, stage: Stage, before: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one stage; return the logits `[B, V]` of the rows' last tokens so far, which `before` are of the
-        stages before it, and the mask of the columns that stay.
+        """Run one stage; return the logits `[B, V]` of the rows' last tokens so far, those `before` it given,
+        and the mask of the columns that stay.
         """
         sizes = [len(tokens) for tokens in stage.tokens]
         size = max(sizes)

@@ -137,9 +137,10 @@ def prefill(
         mass = query.new_zeros(each, dtype=torch.float32)
     values = values.masked_fill(~below(starts + counts[:, None], total)[..., None], 0)  # 0 * NaN is NaN
     step = max(1, _PREFILL_BLOCK // (rows * heads * group * total))
+    held = 0 if fresh else int(starts.max())
     for first in range(0, new, step):
         block = slice(first, min(first + step, new))
-        reach = block.stop if fresh else total  # no query of the block sees a slot beyond
+        reach = min(held + block.stop, total)  # no query of the block sees a slot beyond
         last_seen = starts[..., None] + torch.arange(block.start, block.stop, device=query.device)
         seen = torch.arange(reach, device=query.device) <= last_seen[..., None]
         seen &= real[:, None, block, None]
@@ -672,8 +673,8 @@ def _logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: floa
 
 def _softmax(logits: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """Softmax over the last dimension; exactly zero where not visible, also where nothing is."""
-    logits = logits.masked_fill(~visible, _LOWEST)
+    logits = torch.where(visible, logits, _LOWEST)  # on a CPU half the time of `masked_fill`
     if sinks is None:
-        return torch.softmax(logits, -1).masked_fill(~visible, 0)
+        return torch.softmax(logits, -1) * visible.any(-1, keepdim=True)
     column = sinks.float().view(*sinks.shape, *[1] * (logits.dim() - 3)).expand(*logits.shape[:-1], 1)
     return torch.softmax(torch.cat([logits, column], -1), -1)[..., :-1].masked_fill(~visible, 0)
