@@ -23,10 +23,10 @@ from ..errors import UserError
 from . import samples
 from .cells import Cell
 from .config import Config
-from .execute import Began, Executor, Failed, Measured, Unit
+from .execute import Began, Executor, Failed, Measured, Unit, cost
 from .execute.local import Local
 from .markdown import megabytes
-from .progress import cost, minutes
+from .progress import minutes
 from .results import MISSING
 from .samples import Record
 
@@ -171,7 +171,7 @@ def _scaled(
 def _measured(
     executor: Executor, tasks: Sequence[Sequence[Cell]], count: int, clock: Callable[[], float]
 ) -> tuple[dict[str, _Rate], dict[str, str]]:
-    """By cell id, how the last batch of so many samples went, or why the cell failed; of each task, its cells."""
+    """By cell id, how the last batch of so many samples went, or why the cell failed."""
     rates, errors = dict[str, _Rate](), dict[str, str]()
     began = 0.0
     for cells in tasks:  # one by one: an executor may measure several units at a time
