@@ -171,7 +171,7 @@ def _scaled(
 def _measured(
     executor: Executor, tasks: Sequence[Sequence[Cell]], count: int, clock: Callable[[], float]
 ) -> tuple[dict[str, _Rate], dict[str, str]]:
-    """By cell id, how the last batch of so many samples went, or why the cell failed."""
+    """Return by cell id how the last batch of so many samples went, or why the cell failed."""
     rates, errors = dict[str, _Rate](), dict[str, str]()
     began = 0.0
     for cells in tasks:  # one by one: an executor may measure several units at a time
@@ -187,7 +187,7 @@ def _measured(
 
 
 def _rate(records: Sequence[Record], seconds: float) -> _Rate:
-    """How a batch of a cell went that took so long."""
+    """Tell the rate of a batch of a cell that took so long."""
     rows, speeds = len(records), records[0]["tokens_per_second"]
     steps = math.ceil(max(record["steps"] for record in records))
     held = sum(record["kv_bytes"] for record in records)

@@ -85,8 +85,8 @@ class _Measuring:
     def _record(
         self, indexes: list[int], group: list[tuple[Cell, Needs | Alike | str]]
     ) -> Recording | Begun | None:
-        """What a group reads of these samples together; None if that is nothing, or if it failed: every cell
-        then reads, and fails, by itself.
+        """Read what a group reads of these samples together; None if that is nothing, or if it failed: every
+        cell then reads, and fails, by itself.
         """
         prompts, segments = prompts_of(self._samples(indexes))
         wanted = [found for _, found in group if isinstance(found, Needs)]
