@@ -156,8 +156,7 @@ class Reading:
         who = f"{type(self.model).__name__} has layers that are not the policy's ({', '.join(others)})"
         if others and any(stage.kind is Forward.PROBE for stage in self.stages):
             raise UserError(
-                f"policy {self.policy.name} reads probes and takes them back, and {who}, which cannot: they "
-                "keep what their windows keep"
+                f"policy {self.policy.name} reads probes and takes them back, and {who}, which cannot"
             )
         uneven = any(len(set(map(len, stage.tokens))) > 1 for stage in self.stages)
         if others and uneven and (len(self.stages) > 1 or any(self.before)):

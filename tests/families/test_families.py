@@ -14,7 +14,6 @@ import torch
 
 import kvsieve
 from kvsieve import make_policy, transfer
-from kvsieve.cache.windows import WindowLayer
 from kvsieve.loop import Runner
 from kvsieve.testing import LayerCache
 

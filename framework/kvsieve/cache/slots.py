@@ -451,6 +451,18 @@ class Slots:
             for name, store in self._stores.items()
         }
 
+    def take_over(self, other: Slots) -> None:
+        """Hold what other storage of this kind holds, in the same slots; there is room."""
+        self.used = other.used
+        for name, store in other._stores.items():
+            used = self.entries(name, other.used)
+            mine = layouts.first_slots(name, self._stores[name], used)
+            mine.copy_(layouts.first_slots(name, store, used))
+        for name, summary in other.summaries.items():
+            self.summaries[name].copy_(summary)
+        self.lengths.copy_(other.lengths)
+        self.seen_by_head.copy_(other.seen_by_head)
+
     # ---------------------------------------------------------------- rows
     def reorder(self, indices: torch.Tensor) -> None:
         """Make row i what row `indices[i]` was."""
