@@ -62,6 +62,8 @@ def why_not(cache: KVCache, model: PreTrainedModel) -> str | None:
 
 
 def _why_not_this_layer(layer: object) -> str | None:
+    if type(layer).__name__ == "DummyLayer":  # of a layer that borrows another's keys; holds nothing
+        return None
     if not isinstance(layer, LayerCache):
         return f"the model has layers of its own kind ({type(layer).__name__}), whose shapes change"
     if not layer.policy.capturable:

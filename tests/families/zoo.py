@@ -168,9 +168,7 @@ FAMILIES = [
     Family("granite", "GraniteConfig", {"attention_multiplier": 0.2}, "Granite 3", "logit scale of its own"),
     Family("smollm3", "SmolLM3Config", {"no_rope_layers": [1, 0]}, "SmolLM 3", "layers without positions"),
     Family("starcoder2", "Starcoder2Config", {"sliding_window": None}, "StarCoder 2", "grouped queries"),
-    Family(
-        "starcoder2 (windows)", "Starcoder2Config", _WINDOWS, "StarCoder 2", "windows in every layer", ()
-    ),
+    Family("starcoder2 (windows)", "Starcoder2Config", _WINDOWS, "StarCoder 2", "windows in every layer", ()),
     Family("stablelm", "StableLmConfig", {"use_qkv_bias": True}, "StableLM 2", "rotates part of each head"),
     Family("glm4", "Glm4Config", {}, "GLM 4", "rotates part of each head"),
     Family(

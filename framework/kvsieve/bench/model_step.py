@@ -223,6 +223,8 @@ class StockGenerate:
     def _prepare(self) -> None:
         for layer in self.layers:
             layer.cumulative_length.fill_(self.before)
+            if hasattr(layer, "cumulative_length_int"):  # one with a sliding window counts twice
+                layer.cumulative_length_int = self.before
 
 
 class _Stamps(StoppingCriteria):

@@ -11,13 +11,7 @@ from typing import Any, Self, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    get_layer_types_and_kwargs,
-)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import UserError
 from ..policy import Policy, Positions, Wants
@@ -58,13 +52,12 @@ class KVCache(Cache):
         policy = policy or Policy()
         config = model.config.get_text_config(decoder=True)
         layers = list(DynamicCache(config=config).layers)
-        types, _ = get_layer_types_and_kwargs(config)
-        for i, (layer, kind) in enumerate(zip(layers, types, strict=False)):
+        for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 layers[i] = LayerCache(policy.for_layer(i, config.num_hidden_layers), capacity, i)
             elif type(layer) is DynamicSlidingWindowLayer:
                 inside = policy.for_layer(i, config.num_hidden_layers) if policy.in_windows else Policy()
-                window = Window(layer.sliding_window, chunks=kind == "chunked_attention")
+                window = Window(layer.sliding_window, _in_chunks(config, i))
                 layers[i] = LayerCache(inside if inside.in_windows else Policy(), capacity, i, window)
         self.policy = policy
         self.captured: Any = None  # the decode step that was captured with this cache: see graph.py
@@ -425,6 +418,14 @@ def _nothing_to_do(model: PreTrainedModel, policy: Policy, layers: list[LayerCac
         f"kvsieve.make_policy('inside_windows', inner=...); or, for contexts within the window, where it "
         "changes nothing, set model.config.sliding_window = None"
     )
+
+
+def _in_chunks(config: PreTrainedConfig, layer: int) -> bool:
+    """Whether a layer that transformers keeps to a window has chunks."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return getattr(config, "sliding_window", None) is None
+    return bool(types[layer] == "chunked_attention")
 
 
 def _head_size(config: PreTrainedConfig) -> int:

@@ -410,6 +410,8 @@ class LayerCache(CacheLayerMixin):
     # ---------------------------------------------------------------- room
     def fix_shapes(self, tokens: int) -> None:
         """Make room for `tokens` a row, or for the kept ones: decode steps then have constant shapes."""
+        if self.must_drop:  # this layer lends, and all have read the prompt by now
+            self.drop_beyond_budget()
         to_come = tokens - self.fed
         self.slots.fix(self.slots.used + to_come if self._most is None else min(tokens, self._most))
         # The prompt is in, and from now on `fed` stands still: it cannot tell. `count_fed` counts.
