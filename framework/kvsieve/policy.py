@@ -216,8 +216,8 @@ class Policy:
     def any_order(self) -> bool:
         """Whether slots may stand in any order, as they do once tokens are overwritten.
 
-        So in a policy that overwrites, or has no `select`. One that selects and keeps every token finds them in
-        the order of the text, but inside a sliding window, where it acts only if it declares this.
+        So in a policy that overwrites, or has no `select`. One that selects and keeps every token finds them
+        in the order of the text, but inside a sliding window, where it acts only if it declares this.
         """
         return type(self).select is Policy.select or (self.keeps is not None and self.overwrites)
 

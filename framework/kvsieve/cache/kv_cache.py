@@ -28,10 +28,10 @@ ATTENTION = "kvsieve"  # our name among transformers' attention implementations
 class KVCache(Cache):
     """The cache of a whole model under a policy: a transformers `Cache`.
 
-    Works as `past_key_values` in `model(...)`, in `model.generate(...)` and in `kvsieve.decode`. Layers with a
-    sliding window hold their window, and are dense within it unless the policy declares `in_windows`. Layers
-    for which the model brings a cache of its own (linear attention) keep it. `reset()` empties it and keeps
-    the storage, and the decode step that was captured with it.
+    Works as `past_key_values` in `model(...)`, in `model.generate(...)` and in `kvsieve.decode`. Layers with
+    a sliding window hold their window, and are dense within it unless the policy declares `in_windows`.
+    Layers for which the model brings a cache of its own (linear attention) keep it. `reset()` empties it and
+    keeps the storage, and the decode step that was captured with it.
 
     Args:
         model: a model that `kvsieve.prepare` or `kvsieve.load` made ready.
@@ -51,14 +51,7 @@ class KVCache(Cache):
             )
         policy = policy or Policy()
         config = model.config.get_text_config(decoder=True)
-        layers = list(DynamicCache(config=config).layers)
-        for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[i] = LayerCache(policy.for_layer(i, config.num_hidden_layers), capacity, i)
-            elif type(layer) is DynamicSlidingWindowLayer:
-                inside = policy.for_layer(i, config.num_hidden_layers) if policy.in_windows else Policy()
-                window = Window(layer.sliding_window, _in_chunks(config, i))
-                layers[i] = LayerCache(inside if inside.in_windows else Policy(), capacity, i, window)
+        layers = _layers(config, policy, capacity)
         self.policy = policy
         self.captured: Any = None  # the decode step that was captured with this cache: see graph.py
         # Why the steps of the last `decode` ran from Python; None: they were a CUDA graph.
@@ -69,10 +62,9 @@ class KVCache(Cache):
         super().__init__(layers=layers)
         if not self.policy_layers and (not self.kv_layers or policy != Policy()):
             raise UserError(_nothing_to_do(model, policy, self.kv_layers))
-        if getattr(config, "num_kv_shared_layers", 0):
-            for windowed in (False, True):  # the last of each kind lends
-                for layer in [each for each in self.kv_layers if (each.window is not None) == windowed][-1:]:
-                    layer.lends = True
+        if getattr(config, "num_kv_shared_layers", 0):  # the last of each kind lends
+            for layer in {layer.window: layer for layer in self.kv_layers}.values():
+                layer.lends = True
         for layer in self.kv_layers:
             layer.counts_steps = layer is self.kv_layers[0]
             layer.policy.check(_head_size(config))
@@ -99,6 +91,16 @@ class KVCache(Cache):
     def policy_layers(self) -> list[LayerCache]:
         """Of these, the layers on which the policy acts."""
         return [layer for layer in self.kv_layers if layer.window is None or layer.policy.in_windows]
+
+    @property
+    def other_layers(self) -> list[Any]:
+        """The layers that transformers keeps itself (linear attention)."""
+        return [
+            layer
+            for layer in self.layers
+            # A dummy stands for a layer that borrows another's keys, and holds nothing.
+            if not isinstance(layer, LayerCache) and type(layer).__name__ != "DummyLayer"
+        ]
 
     @functools.cached_property
     def counts_places(self) -> bool:
@@ -418,6 +420,19 @@ def _nothing_to_do(model: PreTrainedModel, policy: Policy, layers: list[LayerCac
         f"kvsieve.make_policy('inside_windows', inner=...); or, for contexts within the window, where it "
         "changes nothing, set model.config.sliding_window = None"
     )
+
+
+def _layers(config: PreTrainedConfig, policy: Policy, capacity: int | None) -> list[Any]:
+    """The model's layers: ours where there is attention, else transformers' own."""
+    layers: list[Any] = list(DynamicCache(config=config).layers)
+    for i, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            layers[i] = LayerCache(policy.for_layer(i, config.num_hidden_layers), capacity, i)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            inside = policy.for_layer(i, config.num_hidden_layers) if policy.in_windows else Policy()
+            window = Window(layer.sliding_window, _in_chunks(config, i))
+            layers[i] = LayerCache(inside if inside.in_windows else Policy(), capacity, i, window)
+    return layers
 
 
 def _in_chunks(config: PreTrainedConfig, layer: int) -> bool:

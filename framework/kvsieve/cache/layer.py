@@ -71,8 +71,8 @@ class LayerCache(CacheLayerMixin):
         contract.check_class(cast(Any, type(policy)))
         contract.check_declarations(policy)
         self.window = window
-        # A window that holds all that it shows is full before a token leaves it; where a policy holds fewer, one
-        # may leave before.
+        # A window that holds all that it shows is full before a token leaves it; where a policy holds fewer,
+        # one may leave before.
         self.leaves_early = window is not None and policy.keeps is not None
         if window is not None:
             policy = Windowed(policy, window)
@@ -137,7 +137,7 @@ class LayerCache(CacheLayerMixin):
         self.traffic.begin(transfer.current(), self.active)
 
     def end_step(self) -> None:
-        """A decode step has ended: dense attention would have read every token seen, or those in the window."""
+        """A decode step has ended: dense attention would have read every token seen, or the window."""
         slots = self.slots
         if self.traffic.meter is not None:
             self.kv._count_changes()

@@ -49,8 +49,8 @@ class Windowed(Wrapper):
         if why := next(_unfit(self.inner), None):
             raise UserError(
                 f"{why}, and cannot act inside a sliding window, where every new token overwrites one: leave "
-                "the windows dense, or use a policy that selects in any order of slots (such as sparq), or one "
-                "that keeps a budget by `priority` (such as h2o)"
+                "the windows dense, or use a policy that selects in any order of slots (such as sparq), or "
+                "one that keeps a budget by `priority` (such as h2o)"
             )
 
     @property
@@ -68,7 +68,7 @@ class Windowed(Wrapper):
         return ranks.masked_fill(~self._seen(kv), -torch.inf)
 
     def cut(self, kv: KVView) -> torch.Tensor | None:
-        """None where the `keeps` best by priority are all seen by the last token, as those of a window are."""
+        """None where the last token sees all the `keeps` best by priority, as it sees a whole window."""
         if self.inner.keeps is None and not self.window.chunks:
             return None
         ranking = self.priority(kv)

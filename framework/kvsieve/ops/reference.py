@@ -117,11 +117,11 @@ def prefill(
 
     `query [B, K, G, Q, D]`; `keys`, `values [B, K, T, D]`, the new tokens in them; `starts [B, K]`: slots in
     use before; `counts [B]`: how many of the Q are real, the rest follow them. `fresh`: all starts are zero,
-    T = Q, and what follows the real tokens is finite. `since [B, K, Q]` int64: a token sees no slot before it,
-    its own at the latest; None: from 0 on. `visible [B, Q, T]` bool: of the slots up to its own, a token sees
-    those, its own among them; None: all. Returns the output `[B, K, G, Q, D]`, zero where not
-    real, and, if wanted, the mass `[B, K, T]` summed over the real queries, `[B, K, G, T]` `by_head`. Works
-    in blocks of queries: no T x T matrix.
+    T = Q, and what follows the real tokens is finite. `since [B, K, Q]` int64: a token sees no slot before
+    it, its own at the latest; None: from 0 on. `visible [B, Q, T]` bool: of the slots up to its own, a token
+    sees those, its own among them; None: all. Returns the output `[B, K, G, Q, D]`, zero where not real, and,
+    if wanted, the mass `[B, K, T]` summed over the real queries, `[B, K, G, T]` `by_head`. Works in blocks of
+    queries: no T x T matrix.
     """
     (rows, heads, group, new, size), total = query.shape, keys.shape[2]
     real = torch.arange(new, device=query.device) < counts[:, None]
