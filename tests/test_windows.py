@@ -1,6 +1,7 @@
 """Layers with a sliding window, or chunks: what a token sees, what is held, and what a policy does inside."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -133,10 +134,17 @@ def test_a_layer_holds_and_reads_its_window(turns, policy, chunks):
         assert [turn[k] for turn in held] == [tokens for head, tokens in kept if head == k]
 
 
-@pytest.mark.parametrize("layout", ["single", "double", "blocked"])
-def test_sparq_inside_selects_among_the_tokens_of_the_window(layout):
-    """As on a text that has no others."""
-    policy = make_policy("sparq", r=4, k=4, local=2, mean_value=False, layout=layout, block=16)
+SELECTING = {
+    **{f"sparq {kind}": dataclasses.replace(SPARQ, layout=kind) for kind in ("single", "double", "blocked")},
+    "twilight": make_policy("twilight", inner=SPARQ, p=0.6),
+    "double_sparsity": TIGHT["double_sparsity"],
+    "loki": TIGHT["loki_share"],
+}
+
+
+@pytest.mark.parametrize("policy", SELECTING.values(), ids=SELECTING)
+def test_a_policy_inside_selects_among_the_tokens_of_the_window(policy):
+    """As on a text that has no others, in their order."""
     inputs, window = Inputs.random((40, 33, 3), steps=20), 9
     got = rollout(policy, *inputs, layer=LayerCache(policy, window=Window(window)))
     for b in range(3):
@@ -157,9 +165,7 @@ def test_sparq_inside_selects_among_the_tokens_of_the_window(layout):
             torch.testing.assert_close(got[b, :, step], alone[0, :, 0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in CASES if n.split("_")[0] in ("sparq", "h2o", "tova", "local", "loki")]
-)
+@pytest.mark.parametrize("name", [n for n in CASES if n.split("_")[0] in ("sparq", "h2o", "tova", "local")])
 def test_inside_a_window_nothing_depends_on_pieces_or_on_other_rows(name):
     policy, inputs = TIGHT[name], Inputs.random((40, 33, 3), steps=15)
     whole = rollout(policy, *inputs, layer=LayerCache(policy, window=Window(11)))

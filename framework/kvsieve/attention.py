@@ -68,7 +68,7 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
         answer = policy.sees(kv, new)
         layer.visible = contract.checked_sees(answer, policy, layer.index, layer.slots, new.slots, new.counts)
     assert layer.prompt is not None
-    starts, counts, order, _ = layer.prompt
+    starts, counts, order = layer.prompt
     if order is not None:
         query = query.gather(3, order[:, None, None, :, None].expand(query.shape))
     if owner:
@@ -81,7 +81,7 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
         starts,
         counts,
         fresh=slots.used == query.shape[3],
-        since=layer.since(),
+        since=layer.since(query.shape[3]),
         visible=layer.visible,
         want_mass=policy.observes in (Observe.MASS, Observe.HEADS),
         by_head=policy.observes is Observe.HEADS,

@@ -80,7 +80,7 @@ class Wrapper(Policy):
 
     @property
     def any_order(self) -> bool:
-        """As `inner`; not where the wrapper has a `select` of its own, unless it declares so."""
+        """Whether `inner` says so; not where the wrapper has a `select` of its own, unless it declares it."""
         return self.inner.any_order and type(self).select is Wrapper.select
 
     @property

@@ -27,7 +27,6 @@ class Prompt(NamedTuple):
     starts: torch.Tensor  # [B, K], the lengths before
     counts: torch.Tensor  # [B], real tokens
     order: torch.Tensor | None  # [B, Q], brings a row's real tokens to the front; None: as they came
-    new: int  # Q
 
 
 class BeforeProbe(NamedTuple):
@@ -221,7 +220,7 @@ class LayerCache(CacheLayerMixin):
         starts = slots.lengths.clone()
         at = slots.append_tokens(keys, values, counts)
         slots.used += new
-        self.prompt = Prompt(starts, counts, order, new)
+        self.prompt = Prompt(starts, counts, order)
         tokens = NewTokens(keys, values, counts, at, self._take_ids(counts, order))
         self._arrived(tokens)
         return tokens
@@ -290,7 +289,7 @@ class LayerCache(CacheLayerMixin):
     def leave_unseen(self) -> None:
         """Drop what a window does not show to the next token; put the others in their order."""
         slots = self.slots
-        if self.window is None or self.is_empty or slots.used == 0:
+        if self.window is None or slots.used == 0:
             return
         first = self.window.first(slots.seen)[:, None, None]
         seen = slots.live() & (slots.positions >= first)
@@ -300,13 +299,13 @@ class LayerCache(CacheLayerMixin):
         slots.keep(order.masked_fill(free, -1))
         slots.lengths.copy_(counts)
 
-    def since(self) -> torch.Tensor | None:
-        """The first slot `[B, K, Q]` that each of the prompt's new tokens sees; None: all see from 0 on."""
+    def since(self, new: int) -> torch.Tensor | None:
+        """The first slot `[B, K, Q]` that each of a prompt's `new` tokens sees; None: all see from 0 on."""
         if self.window is None or self.fed <= self.window.size:
             return None
         assert self.prompt is not None
-        slots, counts, new = self.slots, self.prompt.counts, self.prompt.new
-        tokens = (slots.seen - counts)[:, None] + torch.arange(new, device=slots.device)
+        slots = self.slots
+        tokens = (slots.seen - self.prompt.counts)[:, None] + torch.arange(new, device=slots.device)
         first = self.window.first(tokens)[:, None].expand(*slots.lengths.shape, new)
         # Slots are in the order of their tokens: `leave_unseen` put them so.
         positions = slots.positions.masked_fill(~slots.live(), _NO_LIMIT)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Window(NamedTuple):
-    """What a token sees: itself and the `size - 1` before it; or, of `chunks` of `size`, its own up to it."""
+    """A token sees itself and the `size - 1` before it; or, of `chunks` of `size`, its own up to itself."""
 
     size: int
     chunks: bool = False
@@ -59,7 +59,7 @@ class Windowed(Wrapper):
         return min(self.window.size, self.inner.keeps or self.window.size)
 
     def priority(self, kv: KVView) -> torch.Tensor | Ranking:
-        """What no token to come sees goes first."""
+        """Rank lowest the token that no token to come sees."""
         if self.inner.keeps is None:
             return Ranking(kv.positions)
         ranks = self.inner.priority(kv)
@@ -68,7 +68,7 @@ class Windowed(Wrapper):
         return ranks.masked_fill(~self._seen(kv), -torch.inf)
 
     def cut(self, kv: KVView) -> torch.Tensor | None:
-        """None where the last token sees all the `keeps` best by priority, as it sees a whole window."""
+        """Choose the `keeps` best by priority among those that the last token sees; None: it sees them all."""
         if self.inner.keeps is None and not self.window.chunks:
             return None
         ranking = self.priority(kv)
