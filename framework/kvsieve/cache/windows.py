@@ -68,7 +68,7 @@ class Windowed(Wrapper):
         return ranks.masked_fill(~self._seen(kv), -torch.inf)
 
     def cut(self, kv: KVView) -> torch.Tensor | None:
-        """Choose the `keeps` best by priority among those that the last token sees; None: it sees them all."""
+        """Choose the `keeps` best by priority of those that the last token sees; None: it sees them all."""
         if self.inner.keeps is None and not self.window.chunks:
             return None
         ranking = self.priority(kv)
