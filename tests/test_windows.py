@@ -240,6 +240,15 @@ def test_probes_are_taken_back_in_windows():
 
 
 # -------------------------------------------------------------------- memory and bytes
+def test_no_mask_over_all_tokens_is_made(models, monkeypatch):
+    def made(*_, **__):
+        raise AssertionError("a T x T mask")
+
+    monkeypatch.setattr("kvsieve.hf.interface.sdpa_mask", made)
+    decoded(models.model, tokens(*PROMPTS), new=3)
+    decoded(models.model, tokens(*PROMPTS), new=3, prefill_chunk=4)
+
+
 def test_a_window_holds_no_more_than_it_shows(models):
     cache = KVCache(models.model)
     decoded(models.model, tokens(40), cache=cache, new=3)

@@ -137,7 +137,8 @@ def attention_mask_for(
     ours hands out more slots than tokens. The layers of a KVCache, which ask for a mask of length 0, keep to
     causal order and to their windows themselves.
     """
-    plain_or_window = mask_function is causal_mask_function or kwargs.get("allow_is_causal_skip", True)
+    # transformers lets a mask be left out where it is causal order, windows and chunks, and nothing beyond.
+    plain_or_window = mask_function is causal_mask_function or kwargs.get("allow_is_causal_skip", False)
     if kv_length == 0 and plain_or_window:
         return attention_mask
     plain = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
