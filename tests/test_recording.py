@@ -52,7 +52,7 @@ def measured(policy, reader=None, model=None, prompts=PROMPTS, segments=None):
         ).result()
     stored = {
         f"{layer.index} {name}": tensor
-        for layer in cache.policy_layers
+        for layer in cache.kv_layers
         for name, tensor in layer.slots.stored().items()
     }
     told = (
@@ -98,7 +98,7 @@ def test_policies_that_sum_up_weights_share_no_prefill_with_those_that_do_not():
     assert len(recordings()) == 4
 
 
-def test_windows_that_transformers_keeps_are_copied():
+def test_layers_with_a_window_are_taken_over():
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=61,
@@ -119,6 +119,8 @@ def test_windows_that_transformers_keeps_are_copied():
     recording = Recording(model, PROMPTS, [needs_of(policy, model=model) for policy in policies])
     for policy in policies:
         assert_the_same(measured(policy, recording, model), measured(policy, model=model))
+    inside = make_policy("inside_windows", inner=policies[1])
+    assert "of which a recording holds no more than the window" in needs_of(inside, model=model)
 
 
 SEGMENTS = {

@@ -15,7 +15,6 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from . import graph
 from .cache.kv_cache import KVCache
-from .cache.layer import LayerCache
 from .errors import UserError
 from .plans import Segments
 from .policy import Policy
@@ -204,8 +203,8 @@ class Runner:
         self.sizes = torch.tensor(self.reading.ends, device=model.device)
         # A layer that transformers manages needs the padding at every step; ours know it from the prompt on.
         self.mask = torch.arange(columns, device=model.device) >= columns - self.sizes[:, None]
-        all_ours = all(isinstance(layer, LayerCache) for layer in self.cache.layers)
-        self.tells_padding = not all_ours and any(end < columns for end in self.reading.ends)
+        ragged = any(end < columns for end in self.reading.ends)
+        self.tells_padding = bool(self.cache.other_layers) and ragged
 
     def prefill(self) -> torch.Tensor:
         """Feed the prompts; return the logits `[B, V]` of the first new token."""

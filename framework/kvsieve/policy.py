@@ -217,6 +217,20 @@ class Policy:
         return Positions.TEXT
 
     @property
+    def any_order(self) -> bool:
+        """Whether slots may stand in any order, as they do once tokens are overwritten.
+
+        So in a policy that overwrites, or has no `select`. One that selects and keeps every token finds them
+        in the order of the text, but inside a sliding window, where it acts only if it declares this.
+        """
+        return type(self).select is Policy.select or (self.keeps is not None and self.overwrites)
+
+    @property
+    def in_windows(self) -> bool:
+        """Whether it acts in layers with a sliding window too, within the window; else those are dense."""
+        return False
+
+    @property
     def drops(self) -> bool:
         """Whether it drops tokens, by `keeps` or a `cut` of its own: found out, and not to be declared."""
         return self.keeps is not None or self.cuts_together or type(self).cut is not Policy.cut

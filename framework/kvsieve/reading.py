@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from .cache.forward import Forward
 from .cache.kv_cache import KVCache
-from .cache.layer import LayerCache
 from .errors import UserError
 from .plans import Segments, Stage, checked_plan, checked_segments, schedule, slots_needed
 from .policy import Policy, Positions
@@ -167,12 +166,11 @@ class Reading:
                 f"policy {self.policy.name} reads these prompts up to position {max(ends)}, its probes "
                 f"included, and {type(self.model).__name__} has {limit} positions (max_position_embeddings)"
             )
-        others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, LayerCache)}
+        others = {type(layer).__name__ for layer in cache.other_layers}
         who = f"{type(self.model).__name__} has layers that are not the policy's ({', '.join(others)})"
         if others and any(stage.kind is Forward.PROBE for stage in self.stages):
             raise UserError(
-                f"policy {self.policy.name} reads probes and takes them back, and {who}, which cannot: they "
-                "keep what their windows keep"
+                f"policy {self.policy.name} reads probes and takes them back, and {who}, which cannot"
             )
         uneven = any(len(set(map(len, stage.tokens))) > 1 for stage in self.stages)
         if others and uneven and (len(self.stages) > 1 or any(self.before)):

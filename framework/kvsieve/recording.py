@@ -65,8 +65,10 @@ def needs(cache: KVCache, reading: Reading) -> Needs | Alike | str:
         return "hides tokens of a prompt from others"
     if Wants.SURPRISE in cache.wants:
         return "wants the logits of all tokens"
-    if any(layer.lends for layer in cache.policy_layers):
+    if any(layer.lends for layer in cache.kv_layers):
         return "has layers whose keys others borrow"
+    if not policies or any(layer.window is not None for layer in cache.policy_layers):
+        return "reads layers with a sliding window, of which a recording holds no more than the window"
     hears = any(_overrides(policy, "on_queries") for policy in policies)
     summed = (Observe.MASS, Observe.HEADS)
     return Needs(
@@ -165,11 +167,14 @@ class Recording:
         """
         heard, cache = iter(self.heard), cast(KVCache, inputs["past_key_values"])
         for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
-            if not isinstance(mine, LayerCache):  # transformers' own: windows, linear attention
+            if not isinstance(mine, LayerCache):  # transformers' own: linear attention
                 theirs.__dict__.update(copy.deepcopy(mine.__dict__))
                 continue
-            with _on(mine.slots.keys.device):
-                self._fill(cast(LayerCache, theirs), mine, next(heard))
+            with _on(mine.slots.device):
+                if mine.window is None:
+                    self._fill(cast(LayerCache, theirs), mine, next(heard))
+                else:
+                    cast(LayerCache, theirs).go_on_from(mine)
         return CausalLMOutputWithPast(logits=self.logits[:, None].clone())
 
     def _fill(self, layer: LayerCache, mine: LayerCache, heard: Heard) -> None:
