@@ -1,4 +1,4 @@
-"""The heat maps: the score of a policy by where in a prompt the answer stood, and by the length of the prompt."""
+"""The heat maps: the score of a policy by where the answer stood in a prompt, and by the length of that."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ _Cells = dict[tuple[str, int], list[_Found]]  # by the policy's label and the pr
 
 
 def depth_maps(run: RunFolder) -> list[dict[str, Any]]:
-    """The template's view of every task: its drawings with a text for each square, and its table.
+    """The template's view of every task: its drawings, and its table.
 
     Tasks whose samples say no depth, or whose scores have no limits, are left out.
     """
@@ -70,16 +70,14 @@ class _Task:
     def view(self) -> dict[str, Any]:
         grids = self.strips() if len(self.contexts) == 1 else self.maps()
         across = max(grid.across for grid in grids)
-        told = [square.told for grid in grids for line in grid.squares for square in line if square]
         counts = [len(scores) for found in self.cells.values() for scores in self.scores(found) if scores]
         return {
             "task": self.name,
             "metric": self.metric,
             "length": f"{self.contexts[0]:,}" if len(self.contexts) == 1 else "",
             "samples": " to ".join(str(n) for n in sorted({min(counts), max(counts)})),
-            "drawings": [heat.draw(grid, across) for grid in grids],
+            "drawings": "".join(heat.draw(grid, across) for grid in grids),
             "scale": heat.scale(*(f"{limit:g}" for limit in self.limits)),
-            "told": told,
             "edges": [self.edges(i) for i in range(self.bins)],
             "lines": [
                 {

@@ -51,7 +51,8 @@ def draw(grid: Grid, across: float) -> Markup:
             about: dict[str, svg.Attribute] = {"fill": "none", "stroke": _LINE, "stroke_dasharray": "2 2"}
             if square:
                 level = round(min(max(square.share, 0.0), 1.0) * (len(HEAT_LIGHT) - 1))
-                about = {"class_": "square", "fill": f"var(--heat-{level})"}
+                about = {"class_": "square", "role": "img", "aria_label": square.told}
+                about["fill"] = f"var(--heat-{level})"
                 middle = x + (grid.wide - _GAP) / 2
                 written = element("text", square.number, x=middle, y=y + HIGH / 2 + 2.7)
                 numbers[_INK if level <= PALEST_HALF else _PAPER].append(written)

@@ -143,8 +143,8 @@ def _sections(run: RunFolder) -> list[Section]:
         ),
     ]
     if maps := depth_maps(run):
-        told = [told for one in maps for told in one["told"]]
-        sections.append(Section("depth", "Depth", "samples.jsonl", {"maps": maps}, told))
+        drawn = [one["drawings"] for one in maps]
+        sections.append(Section("depth", "Depth", "samples.jsonl", {"maps": maps}, drawn))
     if heads := head_maps(run.diagnosed, results):
         sections.append(Section("heads", "Heads", "diagnostics.jsonl", {"heads": heads}))
     if texts := answers(run):

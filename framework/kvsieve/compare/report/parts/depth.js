@@ -1,15 +1,13 @@
 "use strict";
-report.data("depth").then((told) => {
+report.data("depth").then((drawings) => {
   const section = document.getElementById("depth");
-  const maps = [...section.querySelectorAll(".maps .map")];
+  section.querySelectorAll(".maps").forEach((maps, i) => { maps.innerHTML = drawings[i]; });
   const squaresOf = (map) => [...map.querySelectorAll(".square")];
-  section.querySelectorAll(".square").forEach((square, i) => {
-    square.setAttribute("role", "img");
-    square.setAttribute("aria-label", told[i]);
-    square.setAttribute("tabindex", -1);
-  });
+
   // One square of a map takes part in the tab order; the arrow keys lead to the others.
-  for (const map of maps) squaresOf(map)[0]?.setAttribute("tabindex", 0);
+  for (const map of section.querySelectorAll(".maps .map")) {
+    squaresOf(map).forEach((square, i) => square.setAttribute("tabindex", i ? -1 : 0));
+  }
 
   function move(event) {
     const from = event.target;
@@ -36,15 +34,16 @@ report.data("depth").then((told) => {
   // All maps of a task side by side, below the key to their colours.
   report.savable(section, (figure) => {
     const parts = [report.copyOf(figure.querySelector(".scale"), 0, 0)];
-    let [x, y, across] = [0, 30, 0];
+    let [x, y, across, down] = [0, 30, 0, 0];
     for (const map of figure.querySelectorAll(".maps .map")) {
       const { width, height } = map.viewBox.baseVal;
       if (x > 0 && x + width > 1000) [x, y] = [0, y + height + 14];
       parts.push(report.copyOf(map, x, y));
       across = Math.max(across, x + width);
+      down = y + height;
       x += width + 20;
     }
-    return { parts, across, down: y + maps[0].viewBox.baseVal.height };
+    return { parts, across, down };
   });
 
   for (const table of section.querySelectorAll("table")) {
