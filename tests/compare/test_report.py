@@ -520,7 +520,7 @@ def test_the_answers_go_first_and_the_page_says_where_they_are(run_folder, page,
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", [15, 25])
 def test_a_page_never_grows_beyond_three_megabytes(tmp_path, tasks):
-    """15: 2,745 rows, of which all results do not fit beside the charts; 25: 4,575, too many by themselves."""
+    """2,745 rows, whose table does not fit beside the charts; 4,575, whose table alone is too large."""
     path = write_report(write_run(tmp_path, many_rows(policies=20, tasks=tasks)))
     page = path.read_text(encoding="utf-8")
     assert 1_000_000 < path.stat().st_size < 3_000_000

@@ -63,7 +63,7 @@ class Section:
         return sum(len(text.encode()) for text in (self.html, self.packed, self.script)) + 500
 
 
-# What is left out last, if there is no room for all.
+# Where there is no room for all, the last of these is left out first.
 _IMPORTANT = ["again", "overview", "frontier", "paper", "results", "depth", "heads", "answers"]
 
 
