@@ -181,7 +181,7 @@ class _Task:
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
-        """As readers write them, by label."""
+        """Of each label, the form for readers."""
         return {label: readable_label(policy, label) for label, policy in self.policies.items()}
 
 
