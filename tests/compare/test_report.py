@@ -16,6 +16,7 @@ import pytest
 from tests.report_run import PROMPT, SAMPLES, TASKS, many_rows, row, sample, synthetic_rows, write_run
 
 from kvsieve.compare import summary
+from kvsieve.compare.merge import merge
 from kvsieve.compare.report import answers, write_picture, write_report
 from kvsieve.compare.report import page as report_page
 from kvsieve.compare.report.__main__ import main
@@ -447,6 +448,17 @@ def test_of_one_length_a_single_map_has_a_line_for_each_policy(tmp_path):
     assert found["length"] == "512"
     assert found["drawings"].count("<svg") == 1
     assert list(squares_of(found["drawings"]).values()) == [10, 10, 0, 10]
+
+
+def test_runs_shown_apart_have_their_own_maps(tmp_path):
+    runs = [depth_run(tmp_path / name, (512, 1024)) for name in ("a", "b")]
+    merge(runs, tmp_path / "both", apart=True)
+    summary.write(tmp_path / "both")
+    maps = depth_maps(read(tmp_path / "both"))
+    assert [(one["task"], one["samples"], len(one["lines"])) for one in maps] == [
+        ("needle in a", "2", 4),
+        ("needle in b", "2", 4),
+    ]
 
 
 def test_a_square_without_a_sample_says_nothing(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..manifest import Record
-from ..results import MISSING, Results, group_key
+from ..results import MISSING, Results, Subject, group_key
 from ..statistics import score_interval
 from . import heat, svg
 from .folder import RunFolder
@@ -37,11 +37,11 @@ def depth_maps(run: RunFolder) -> list[dict[str, Any]]:
 
     Tasks whose samples say no depth, or whose scores have no limits, are left out.
     """
-    groups = {group_key(group.rows[0])[:3]: group for group in run.results.groups}
-    found: dict[tuple[str, str, str], _Cells] = {}
-    limits: dict[tuple[str, str, str], _Limits] = {}
+    groups = {_all_lengths(group.rows[0]): group for group in run.results.groups}
+    found: dict[tuple[str, ...], _Cells] = {}
+    limits: dict[tuple[str, ...], _Limits] = {}
     for entry, samples in run.measured:
-        task = group_key(entry)[:3]
+        task = _all_lengths(entry)
         placed = [one for sample in samples if (one := _placed(sample))]
         if placed and entry.limits and entry.higher_is_better and task in groups:
             limits[task] = (entry.limits[0], entry.limits[1])
@@ -50,6 +50,12 @@ def depth_maps(run: RunFolder) -> list[dict[str, Any]]:
         _Task(groups[task].task, groups[task].metric, limits[task], cells, run.results).view()
         for task, cells in found.items()
     ]
+
+
+def _all_lengths(subject: Subject) -> tuple[str, ...]:
+    """Equal for the groups of a task that differ in their context alone."""
+    model, task, parameters, _, run = group_key(subject)
+    return model, task, parameters, run
 
 
 def _placed(sample: Record) -> _Found | None:
