@@ -104,13 +104,12 @@ class _Task:
         """A map for every policy: the start of the prompt on top, a column for each length."""
         columns = [(i + 0.5, words) for i, words in enumerate(_lengths(self.contexts))]
         wide = max(30.0, *(8 + svg.width(words) for _, words in columns))
-        rows = [(0.5, "0%"), (self.bins / 2, "50%"), (self.bins - 0.5, "100%")]
         return [
             heat.Grid(
                 f"{self.names[label]}, by depth and length",
                 list(zip(*(self.squares(label, context) for context in self.contexts), strict=True)),
                 wide,
-                rows,
+                self.ends,
                 columns,
                 left=36,
                 top=22,
@@ -128,7 +127,7 @@ class _Task:
                 [self.squares(label, self.contexts[0]) for label in self.names],
                 28,
                 [],
-                [(0.5, "0%"), (self.bins / 2, "50%"), (self.bins - 0.5, "100%")],
+                self.ends,
                 left=28 + max(svg.width(name, 12) for name in self.names.values()),
                 top=0,
                 heading=[part for i, label in lines for part in self.heading(label, (i + 0.7) * heat.HIGH)],
@@ -169,6 +168,11 @@ class _Task:
 
     def edges(self, depth: int) -> str:
         return f"{100 * depth / self.bins:.0f} to {100 * (depth + 1) / self.bins:.0f}%"
+
+    @property
+    def ends(self) -> list[heat.Tick]:
+        """Of the prompt."""
+        return [(0.5, "start"), (self.bins - 0.5, "end")]
 
     @functools.cached_property
     def bins(self) -> int:
