@@ -88,6 +88,7 @@ class _Task:
             "lines": [
                 {
                     "name": self.names[label],
+                    "index": self.results.policies.index(self.policies[label]),
                     "context": f"{context:,}",
                     "cells": [
                         f"{sum(scores) / len(scores):.3g}" if scores else MISSING
