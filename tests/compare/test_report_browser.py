@@ -146,6 +146,7 @@ def focused(page):
 
 def test_the_keyboard_reaches_every_square(opened):
     """Two tasks with several lengths: a map for each policy, one stop in the tab order each."""
+    opened.locator("#depth .square").first.wait_for()
     maps = opened.locator("#depth .maps .map")
     assert maps.count() == 2 * 10
     assert opened.locator("#depth .square[tabindex='0']").count() == maps.count()
@@ -242,6 +243,7 @@ def test_a_chart_can_be_saved(opened, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["SVG", "PNG"])
 def test_heat_maps_can_be_saved(opened, tmp_path, kind):
+    opened.locator("#depth .square").first.wait_for()
     with opened.expect_download() as saved:
         opened.locator("#depth .save").first.get_by_role("button", name=f"as {kind}").click()
     assert saved.value.suggested_filename == f"needle-by-depth.{kind.lower()}"
@@ -272,7 +274,7 @@ def test_a_page_that_left_something_out_still_works(page, tmp_path, monkeypatch)
         if page.locator("#frontier").count():
             assert marks(page).count() == 10
         if page.locator("#depth").count():
-            assert page.locator("#depth .square").count() > 0
+            page.locator("#depth .square").first.wait_for()
     assert page.said == []
 
 
