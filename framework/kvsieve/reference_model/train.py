@@ -51,6 +51,10 @@ _SECOND = {
     "repetitions": 0.28, "needles": 0.05, "pairs": 0.05, "plain": 0.02, "records": 0.02, "things": 0.04,
     "facts": 0.06, "several_values": 0.20, "several_keys": 0.12, "chains": 0.16,
 }  # fmt: skip
+_THIRD = {
+    "repetitions": 0.36, "needles": 0.04, "pairs": 0.06, "plain": 0.02, "records": 0.02, "things": 0.02,
+    "facts": 0.04, "several_values": 0.18, "several_keys": 0.12, "chains": 0.14,
+}  # fmt: skip
 # Repeated text weighs more once the model can repeat: then only exactness is left to learn.
 # Answers get more parts once the model can give one.
 COURSES = {
@@ -70,6 +74,13 @@ COURSES = {
             Stage(1.0, 2048, Recipe(_SECOND, copy=2.0, parts=4, plain=0.75)),
         ),
         fall=0.4,
+    ),
+    "third": Course(
+        (
+            Stage(0.55, 1024, Recipe(_THIRD, copy=3.0, parts=4, plain=0.75)),
+            Stage(1.0, 2048, Recipe(_THIRD, copy=3.0, parts=4, plain=0.75)),
+        ),
+        fall=0.9,
     ),
 }
 
