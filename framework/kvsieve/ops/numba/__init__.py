@@ -138,7 +138,9 @@ def attend(
     partial = _held.take("partial", pairs, pieces, group, head_size)
     peaks, sums = np.empty((2, pairs, group, pieces), np.float32)
     live = _pairs(lengths)
-    which = (_NO_SLOTS, live) if slots is None or counts is None else (_pairs(slots, listed), _pairs(counts))
+    which = (_NO_SLOTS, live)
+    if slots is not None and counts is not None:
+        which = _pairs(slots.contiguous(), listed), _pairs(counts)
     stored = *_memory(keys, starts), *_memory(values, starts)
     made = weights, peaks, sums
     bits = _bits(query).reshape(pairs, group, head_size)
@@ -206,7 +208,7 @@ def top_by_channels(
     weights, ranking = _held.take("weights", pairs, group, size), _held.take("ranking", pairs, size)
     peaks, sums = np.empty((2, pairs, group, pieces), np.float32)
     live = _pairs(lengths)
-    asked = _bits(query).reshape(pairs, group, head_size), _pairs(channels, channels.shape[2])
+    asked = _bits(query).reshape(pairs, group, head_size), _pairs(channels.contiguous(), channels.shape[2])
     made = weights, peaks, sums
     jobs = pairs * pieces
     loops.channel_weights(
@@ -261,9 +263,12 @@ def _pairs(numbers: torch.Tensor, *shape: int) -> np.ndarray:
 
 
 def _bits(numbers: torch.Tensor) -> np.ndarray:
-    """The bits of numbers, as `loops` takes them: float16 is told from bfloat16 by its sign."""
+    """The bits of numbers, as `loops` takes them: float16 is told from bfloat16 by its sign.
+
+    Side by side, a copy of strided ones: numba compiles a loop again, for seconds, for an array with strides.
+    """
     kind = torch.int16 if numbers.dtype == torch.float16 else _BITS[numbers.element_size()]
-    return numbers.detach().view(kind).numpy()
+    return numbers.detach().contiguous().view(kind).numpy()
 
 
 def _sinks(sinks: torch.Tensor | None, rows: int, heads: int, group: int) -> np.ndarray:
