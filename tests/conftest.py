@@ -9,7 +9,6 @@ import importlib.util
 import os
 import sys
 
-gc.disable()  # until all tests are collected: a quarter of that time, and nothing of it is garbage
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -18,6 +17,7 @@ import torch
 # A CUDA image, on which `make gpu` runs, need not have hypothesis.
 collect_ignore = [] if importlib.util.find_spec("hypothesis") else ["kernels/test_bounds.py"]
 
+gc.disable()  # until all tests are collected: it took a quarter of that time, and found nothing
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # with one, the ops are Triton's
     os.environ["TRITON_INTERPRET"] = "1"

@@ -9,8 +9,8 @@ from .tensors import DEVICE
 
 @pytest.fixture(autouse=True, scope="session")
 def builtins_are_found_once():
-    """At every launch, and every call of a function within one, the interpreter replaces the builtins of Triton's
-    language; to find them among all names took a third of the time.
+    """At every launch, and at every call within one, the interpreter replaces the builtins of Triton's language;
+    to find them among all names took a third of the time.
     """
     if DEVICE != "cpu":
         yield

@@ -98,7 +98,8 @@ def fork() -> None:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             return
         children.append(child)
-    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+    failed = [os.waitpid(child, 0)[1] for child in children]
+    sys.exit(any(failed))
 
 
 if __name__ == "__main__":
