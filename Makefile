@@ -2,13 +2,14 @@
 # make test    lint, types, tests (CPU only, offline once installed)
 # make slow    the long tests; their figures go into docs/reliability.md
 # make gpu     kernels tested and measured on this machine's GPU, results into benchmarks/results/
+# make sanitize   the kernels that score, search and store, under compute-sanitizer on this machine's GPU
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FIGURES := $(VENV)/reliability.jsonl
 
-.PHONY: demo test lint types unit slow gpu clean
+.PHONY: demo test lint types unit slow able gpu sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvsieve compare configs/quickstart.yaml
@@ -33,12 +34,28 @@ slow: $(VENV)/.installed
 	$(BIN)/python -m tests.test_docs
 
 # Runs with the interpreter at hand: a CUDA image brings its own torch and triton.
-gpu:
-	PYTHONPATH=framework:policies $(PYTHON) -m pytest -m "not slow" tests/kernels
-	PYTHONPATH=framework:policies $(PYTHON) -m pytest -m gpu tests/test_graph.py
-	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench attention --out benchmarks/results
-	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench growth --out benchmarks/results
-	PYTHONPATH=framework:policies $(PYTHON) -m kvsieve.cli bench decode --out benchmarks/results
+gpu sanitize able: export PYTHONPATH := framework:policies
+
+gpu: able
+	$(PYTHON) -m pytest -m "not slow" tests/kernels
+	$(PYTHON) -m pytest -m gpu tests/test_graph.py
+	$(PYTHON) -m kvsieve.cli bench attention --out benchmarks/results
+	$(PYTHON) -m kvsieve.cli bench growth --out benchmarks/results
+	$(PYTHON) -m kvsieve.cli bench decode --out benchmarks/results
+
+# Without torch's own pool of memory, so that every tensor has bounds of its own.
+sanitize: able
+	for tool in memcheck racecheck initcheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	    --error-exitcode 1 $(PYTHON) -m pytest $(addprefix tests/kernels/test_,$(SANITIZED)) || exit 1; done
+
+SANITIZED = token.py lowest.py scores.py select.py
+
+NEEDED = torch triton transformers safetensors pluggy yaml pydantic typer rich filelock psutil pytest
+
+able:
+	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; \
+	    lacks = [name for name in sys.argv[1:] if not find_spec(name)]; \
+	    sys.exit(f"{sys.executable} lacks {lacks}; without network: pip install --no-deps WHEELS" if lacks else 0)' $(NEEDED)
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 

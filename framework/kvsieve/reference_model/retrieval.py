@@ -114,7 +114,7 @@ def facts(words: Words, room: int, parts: int) -> Scene:
 
 
 def things(words: Words, room: int, parts: int) -> Scene:
-    """State a value for each of a few nouns, without a key, sometimes twice over, and ask for one at a time."""
+    """State a value for each of a few nouns, without a key, and ask for one at a time."""
     statement = words.wording(KEYLESS)
     nouns = list(dict.fromkeys(words.noun() for _ in range(int(words.rng.integers(1, 2 + 2 * parts)))))
     statements: list[str] = []

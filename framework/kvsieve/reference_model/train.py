@@ -118,11 +118,8 @@ def train(
     model = LlamaForCausalLM(configuration())
     if start is not None:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
-    first = _restore(out, model, optimizer)
+    optimizers = _optimizers(model, peak)
+    first = _restore(out, model, optimizers)
     corpus = training_text()
     text = np.frombuffer(corpus.encode(), np.uint8)
     steps = tokens // TOKENS_PER_STEP
@@ -136,9 +133,10 @@ def train(
             rng = np.random.default_rng([seed, step])
             length, recipe = stage(course, step, steps, rng)
             ids, weights = batch(text, seed, step, TOKENS_PER_STEP // length, length, recipe)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak, course.fall)
-            losses = _update(model, optimizer, torch.from_numpy(ids), torch.from_numpy(weights).float())
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, steps, peak, course.fall)
+            losses = _update(model, optimizers, torch.from_numpy(ids), torch.from_numpy(weights).float())
             seconds = time.perf_counter() - started
             record = {"step": step, "length": length, **losses, "seconds": round(seconds, 3)}
             log.write(json.dumps(record) + "\n")
@@ -146,15 +144,30 @@ def train(
                 bar, advance=1, description=f"step {step} length {length} retrieved {losses['retrieved']:.3f}"
             )
             if time.monotonic() - saved >= SAVE_EVERY or step + 1 == steps:
-                _save(out, model, optimizer, step + 1)
+                _save(out, model, optimizers, step + 1)
                 saved = time.monotonic()
     log.close()
     print(f"trained on {tokens:,} tokens of corpus {digest(corpus)} (seed {seed})")
     return model
 
 
+def _optimizers(model: LlamaForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, at the scale of AdamW's updates, and AdamW for all the rest."""
+    matrices: list[torch.Tensor] = []
+    rest: list[torch.Tensor] = []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
 def _update(
-    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: torch.Tensor, weights: torch.Tensor
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    ids: torch.Tensor,
+    weights: torch.Tensor,
 ) -> dict[str, float]:
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,8 +179,9 @@ def _update(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not math.isfinite(norm.item()):
         raise FloatingPointError("the gradient is not finite; lower --learning-rate")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def mean(mask: torch.Tensor) -> float:
         return round((nll[mask].sum() / mask.sum().clamp(min=1)).item(), 4)
@@ -179,20 +193,21 @@ def _update(
     }
 
 
-def _save(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _save(out: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int) -> None:
     """Replace the checkpoint in one move: an interruption leaves either the old or the new one complete."""
     state = {
         f"model/{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
     }
-    for i, moments in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer/{i}/{name}": tensor for name, tensor in moments.items()}
+    for number, optimizer in enumerate(optimizers):
+        for i, moments in optimizer.state_dict()["state"].items():
+            state |= {f"optimizer/{number}/{i}/{name}": tensor for name, tensor in moments.items()}
     save_file(
         {k: v.contiguous().clone() for k, v in state.items()}, out / "checkpoint.tmp", {"step": str(step)}
     )
     os.replace(out / "checkpoint.tmp", out / "checkpoint.safetensors")
 
 
-def _restore(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
+def _restore(out: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "checkpoint.safetensors"
     if not path.exists():
@@ -200,12 +215,13 @@ def _restore(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
     state = load_file(path)
     weights = {name.removeprefix("model/"): t for name, t in state.items() if name.startswith("model/")}
     model.load_state_dict(weights, strict=False)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
+    moments: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
     for name, tensor in state.items():
         if name.startswith("optimizer/"):
-            _, i, kind = name.split("/")
-            moments.setdefault(int(i), {})[kind] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+            _, number, i, kind = name.split("/")
+            moments[int(number)].setdefault(int(i), {})[kind] = tensor
+    for optimizer, found in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": found})
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])
 
