@@ -9,8 +9,9 @@ from .tensors import DEVICE
 
 @pytest.fixture(autouse=True, scope="session")
 def builtins_are_found_once():
-    """At every launch, and at every call within one, the interpreter replaces the builtins of Triton's language;
-    to find them among all names took a third of the time.
+    """Triton's interpreter replaces the builtins of its language at every launch, and every call within one.
+
+    To find them among all names took a third of the time.
     """
     if DEVICE != "cpu":
         yield
