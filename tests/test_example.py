@@ -2,6 +2,7 @@
 
 import csv
 import os
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -25,6 +26,14 @@ policies:
   - dense
   - key_norm: {compression: 1/4}
 """
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """The packages' modules are imported anew where they are installed."""
+    yield
+    for name in NAMES:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +67,6 @@ def kvsieve(site, monkeypatch):
             return result.stdout
 
         yield run
-    for name in NAMES:
-        sys.modules.pop(name, None)
     plugins.reload()
 
 
@@ -80,6 +87,16 @@ def test_it_stands_in_the_table_beside_dense(kvsieve, tmp_path):
     assert float(rows["key_norm"]["kv_bytes"]) < float(rows["dense"]["kv_bytes"]) / 3
 
 
+def test_they_obey_the_laws(site, monkeypatch):
+    """By the functions that are their own tests."""
+    monkeypatch.syspath_prepend(str(site))
+    for name, test, laws in (("my_policy", "test_key_norm", LAWS), ("my_task", "test_lines", TASK_LAWS)):
+        own = runpy.run_path(str(EXAMPLES / name / f"test_{name}.py"))[test]
+        for law in laws:
+            own(law)
+
+
+@pytest.mark.slow
 def test_their_own_tests_pass(site):
     tests = [EXAMPLES / name / f"test_{name}.py" for name in NAMES]
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, *map(str, tests)]

@@ -117,13 +117,19 @@ def test_without_a_kvcache_nothing_changes(case):
     assert_same(greedy(case.model, *padded(case.rows, "left"), new=FEW), (tokens[:, :FEW], logits[:, :FEW]))
 
 
+# Under sparq, one row alone is the first of the rows of a batch, which nothing pads.
+ONE_ROW = [EXACT["dense"], pytest.param(EXACT["sparq"], marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("policy", ONE_ROW, ids=EXACT)
+def test_one_row_is_exactly_stocks(case, policy):
+    assert_same(loop(case.model, case.rows[:1], policy), case.alone(0))
+    cache = kvsieve.KVCache(case.model, policy)
+    assert_same(greedy(case.model, torch.tensor(case.rows[:1]), cache=cache), case.alone(0))
+
+
 @pytest.mark.parametrize("policy", EXACT.values(), ids=EXACT)
 class TestExactly:
-    def test_one_row(self, case, policy):
-        assert_same(loop(case.model, case.rows[:1], policy), case.alone(0))
-        cache = kvsieve.KVCache(case.model, policy)
-        assert_same(greedy(case.model, torch.tensor(case.rows[:1]), cache=cache), case.alone(0))
-
     def test_padded_on_the_left(self, case, policy):
         assert_same(loop(case.model, case.rows, policy), case.together())
         cache = kvsieve.KVCache(case.model, policy)
