@@ -45,6 +45,33 @@ def test_attend_over_all_slots(ops):
     torch.testing.assert_close(ops.attend(query, keys, values, lengths, scale=0.3)[0], wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("k", "newest", "mask"), [(1, 0, False), (13, 5, False), (64, 400, False), (7, 0, True)]
+)
+def test_compiled_top_slots_are_the_best(dtype, k, newest, mask):
+    lengths = torch.tensor([[3000, 0], [40, 1]])
+    ranking = torch.randperm(4 * 3100).view(2, 2, 3100).float().sub_(6000)[..., :3000]
+    ranking[0, 0, 5:900] = -torch.inf
+    ranking[0, 0, 17], ranking[0, 0, 18] = torch.nan, torch.inf  # as high as can be
+    ranking.masked_fill_(torch.arange(3000) >= lengths[..., None], torch.nan)
+    forced = (torch.arange(3000) % 500 == 3).expand(2, 2, -1) if mask else None
+    slots, counts = compiled.top_slots(ranking.to(dtype), lengths, k, newest=newest, forced=forced)
+    assert torch.equal(counts, lengths.clamp(max=k))
+    assert int(slots.min()) >= 0
+    assert int(slots.max()) < 3000
+    for b, head in ((0, 0), (1, 0)):
+        ranks = ranking[b, head].to(dtype).float().nan_to_num(torch.inf).clamp(min=-1e30)
+        if forced is None:
+            ranks[max(0, int(lengths[b, head]) - newest) :] = torch.inf
+        else:
+            ranks.masked_fill_(forced[b, head], torch.inf)
+        live = ranks[: lengths[b, head]]
+        got = slots[b, head, : counts[b, head]]
+        assert len(got.unique()) == len(got)
+        assert torch.equal(live[got].sort().values, live.topk(len(got)).values.sort().values)
+
+
 @pytest.mark.parametrize("layout", KINDS)
 @pytest.mark.parametrize("capacity", [70, 9000])
 @pytest.mark.parametrize("group_score", ["softmax", "logits", "max"])

@@ -9,8 +9,10 @@ from kvsieve.ops import triton as triton_ops
 from .tensors import DEVICE, NAN, TOLERANCE, normal, unwritten_is_nan
 
 FAST = [pytest.param(triton_ops, id="triton")]
-if DEVICE == "cpu":
-    FAST.append(pytest.param(cpu, id="cpu"))
+if DEVICE == "cpu":  # a machine with a GPU need not have numba
+    from kvsieve.ops import numba as compiled
+
+    FAST += [pytest.param(cpu, id="cpu"), pytest.param(compiled, id="numba")]
 every_implementation = pytest.mark.parametrize("ops", [pytest.param(reference, id="reference"), *FAST])
 T = 150
 

@@ -9,8 +9,10 @@ from kvsieve.ops import triton as triton_ops
 from .tensors import DEVICE, NAN, normal, unwritten_is_nan
 
 IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(triton_ops, id="triton")]
-if DEVICE == "cpu":
-    IMPLEMENTATIONS.append(pytest.param(cpu, id="cpu"))
+if DEVICE == "cpu":  # a machine with a GPU need not have numba
+    from kvsieve.ops import numba as compiled
+
+    IMPLEMENTATIONS += [pytest.param(cpu, id="cpu"), pytest.param(compiled, id="numba")]
 every_implementation = pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 
 B, K, D = 2, 2, 12

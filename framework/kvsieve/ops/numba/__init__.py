@@ -17,14 +17,11 @@ from .. import cpu, reference
 from ..cpu import (
     append,
     channel_scores,
-    code_scores,
     compact,
-    page_scores,
     prefill,
     slot_weights,
     slots_of_pages,
     top_p,
-    top_slots,
     widen_bounds,
     window_weights,
 )
@@ -186,6 +183,24 @@ def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
     return channels
 
 
+def top_slots(
+    ranking: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    *,
+    newest: int = 0,
+    forced: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.top_slots`."""
+    _held.set_threads()
+    (rows, heads, size), k = ranking.shape, min(k, ranking.shape[2])
+    pairs, slots = rows * heads, torch.empty(rows, heads, k, dtype=torch.int64)
+    first = max(newest, 0), _NO_MASK if forced is None else _pairs(forced, size)
+    given = _pairs(ranking.float(), size), _pairs(lengths), *first
+    loops.ranked_slots(pairs, *given, _held.take("ranking", pairs, size), _pairs(slots, k))
+    return slots, lengths.clamp(max=k)
+
+
 def top_by_channels(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -221,6 +236,49 @@ def top_by_channels(
     sink_logits = _sinks(sinks, rows, heads, group)
     loops.best_slots(pairs, *made, live, *first, sink_logits, ranked_by, ranking, *found)
     return slots, lengths.clamp(max=k), missed
+
+
+def code_scores(
+    query: torch.Tensor,
+    codes: torch.Tensor,
+    ranges: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slots: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`reference.code_scores`."""
+    _held.set_threads()
+    rows, heads, group, r = query.shape
+    size = codes.shape[2] if slots is None else slots.shape[2]
+    scores, ends = torch.zeros(rows, heads, group, size), _pairs(lengths)
+    which = (_NO_SLOTS, ends) if slots is None or counts is None else (_pairs(slots, size), _pairs(counts))
+    asked, pairs = _pairs(query.float() * scale, group, r), rows * heads
+    stored = *_memory(codes), *_memory(ranges)
+    jobs = pairs * -(-size // loops.PIECE)
+    loops.code_scores(jobs, asked, *stored, ends, *which, _pairs(scores, group, size))
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if slots is None or counts is None:
+        live = reference.below(lengths, size)
+    else:
+        _, live = reference.readable(slots, counts, lengths)
+    return scores.masked_fill_(~live[:, :, None], -math.inf)
+
+
+def page_scores(
+    query: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """`reference.page_scores`."""
+    _held.set_threads()
+    rows, heads, group, head_size = query.shape
+    pairs, pages = rows * heads, low.shape[2]
+    scores = torch.full((rows, heads, group, pages), -math.inf)
+    asked, bounds = _bits(query).reshape(pairs, group, head_size), (*_memory(low), *_memory(high))
+    loops.page_scores(pairs, asked, *bounds, _pairs(lengths), _pairs(scores, group, pages))
+    return scores
 
 
 def append_token(

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from .numbers import LANES, LOWEST, add_products, exp2, finite, larger, prefetch, widen
+from .numbers import LANES, LOWEST, add_products, bounded, exp2, finite, larger, prefetch, take_apart, widen
 
 PIECE = 1024  # slots
 SOFTMAX, LOGITS, MAX = range(3)  # what ranks a slot: see `reference.top_by_channels`
 # The processor foresees runs of memory, but not the channels of a block or chosen rows: they are asked for
 # so many slots ahead.
 _AHEAD, _ROWS_AHEAD = 2 * LANES, 4
+_TILE = 128  # slots whose codes are taken apart together
 _BLOCK = 64  # slots of a ranking of which only the best is looked at first
 _FORCED = np.float32(3e38)
 _LOG2_E = np.float32(1.4426950408889634)
@@ -234,18 +235,43 @@ def _choose_slots(
     ranks = ranking[p, :length]
     if group_score == SOFTMAX:
         _rank_by_weights(weights[p], scales, ranks)
-    if forced.shape[1]:
-        for i in range(length):
-            if forced[p, i]:
-                ranks[i] = _FORCED
-    else:
-        ranks[max(length - newest, 0) :] = _FORCED
+    _force(ranks, length, newest, forced, p)
     _largest(ranks, slots[p])
     for g in range(group):
         held = np.float32(0)
         for slot in slots[p]:
             held += weights[p, g, slot] * scales[g, slot // PIECE]
         missed[p, g] = max(missed[p, g] - held, np.float32(0))
+
+
+@_inlined
+def _choose_ranked(
+    p: Any, ranking: Any, lengths: Any, newest: Any, forced: Any, ranks: Any, slots: Any
+) -> None:
+    """Choose the k best of a pair's live `slots [P, k]` by a `ranking [P, T]`, which `ranks [P, T]` bounds.
+
+    The last `newest` slots are in, or those that `forced [P, T]` marks, where T is not 0.
+    """
+    length, k = min(lengths[p], ranking.shape[1]), slots.shape[1]
+    if length <= k:
+        slots[p] = np.arange(k)
+        return
+    own = ranks[p, :length]
+    for i in range(length):
+        own[i] = bounded(ranking[p, i])
+    _force(own, length, newest, forced, p)
+    _largest(own, slots[p])
+
+
+@_inlined
+def _force(ranks: Any, length: Any, newest: Any, forced: Any, p: Any) -> None:
+    """Rank the last `newest` of `length` slots highest, or those that `forced [P, T]` marks, T not 0."""
+    if forced.shape[1]:
+        for i in range(length):
+            if forced[p, i]:
+                ranks[i] = _FORCED
+    else:
+        ranks[max(length - newest, 0) :] = _FORCED
 
 
 @_inlined
@@ -279,6 +305,106 @@ def _rank_by_weights(weights: Any, scales: Any, ranks: Any) -> None:
             row, scale = weights[g, first:last], scales[g, n]
             for i in range(part.shape[0]):
                 part[i] += row[i] * scale
+
+
+@_inlined
+def _score_codes(
+    job: Any,
+    query: Any,
+    codes: Any,
+    code_starts: Any,
+    code_place: Any,
+    ranges: Any,
+    range_starts: Any,
+    range_place: Any,
+    lengths: Any,
+    slots: Any,
+    counts: Any,
+    scores: Any,
+) -> None:
+    """Score a piece of the first `counts [P]` of `slots [P, S]` by their codes, two numbers to a byte.
+
+    All live slots where S is 0. `query [P, G, r]` float32, scaled; `scores [P, G, T or S]` of slots outside
+    [0, length) mean nothing, those beyond the piece's end stay as they are.
+    """
+    _, group, size = scores.shape
+    half, by_list = query.shape[2] // 2, slots.shape[1] > 0
+    p, piece = divmod(job, (size + PIECE - 1) // PIECE)
+    end = min(min(counts[p], size) if by_list else lengths[p], (piece + 1) * PIECE)
+    rows = (2 * half + 3) // 4 * 4  # four at a time: what is missing is zero
+    asked, numbers = np.zeros((group, rows), np.float32), np.zeros(rows * _TILE, np.float32)
+    sums = np.zeros(group, np.float32)
+    begins, lows, steps = np.empty(_TILE, np.int64), np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
+    for g in range(group):
+        for c in range(2 * half):
+            asked[g, c] = query[p, g, c]
+            sums[g] += asked[g, c]
+    for first in range(piece * PIECE, end, _TILE):
+        count = min(_TILE, end - first)
+        for i in range(_TILE):
+            slot = slots[p, first + min(i, count - 1)] if by_list else first + min(i, count - 1)
+            slot = slot if 0 <= slot < lengths[p] else 0
+            begins[i], at = code_starts[p] + slot * code_place[1], range_starts[p] + slot * range_place[1]
+            lows[i], steps[i] = widen(ranges[at]), widen(ranges[at + 1])
+        _take_apart(codes, begins, half, numbers)
+        # The step and the lowest number of a vector come in at the end.
+        for g in range(group):
+            products = scores[p, g, first : first + count]
+            products[:] = 0
+            for c in range(0, rows, 4):
+                r0, r1 = numbers[c * _TILE :], numbers[(c + 1) * _TILE :]
+                r2, r3 = numbers[(c + 2) * _TILE :], numbers[(c + 3) * _TILE :]
+                q0, q1, q2, q3 = asked[g, c], asked[g, c + 1], asked[g, c + 2], asked[g, c + 3]
+                for i in range(count):
+                    products[i] += q0 * r0[i] + q1 * r1[i] + q2 * r2[i] + q3 * r3[i]
+            for i in range(count):
+                products[i] = products[i] * steps[i] + sums[g] * lows[i]
+
+
+@_inlined
+def _take_apart(codes: Any, begins: Any, half: Any, numbers: Any) -> None:
+    """Write number c of the i-th of _TILE vectors, `half` bytes from `begins[i]` on, to `c * _TILE + i`."""
+    for c in range(0, half - 3, 4):
+        for i in range(0, _TILE, LANES):
+            take_apart(numbers, c * _TILE + i, _TILE, half * _TILE, codes, begins[i : i + LANES], c)
+    for c in range(half // 4 * 4, half):
+        for i in range(_TILE):
+            byte = codes[begins[i] + c]
+            numbers[c * _TILE + i], numbers[(half + c) * _TILE + i] = byte & 15, byte >> 4
+
+
+@_inlined
+def _score_pages(
+    p: Any,
+    query: Any,
+    low: Any,
+    low_starts: Any,
+    low_place: Any,
+    high: Any,
+    high_starts: Any,
+    high_place: Any,
+    lengths: Any,
+    scores: Any,
+) -> None:
+    """The largest product of `query [P, G, D]` with any key in a page's bounds, `scores [P, G, N]`.
+
+    Of a pair's first `lengths [P]` pages; the others' scores stay as they are.
+    """
+    group, size = query.shape[1:]
+    above, below = np.empty((group, size), np.float32), np.empty((group, size), np.float32)
+    for g in range(group):
+        for d in range(size):
+            above[g, d] = larger(widen(query[p, g, d]), np.float32(0))
+            below[g, d] = widen(query[p, g, d]) - above[g, d]
+    least, most = np.empty(size, np.float32), np.empty(size, np.float32)
+    for page in range(min(lengths[p], scores.shape[2])):
+        _copy_slot(low, low_starts[p], low_place, page, least)
+        _copy_slot(high, high_starts[p], high_place, page, most)
+        for g in range(group):
+            up, down, score = above[g], below[g], np.float32(0)
+            for d in range(size):
+                score += up[d] * most[d] + down[d] * least[d]
+            scores[p, g, page] = score
 
 
 @_compiled_alone
@@ -544,6 +670,12 @@ def best_slots(jobs: int, *given: Any) -> None:
 
 
 @_compiled
+def ranked_slots(jobs: int, *given: Any) -> None:
+    for job in prange(jobs):
+        _choose_ranked(np.int64(job), *given)
+
+
+@_compiled
 def attend_pieces(jobs: int, *given: Any) -> None:
     for job in prange(jobs):
         _attend_piece(np.int64(job), *given)
@@ -553,3 +685,15 @@ def attend_pieces(jobs: int, *given: Any) -> None:
 def join_pieces(jobs: int, *given: Any) -> None:
     for job in prange(jobs):
         _join_pieces(np.int64(job), *given)
+
+
+@_compiled
+def code_scores(jobs: int, *given: Any) -> None:
+    for job in prange(jobs):
+        _score_codes(np.int64(job), *given)
+
+
+@_compiled
+def page_scores(jobs: int, *given: Any) -> None:
+    for job in prange(jobs):
+        _score_pages(np.int64(job), *given)

@@ -89,6 +89,37 @@ def add_products(
 
 
 @intrinsic
+def take_apart(
+    context: Any, numbers: Any, at: Any, step: Any, high: Any, codes: Any, begins: Any, c: Any
+) -> Any:
+    """Take four bytes of LANES vectors apart, from `codes[begins[i] + c]` on, as float32.
+
+    The low half of byte j of vector i goes to `numbers[at + j * step + i]`, the high half `high` behind it.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        def data(argument: int) -> Any:
+            return context.make_array(signature.args[argument])(context, builder, arguments[argument]).data
+
+        words, floats = ir.VectorType(_WORD, LANES), ir.VectorType(_FLOAT, LANES)
+        taken, bytes_, places = ir.Constant(words, ir.Undefined), data(4), data(5)
+        for i in range(LANES):
+            begin = builder.add(builder.load(builder.gep(places, [_WORD(i)])), arguments[6])
+            four = builder.load(builder.bitcast(builder.gep(bytes_, [begin]), _WORD.as_pointer()), align=1)
+            taken = builder.insert_element(taken, four, _WORD(i))
+        first, step, high = arguments[1:4]
+        for j in range(4):
+            for nibble, place in ((0, first), (1, builder.add(first, high))):
+                shift = ir.Constant(words, [8 * j + 4 * nibble] * LANES)
+                number = builder.and_(builder.lshr(taken, shift), ir.Constant(words, [15] * LANES))
+                target = builder.bitcast(builder.gep(data(0), [place]), floats.as_pointer())
+                builder.store(builder.uitofp(number, floats), target, align=4)
+            first = builder.add(first, step)
+
+    return types.void(numbers, at, step, high, codes, begins, c), build
+
+
+@intrinsic
 def _float_of(context: Any, bits: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], _FLOAT)
@@ -130,6 +161,15 @@ def finite(number: Any) -> Any:
     """The number, or LOWEST if it is NaN or infinite: asked of its bits, as the loops assume finite ones."""
     exponent = _bits_of(number) & np.int32(0x7F800000)
     return LOWEST if exponent == np.int32(0x7F800000) else number
+
+
+@njit(inline="always")
+def bounded(number: Any) -> Any:
+    """The number; LOWEST for minus infinity, and the highest of all for infinity and NaN."""
+    bits: Any = _bits_of(number)
+    if bits & np.int32(0x7F800000) != np.int32(0x7F800000):
+        return number
+    return LOWEST if bits == np.int32(-0x800000) else -LOWEST
 
 
 @njit(inline="always")
