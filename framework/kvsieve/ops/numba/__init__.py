@@ -196,7 +196,7 @@ def top_slots(
     (rows, heads, size), k = ranking.shape, min(k, ranking.shape[2])
     pairs, slots = rows * heads, torch.empty(rows, heads, k, dtype=torch.int64)
     first = max(newest, 0), _NO_MASK if forced is None else _pairs(forced, size)
-    given = _pairs(ranking.float(), size), _pairs(lengths), *first
+    given = _pairs(ranking.float().contiguous(), size), _pairs(lengths), *first
     loops.ranked_slots(pairs, *given, _held.take("ranking", pairs, size), _pairs(slots, k))
     return slots, lengths.clamp(max=k)
 
@@ -254,8 +254,10 @@ def code_scores(
     rows, heads, group, r = query.shape
     size = codes.shape[2] if slots is None else slots.shape[2]
     scores, ends = torch.zeros(rows, heads, group, size), _pairs(lengths)
-    which = (_NO_SLOTS, ends) if slots is None or counts is None else (_pairs(slots, size), _pairs(counts))
-    asked, pairs = _pairs(query.float() * scale, group, r), rows * heads
+    which = (_NO_SLOTS, ends)
+    if slots is not None and counts is not None:
+        which = _pairs(slots.contiguous(), size), _pairs(counts)
+    asked, pairs = _pairs((query.float() * scale).contiguous(), group, r), rows * heads
     stored = *_memory(codes), *_memory(ranges)
     jobs = pairs * -(-size // loops.PIECE)
     loops.code_scores(jobs, asked, *stored, ends, *which, _pairs(scores, group, size))
