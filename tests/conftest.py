@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import os
 import sys
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -45,6 +46,24 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save_byte_llama(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def few_words():
+    """lm_eval pairs all adjectives with all nouns as RULER is imported, and sorts the millions: some will do.
+
+    It would download nltk's data, too.
+    """
+    if not importlib.util.find_spec("nltk"):
+        return
+    import wonderwords
+
+    every = wonderwords.RandomWord()._categories
+    few = SimpleNamespace(_categories={kind: list(words)[::20] for kind, words in every.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nltk.download", lambda *arguments: False)
+        patch.setattr(wonderwords, "RandomWord", lambda: few)
+        importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
 
 
 class Recorded:

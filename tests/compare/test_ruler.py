@@ -1,7 +1,6 @@
 """RULER through lm_eval: its prompts and its scores, as a task of a comparison and from the command line."""
 
 import copy
-import importlib
 import json
 import os
 import random
@@ -20,7 +19,6 @@ pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'kvsieve[lm-ev
 pytest.importorskip("nltk", reason="RULER needs nltk: pip install 'kvsieve[lm-eval]'")
 
 import nltk
-import wonderwords
 from tests.models import save_byte_llama
 
 import kvsieve
@@ -39,6 +37,7 @@ def words():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
+pytestmark = pytest.mark.usefixtures("few_words")
 TOKENIZERS = {"bytes": tokenizers()["bytes"], "words": words()}
 
 
@@ -49,16 +48,6 @@ def no_network():
         patch.setattr(nltk, "download", lambda *arguments: False)
         patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_words():
-    """lm_eval pairs all adjectives with all nouns as it is imported, and sorts the millions: some will do."""
-    every = wonderwords.RandomWord()._categories
-    few = SimpleNamespace(_categories={kind: list(words)[::20] for kind, words in every.items()})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wonderwords, "RandomWord", lambda: few)
-        importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
 
 
 @pytest.fixture(scope="module")
