@@ -25,8 +25,13 @@ if not torch.cuda.is_available():  # with one, the ops are Triton's
     os.environ.setdefault("KVSIEVE_OPS", "cpu")  # the others are chosen by the tests that compare them
 
 
+# The longest files first: workers take whole files in order, and end together.
+LONGEST = ["test_cpu_ops", "test_compile", "test_tensor_parallel", "test_families", "test_graph", "test_laws"]
+
+
 def pytest_collection_modifyitems(items):
-    """Skip tests that need a GPU where there is none, however they were selected."""
+    """Bring the longest files to the front; skip tests that need a GPU where there is none."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -190,6 +190,11 @@ CASES = {
         {"layers": [], "inner": {"sparq": {"r": 4, "k": 8, "local": 2}}},
         {"layers": [0], "inner": "h2o"},
     ),
+    "inside_windows": Case(
+        "inside_windows",
+        {"inner": {"h2o": {"budget": 12, "recent": 4}}},
+        {"inner": {"sparq": {"r": 4, "k": 64, "local": 2}}},
+    ),
 }
 TIGHT = {name: make_policy(case.policy, **case.tight) for name, case in CASES.items()}
 LOOSE = {name: make_policy(case.policy, **case.loose) for name, case in CASES.items()}

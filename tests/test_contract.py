@@ -77,6 +77,8 @@ def step(made, **given):
             {"keeps_per_head": lambda self, layer, heads: [8] * len(heads), "cut": lambda self, kv: None},
             "has `keeps_per_head`, which needs `cut`, .* and `priority`",
         ),
+        ({"drops_by": ("budge",)}, "drops_by must be a tuple of names of its fields .* not .'budge',."),
+        ({"drops_by": "budget"}, "drops_by must be a tuple of names of its fields .* not 'budget'"),
         ({"last_queries": 8}, "declares `last_queries`, but has neither `cut` nor `on_prefill`"),
         ({"last_queries": -1, "cut": lambda self, kv: None}, "last_queries must be .* 0 or more, not -1"),
         ({"last_queries": True, "cut": lambda self, kv: None}, "last_queries must be .* not True"),

@@ -12,11 +12,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvsieve
-from kvsieve import KVCache, Policy, graph
+from kvsieve import KVCache, Policy, graph, make_policy
 from kvsieve.attention import decode_step
 from kvsieve.loop import Decoding, Runner
 from kvsieve.sampling import Sampler
 from kvsieve.testing import FindsWaits, Inputs, LayerCache, rollout
+from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
 from tests.policies import FIRST_LAYER_DENSE, TIGHT
 
@@ -31,8 +32,8 @@ POLICIES["dense_layers"] = FIRST_LAYER_DENSE
 STEPS = 20
 
 
-def generation(policy, temperature=None, ends=()):
-    model, prompts = tiny_llama(), random_prompts(24, 17)
+def generation(policy, temperature=None, ends=(), model=None):
+    model, prompts = model or tiny_llama(), random_prompts(24, 17)
     sampler = Sampler(temperature, None, None, 0, None, prompts, model.device, ends)
     made = Decoding(Runner(model, prompts, policy, STEPS), sampler, eager=True)
     made.begin()
@@ -101,6 +102,32 @@ def test_steps_of_constant_shape_give_the_same_tokens(policy):
     assert made.runner.cache.get_seq_length() == 24 + STEPS - 1
 
 
+INSIDE = {name: make_policy("inside_windows", inner=TIGHT[name]) for name in ("dense", "sparq")}
+# The windows are of 9 tokens: fewer are kept of them.
+INSIDE["h2o"] = make_policy("inside_windows", inner={"h2o": {"budget": 5, "recent": 2}})
+
+
+@pytest.mark.parametrize("policy", INSIDE.values(), ids=INSIDE)
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "mistral (windows)", "llama4", "gemma3n"])
+def test_steps_of_layers_with_a_window_have_constant_shapes(family, policy):
+    model = kvsieve.prepare(next(each for each in FAMILIES if each.name == family).build())
+    made = generation(policy, model=model, ends=[60])
+    assert graph.why_not(made.runner.cache, SimpleNamespace(device=torch.device("cuda"))) is None
+    got, places = [made.state.tokens.clone()], []
+    for _ in range(STEPS - 1):
+        with FindsWaits() as trace, torch.no_grad():
+            made.step()
+        made.runner.cache.count_fed()
+        assert trace.found == []
+        got.append(made.state.tokens.clone())
+        places.append(made.runner.cache.places())
+    assert all(each == places[0] for each in places)
+    wanted = list(
+        kvsieve.decode(model, random_prompts(24, 17), policy, max_new_tokens=STEPS, eos_token_id=[60])
+    )
+    assert torch.equal(torch.stack(got)[: len(wanted)], torch.stack(wanted))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_one_compiled_graph_serves_all_steps(policy):
@@ -152,6 +179,21 @@ def test_what_cannot_be_captured_says_why():
 def decoded(prompts, policy, **given):
     tokens = kvsieve.decode(tiny_llama(), random_prompts(*prompts), policy, max_new_tokens=STEPS, **given)
     return torch.stack(list(tokens))
+
+
+@pytest.mark.parametrize("policy", INSIDE.values(), ids=INSIDE)
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4", "gemma3n"])
+def test_a_cache_with_windows_that_is_reset_replays_its_step(recorded, family, policy):
+    model = kvsieve.prepare(next(each for each in FAMILIES if each.name == family).build())
+    cache = KVCache(model, policy, capacity=50)
+    given = {"max_new_tokens": STEPS, "eos_token_id": ()}
+    for prompts in [(24, 17), (30, 9), (7, 8)]:  # the last are within the window
+        cache.reset()
+        tokens = kvsieve.decode(model, random_prompts(*prompts), policy, cache=cache, **given)
+        got = torch.stack(list(tokens))
+        alone = kvsieve.decode(model, random_prompts(*prompts), policy, eager=True, **given)
+        assert torch.equal(got, torch.stack(list(alone)))
+    assert recorded.captured == 1
 
 
 # A policy and the way to choose a token have nothing to do with each other.

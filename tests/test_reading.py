@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import kvsieve
 from kvsieve import KVCache, Observe, Pass, Policy, Positions, UserError, make_policy
 from kvsieve.loop import Runner
+from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
 
 PROMPTS = random_prompts(30, 17, 9)
@@ -418,12 +419,14 @@ def test_segments_that_do_not_fit_are_refused(segments, complaint):
 
 
 def test_what_cannot_be_read_so_is_refused():
-    model, other = tiny_llama(), windowed()
+    model = tiny_llama()
+    linear = next(family for family in FAMILIES if family.name == "qwen3_next")
+    other = kvsieve.prepare(linear.build())
     with pytest.raises(UserError, match="needs segments"):
         kvsieve.decode(model, PROMPTS, ReadsThenAsks(), max_new_tokens=2)
     with pytest.raises(UserError, match="cut at other passes"):
         kvsieve.decode(model, PROMPTS[:2], CutsEarly(), max_new_tokens=2)
-    with pytest.raises(UserError, match="takes them back, and Gemma2ForCausalLM has layers"):
+    with pytest.raises(UserError, match="takes them back, and Qwen3NextForCausalLM has layers"):
         kvsieve.decode(other, PROMPTS, Planned(probe=2), max_new_tokens=2)
     with pytest.raises(UserError, match="rows of equal segments, or one at a time"):
         kvsieve.decode(other, PROMPTS, Planned(), max_new_tokens=2)
@@ -455,10 +458,12 @@ class CutsEarly(Policy):
         return [passes[0], passes[1]._replace(cut=True), *passes[2:]]
 
 
-def test_windows_read_equal_rows_by_a_plan():
-    model, prompts = windowed(), random_prompts(20, 20)
-    assert torch.equal(run(prompts, Planned(), model), run(prompts, None, model))
-    assert torch.equal(run(PROMPTS[:1], Planned(7), model), run(PROMPTS[:1], None, model))
+@pytest.mark.parametrize("plan", [Planned(), Planned(7), Planned(5, probe=3), Planned(9, probe=9)])
+def test_layers_with_a_window_read_by_a_plan(plan):
+    model = windowed()
+    assert torch.equal(run(PROMPTS, plan, model), run(PROMPTS, None, model))
+    chunked = run(PROMPTS, plan, model, prefill_chunk=3)
+    assert torch.equal(chunked, run(PROMPTS, None, model))
 
 
 @dataclass(frozen=True)

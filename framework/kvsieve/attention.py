@@ -81,6 +81,7 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
         starts,
         counts,
         fresh=slots.used == query.shape[3],
+        since=layer.since(query.shape[3]),
         visible=layer.visible,
         want_mass=policy.observes in (Observe.MASS, Observe.HEADS),
         by_head=policy.observes is Observe.HEADS,

@@ -9,6 +9,7 @@ or inside `strict()`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import os
@@ -86,6 +87,12 @@ def check_class(cls: Any) -> None:
         raise UserError(
             f"{name} declares `last_queries`, but has neither `cut` nor `on_prefill`, the two that can use "
             "them"
+        )
+    fields = [field.name for field in dataclasses.fields(cls)]
+    if not isinstance(cls.drops_by, tuple) or not {*cls.drops_by} <= {*fields}:
+        raise UserError(
+            f"{name}.drops_by must be a tuple of names of its fields ({', '.join(fields) or 'it has none'}), "
+            f"not {cls.drops_by!r}"
         )
     observes = vars(cls).get("observes", cls.observes)
     if not isinstance(observes, property | Observe):

@@ -141,6 +141,11 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def _check_model(model: PreTrainedModel, cache: KVCache) -> None:
+    if not cache.policy_layers:
+        raise UserError(
+            f"every attention layer of {type(model).__name__} has a sliding window, on which policy "
+            f"{cache.policy.name} does not act: wrap it in inside_windows"
+        )
     if any(layer.lends for layer in cache.policy_layers):
         raise UserError(
             f"{type(model).__name__} has layers that borrow the keys of others: diagnose cannot tell apart "
@@ -190,13 +195,18 @@ class Record:
         size, seen = int(slots.seen.max()), slots.seen[:, None].expand_as(slots.lengths)
         query = _turned(layer, query, (slots.seen - slots.lengths[:, 0])[:, None, None])
         keys, values = self.keys[:, :, :size].float(), self.values[:, :, :size].float()
+        first = torch.zeros_like(slots.seen) if layer.window is None else layer.window.first(slots.seen - 1)
+        if layer.window is not None:  # dense attention sees no more
+            shown = (first[:, None] + torch.arange(size, device=slots.device)).clamp(max=size - 1)
+            keys, values = (of.take_along_dim(shown[:, None, :, None], 2) for of in (keys, values))
+            seen = seen - first[:, None]
         dense, weights = reference.attend(
             query.float(), keys, values, seen, want_mass=True, by_head=True, **layer.scoring._asdict()
         )
         assert weights is not None
         # A model's attention sinks take weight, and are no tokens.
         weights = weights / weights.sum(3, keepdim=True)
-        read = _tokens_read(layer, selection, size)[:, :, None]  # [B, K, 1, N]
+        read = _tokens_read(layer, selection, size, first)[:, :, None]  # [B, K, 1, N]
         count = read.sum(3)
         last = weights.sort(3, descending=True).values.take_along_dim((count - 1).clamp(min=0)[..., None], 3)
         numbers = [
@@ -219,10 +229,12 @@ def _turned(layer: LayerCache, vectors: torch.Tensor, by: torch.Tensor) -> torch
     return vectors if rotary is None else rotary.turned(vectors, by)
 
 
-def _tokens_read(layer: LayerCache, selection: Selection | None, size: int) -> torch.Tensor:
-    """`[B, K, size]` bool: the tokens, by their place in the text, that a step reads whole."""
+def _tokens_read(
+    layer: LayerCache, selection: Selection | None, size: int, first: torch.Tensor
+) -> torch.Tensor:
+    """`[B, K, size]` bool: the tokens that a step reads whole, by their place behind token `first [B]`."""
     slots = layer.slots
-    tokens, read = slots.positions, slots.live()
+    tokens, read = slots.positions - first[:, None, None], slots.live()
     if selection is not None:
         chosen, read = reference.readable(selection.slots, selection.counts, slots.lengths, selection.far)
         tokens = tokens.gather(2, chosen)

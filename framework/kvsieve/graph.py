@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from . import transfer
 from .cache.kv_cache import KVCache
-from .cache.layer import LayerCache
 from .errors import UserError
 from .hf.parallel import is_split
 
@@ -58,15 +57,11 @@ def why_not(cache: KVCache, model: PreTrainedModel) -> str | None:
         return "the model is split over processes, and what they send each other is not captured"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model's layers are on several devices"
-    return next(filter(None, map(_why_not_this_layer, cache.layers)), None)
-
-
-def _why_not_this_layer(layer: object) -> str | None:
-    if not isinstance(layer, LayerCache):
-        return f"the model has layers of its own kind ({type(layer).__name__}), whose shapes change"
-    if not layer.policy.capturable:
-        return f"policy {layer.policy.name} declares that it cannot be captured"
-    return None
+    if cache.other_layers:
+        kind = type(cache.other_layers[0]).__name__
+        return f"the model has layers of its own kind ({kind}), which are not captured"
+    refusing = [layer.policy.name for layer in cache.kv_layers if not layer.policy.capturable]
+    return f"policy {refusing[0]} declares that it cannot be captured" if refusing else None
 
 
 # -------------------------------------------------------------------- the step of a decode

@@ -15,12 +15,11 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from . import graph
 from .cache.kv_cache import KVCache
-from .cache.layer import LayerCache
 from .errors import UserError
 from .plans import Segments
 from .policy import Policy
 from .prompts import Prompts, end_tokens, pad_token, token_lists
-from .reading import Reader, Reading, check_positions
+from .reading import Begun, Reader, Reading, check_positions
 from .sampling import Given, Sampler
 
 
@@ -180,9 +179,9 @@ class Runner:
         prefill_chunk: int | None = None,
         cache: KVCache | None = None,
         segments: Segments | None = None,
-        reader: Reader | None = None,
+        reader: Reader | Begun | None = None,
     ) -> None:
-        """`reader` reads the prompts: a `Recording` of them, or None: the model."""
+        """`reader` reads the prompts: a `Recording` of them, or their reading begun; or None: the model."""
         before = None if cache is None else cache.tokens_read()
         if before is not None:
             _check_continuation(rows, before, segments)
@@ -204,8 +203,8 @@ class Runner:
         self.sizes = torch.tensor(self.reading.ends, device=model.device)
         # A layer that transformers manages needs the padding at every step; ours know it from the prompt on.
         self.mask = torch.arange(columns, device=model.device) >= columns - self.sizes[:, None]
-        all_ours = all(isinstance(layer, LayerCache) for layer in self.cache.layers)
-        self.tells_padding = not all_ours and any(end < columns for end in self.reading.ends)
+        ragged = any(end < columns for end in self.reading.ends)
+        self.tells_padding = bool(self.cache.other_layers) and ragged
 
     def prefill(self) -> torch.Tensor:
         """Feed the prompts; return the logits `[B, V]` of the first new token."""

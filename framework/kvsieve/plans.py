@@ -84,6 +84,22 @@ def schedule(
     return stages
 
 
+def read_alike(plans: Sequence[Sequence[Stage]]) -> int:
+    """The number of first stages that plans for the same rows have in common, before any drops a token.
+
+    Prompts that are complete may be cut: nothing after that is in common.
+    """
+    count = 0
+    for stages in zip(*plans, strict=False):
+        first = stages[0]
+        if any(each._replace(rooms=first.rooms) != first or _drops(each) for each in stages):
+            return count
+        count += 1
+        if first.completes:
+            return count
+    return count
+
+
 def slots_needed(stages: list[Stage]) -> tuple[int, int]:
     """The slots that a row needs while it is read, and those that are in use then, at most.
 
@@ -96,6 +112,11 @@ def slots_needed(stages: list[Stage]) -> tuple[int, int]:
         if stage.kind is not Forward.PROBE:
             held = [n + len(tokens) for n, tokens in zip(held, stage.tokens, strict=True)]
     return peak, max(held)
+
+
+def _drops(stage: Stage) -> bool:
+    """Whether tokens are dropped before it, where none were before."""
+    return any(room is not None and room < held for room, held in zip(stage.rooms, stage.begins, strict=True))
 
 
 def _completed(stage: Stage) -> Stage:

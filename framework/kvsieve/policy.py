@@ -159,6 +159,10 @@ class Policy:
 
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = ""
+    # Fields that only say who is dropped: nothing but `cut`, `cut_together`, `priority` and the rooms of a
+    # `plan` goes by them. In a comparison, policies that differ in nothing else read a prompt together until
+    # one of them drops.
+    drops_by: ClassVar[tuple[str, ...]] = ()
 
     # ---------------------------------------------------------------- declarations
     # Properties, so that they may depend on the parameters; a plain class attribute of the same name will do.
@@ -211,6 +215,20 @@ class Policy:
     def positions(self) -> Positions:
         """The positions at which keys and queries are needed."""
         return Positions.TEXT
+
+    @property
+    def any_order(self) -> bool:
+        """Whether slots may stand in any order, as they do once tokens are overwritten.
+
+        So in a policy that overwrites, or has no `select`. One that selects and keeps every token finds them
+        in the order of the text, but inside a sliding window, where it acts only if it declares this.
+        """
+        return type(self).select is Policy.select or (self.keeps is not None and self.overwrites)
+
+    @property
+    def in_windows(self) -> bool:
+        """Whether it acts in layers with a sliding window too, within the window; else those are dense."""
+        return False
 
     @property
     def drops(self) -> bool:

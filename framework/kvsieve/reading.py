@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from .cache.forward import Forward
 from .cache.kv_cache import KVCache
-from .cache.layer import LayerCache
 from .errors import UserError
 from .plans import Segments, Stage, checked_plan, checked_segments, schedule, slots_needed
 from .policy import Policy, Positions
@@ -30,7 +29,7 @@ def read(
     segments: Segments | None = None,
     leave: int = 1,
     prefill_chunk: int | None = None,
-    reader: Reader | None = None,
+    reader: Reader | Begun | None = None,
 ) -> None:
     """Read `prompts` into an empty cache by the plan of its policy, and say no word.
 
@@ -43,7 +42,7 @@ def read(
         prompts, segments, prefill_chunk: as in `decode`.
         cache: empty, for this model.
         leave: number of tokens at the end of each prompt that are not read.
-        reader: reads in place of the model: a recording of the prompts, made by it.
+        reader: reads in place of the model: a recording of the prompts, or their reading begun, made by it.
 
     Raises:
         UserError: before anything is computed, as `decode`; or where a prompt has no more than `leave`
@@ -88,11 +87,24 @@ class Reader(Protocol):
     def __call__(self, **inputs: Any) -> Any: ...
 
 
+class Begun(NamedTuple):
+    """The first stages of a reading. Nothing was dropped yet, and no prompt was said to be complete.
+
+    Whoever would have read these stages alike can go on from here.
+    """
+
+    model: Reader
+    cache: KVCache
+    stages: int
+    logits: torch.Tensor  # [B, V], of each row's last token so far
+    mask: torch.Tensor  # [B, columns] bool: of the columns fed that stay, those that are no padding
+
+
 class Reading:
     """Prompts and the way they are read, decided before anything is computed.
 
     Args:
-        model: or a `Recording` of these rows, made by one.
+        model: or a `Recording` of these rows, made by one; or their reading begun.
         rows: token ids, one list a row.
         policy: it is asked for a plan for each row.
         segments: of each row; None: a row is one segment.
@@ -106,7 +118,7 @@ class Reading:
 
     def __init__(
         self,
-        model: Reader,
+        model: Reader | Begun,
         rows: list[list[int]],
         policy: Policy,
         segments: Segments | None = None,
@@ -116,7 +128,9 @@ class Reading:
     ) -> None:
         if chunk is not None and chunk < 1:
             raise UserError(f"prefill_chunk must be at least 1 token, not {chunk}")
-        self.model, self.chunk, self.policy = model, chunk, policy
+        self.begun = model if isinstance(model, Begun) else None
+        self.model = model = model.model if isinstance(model, Begun) else model
+        self.chunk, self.policy = chunk, policy
         self.segments = checked_segments(segments, rows)
         plans = [policy.plan(each) if before is None else None for each in self.segments]
         self.planned = any(plan is not None for plan in plans)
@@ -152,12 +166,11 @@ class Reading:
                 f"policy {self.policy.name} reads these prompts up to position {max(ends)}, its probes "
                 f"included, and {type(self.model).__name__} has {limit} positions (max_position_embeddings)"
             )
-        others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, LayerCache)}
+        others = {type(layer).__name__ for layer in cache.other_layers}
         who = f"{type(self.model).__name__} has layers that are not the policy's ({', '.join(others)})"
         if others and any(stage.kind is Forward.PROBE for stage in self.stages):
             raise UserError(
-                f"policy {self.policy.name} reads probes and takes them back, and {who}, which cannot: they "
-                "keep what their windows keep"
+                f"policy {self.policy.name} reads probes and takes them back, and {who}, which cannot"
             )
         uneven = any(len(set(map(len, stage.tokens))) > 1 for stage in self.stages)
         if others and uneven and (len(self.stages) > 1 or any(self.before)):
@@ -174,26 +187,45 @@ class Reading:
             for layer in cache.policy_layers
             if not self.planned or layer.policy.plan(self.segments[0]) is not None
         ]
-        fed = cache.get_seq_length()
-        # The columns fed; earlier ones are the rows' tokens, padded on the left.
-        device = self.model.device
-        mask = torch.arange(fed, device=device) >= fed - self._row(self.before)[:, None]
-        logits = torch.empty(0, device=device)
-        for stage in self.stages:
+        fed, done = cache.get_seq_length(), 0
+        if self.begun is None:
+            mask, logits = self._nothing_fed(fed)
+        else:
+            cache.go_on_from(self.begun.cache)
+            done, logits, mask = self.begun.stages, self.begun.logits, self.begun.mask
+            if self.stages[done - 1].completes:
+                cache.complete_prompt()
+        for stage in self.stages[done:]:
             for layer in obeys:
-                layer.make_way(stage.rooms_of(device))
+                layer.make_way(stage.rooms_of(self.model.device))
             if any(stage.tokens):
-                found, mask = self._feed(cache, stage, mask)
-                if stage.kind is not Forward.PROBE:
-                    among = self._row([bool(tokens) for tokens in stage.tokens])
-                    logits = found if len(logits) == 0 else torch.where(among[:, None], found, logits)
+                logits, mask = self._feed(cache, stage, logits, mask)
             if stage.completes and stage.kind is not Forward.PROMPT:
                 cache.complete_prompt()
         cache.end_reading(fed + self.columns, self.leave, trim=len(self.stages) > 1)
         return logits
 
-    def _feed(self, cache: KVCache, stage: Stage, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one stage; return its last logits `[B, V]` and the mask of the columns that stay."""
+    @torch.no_grad()
+    def begin(self, cache: KVCache, stages: int) -> Begun:
+        """Read the first stages into an empty cache: no more than come before anything is dropped."""
+        mask, logits = self._nothing_fed(0)
+        for stage in self.stages[:stages]:
+            kind = Forward.CHUNK if stage.kind is Forward.PROMPT else stage.kind  # who goes on completes it
+            logits, mask = self._feed(cache, stage._replace(kind=kind), logits, mask)
+        return Begun(self.model, cache, stages, logits, mask)
+
+    def _nothing_fed(self, fed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mask of columns that were fed before, the rows' tokens padded on the left; and no logits."""
+        device = self.model.device
+        mask = torch.arange(fed, device=device) >= fed - self._row(self.before)[:, None]
+        return mask, torch.empty(0, device=device)
+
+    def _feed(
+        self, cache: KVCache, stage: Stage, before: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one stage; return the logits `[B, V]` of the rows' last tokens so far, those `before` it given,
+        and the mask of the columns that stay.
+        """
         sizes = [len(tokens) for tokens in stage.tokens]
         size = max(sizes)
         # Padded on the left: the last column is every row's last token. The cache drops the padding.
@@ -220,7 +252,10 @@ class Reading:
         finally:
             cache.expect(None)
         cache.end_pass(ragged and (len(self.stages) > 1 or any(self.before)))
-        return logits[:, -1], mask if stage.kind is Forward.PROBE else columns
+        if stage.kind is Forward.PROBE:
+            return before, mask
+        last_logits, among = logits[:, -1], self._row([n > 0 for n in sizes])
+        return last_logits if len(before) == 0 else torch.where(among[:, None], last_logits, before), columns
 
     def _row(self, values: Sequence[object]) -> torch.Tensor:
         return torch.tensor(values, device=self.model.device)

@@ -9,12 +9,16 @@ the prompts itself. Nothing is computed but what the policy does.
 
 What is shared is the arithmetic of one prefill, to the bit: so the results of a policy do not depend on who
 else reads the same prompts. Who shares with whom, and who cannot, is said here: `needs`.
+
+Policies that read by a plan share its first stages instead, where all that differs between them is who is
+dropped later: `begin`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -28,8 +32,9 @@ from .cache.kv import KVView, LastQueries
 from .cache.kv_cache import KVCache
 from .cache.layer import LayerCache
 from .cache.new_tokens import NewTokens
+from .plans import Segments, read_alike
 from .policy import Observe, Policy, Wants
-from .reading import Reading
+from .reading import Begun, Reading
 from .wrapper import Wrapper
 
 ALL = 2**62  # queries
@@ -44,23 +49,52 @@ class Needs(NamedTuple):
     queries: int  # the last of a prompt; or ALL
 
 
-def needs(cache: KVCache, reading: Reading) -> Needs | str:
+class Alike(NamedTuple):
+    """Policies that read by a plan, and differ in nothing but the fields that they drop by."""
+
+    kind: type[Policy]
+    fields: tuple[tuple[str, Any], ...]  # that they have in common
+
+
+def needs(cache: KVCache, reading: Reading) -> Needs | Alike | str:
     """Return what a cache needs of the prefill of these prompts, or why it must read them itself."""
     policies = [layer.policy for layer in cache.policy_layers]
     if reading.planned:
-        return "reads prompts by a plan of its own"
+        return _alike(cache, policies) or "reads prompts by a plan of its own"
     if any(_overrides(policy, "sees") for policy in policies):
         return "hides tokens of a prompt from others"
     if Wants.SURPRISE in cache.wants:
         return "wants the logits of all tokens"
-    if any(layer.lends for layer in cache.policy_layers):
+    if any(layer.lends for layer in cache.kv_layers):
         return "has layers whose keys others borrow"
+    if not policies or any(layer.window is not None for layer in cache.policy_layers):
+        return "reads layers with a sliding window, of which a recording holds no more than the window"
     hears = any(_overrides(policy, "on_queries") for policy in policies)
     summed = (Observe.MASS, Observe.HEADS)
     return Needs(
         tuple(policy.observes if policy.observes in summed else Observe.NONE for policy in policies),
         ALL if hears else max(policy.last_queries for policy in policies),
     )
+
+
+def _alike(cache: KVCache, policies: Sequence[Policy]) -> Alike | None:
+    policy = cache.policy
+    lends = any(layer.lends for layer in cache.policy_layers)
+    if lends or not policy.drops_by or any(each != policy for each in policies):
+        return None
+    names = [field.name for field in dataclasses.fields(policy) if field.name not in policy.drops_by]
+    return Alike(type(policy), tuple((name, getattr(policy, name)) for name in names))
+
+
+def begin(
+    model: PreTrainedModel, policies: Sequence[Policy], rows: list[list[int]], segments: Segments
+) -> Begun | None:
+    """Read prompts as far as policies that are `Alike` read them alike; None: they part at once."""
+    readings = [Reading(model, rows, policy, segments) for policy in policies]
+    stages = read_alike([reading.stages for reading in readings])
+    if stages == 0:
+        return None
+    return readings[0].begin(KVCache(model, policies[0], capacity=readings[0].peak), stages)
 
 
 def _overrides(policy: Policy, method: str) -> bool:
@@ -133,11 +167,14 @@ class Recording:
         """
         heard, cache = iter(self.heard), cast(KVCache, inputs["past_key_values"])
         for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
-            if not isinstance(mine, LayerCache):  # transformers' own: windows, linear attention
+            if not isinstance(mine, LayerCache):  # transformers' own: linear attention
                 theirs.__dict__.update(copy.deepcopy(mine.__dict__))
                 continue
-            with _on(mine.slots.keys.device):
-                self._fill(cast(LayerCache, theirs), mine, next(heard))
+            with _on(mine.slots.device):
+                if mine.window is None:
+                    self._fill(cast(LayerCache, theirs), mine, next(heard))
+                else:
+                    cast(LayerCache, theirs).go_on_from(mine)
         return CausalLMOutputWithPast(logits=self.logits[:, None].clone())
 
     def _fill(self, layer: LayerCache, mine: LayerCache, heard: Heard) -> None:

@@ -14,7 +14,7 @@ from .loop import Decoding, Runner, policy_of
 from .plans import Segments
 from .policy import Policy
 from .prompts import Prompts, token_lists
-from .reading import Reader, check_positions
+from .reading import Begun, Reader, check_positions
 from .sampling import Given
 
 
@@ -81,7 +81,7 @@ class Scoring:
         segments: Segments | None = None,
         cache: KVCache | None = None,
         eager: bool = False,
-        reader: Reader | None = None,
+        reader: Reader | Begun | None = None,
     ) -> None:
         rows, self.continuations = (
             token_lists(model, prompts),

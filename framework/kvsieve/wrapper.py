@@ -79,6 +79,15 @@ class Wrapper(Policy):
         return self.inner.positions
 
     @property
+    def any_order(self) -> bool:
+        """Whether `inner` says so; not where the wrapper has a `select` of its own, unless it declares it."""
+        return self.inner.any_order and type(self).select is Wrapper.select
+
+    @property
+    def in_windows(self) -> bool:
+        return self.inner.in_windows
+
+    @property
     def drops(self) -> bool:
         return self.inner.drops
 

@@ -19,6 +19,7 @@ def register_policies(register: Callable[[type], None]) -> None:
     from .h2o import H2O
     from .hip import HiP
     from .infllm import InfLLM
+    from .inside_windows import InsideWindows
     from .kvzip import KVzip
     from .local_window import LocalWindow
     from .loki import Loki
@@ -49,5 +50,5 @@ def register_policies(register: Callable[[type], None]) -> None:
         SirLLM,
         DuoAttention,
     )
-    for policy in (Policy, *reading, *keeping, DenseLayers, Refresh, Twilight):
+    for policy in (Policy, *reading, *keeping, DenseLayers, InsideWindows, Refresh, Twilight):
         register(policy)

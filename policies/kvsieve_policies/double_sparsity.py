@@ -41,6 +41,7 @@ class DoubleSparsity(Calibrated):
 
     name: ClassVar[str] = "double_sparsity"
     paper: ClassVar[str] = "arXiv:2408.07092"
+    any_order = True
     _what = "channels"
 
     def __post_init__(self) -> None:

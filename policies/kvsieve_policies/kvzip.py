@@ -23,6 +23,7 @@ All layers hold the whole context until it is cut, and a probe beside it; readin
 much. The probes' weights are computed apart from attention. A soft cap on logits is not applied to them.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -34,7 +35,8 @@ from kvsieve import KVView, NewTokens, Pass, Policy, UserError
 
 from . import budgets
 
-_AT_ONCE = 256  # queries
+_QUERIES = 256  # of a row at once
+_WEIGHTS = 2**22  # at once, where those queries of several rows have no more: 16 MiB
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class KVzip(Policy):
 
     name: ClassVar[str] = "kvzip"
     paper: ClassVar[str] = "arXiv:2505.23416"
+    drops_by = ("ratio", "budget")
     cuts_together = True
 
     def __post_init__(self) -> None:
@@ -93,15 +96,20 @@ class KVzip(Policy):
         of_chunk = slice(self.sinks, self.sinks + chunk.shape[2])
         seen = torch.cat([sinks < kv.seen[:, None, None], chunk < last, own < kv.lengths[..., None]], 2)
         score = torch.zeros(chunk.shape, device=device)
-        for part in range(0, queries.shape[3], _AT_ONCE):
-            block = slice(part, part + _AT_ONCE)
-            query, place = queries[:, :, :, block].float(), new.slots[:, :, block, None]
-            logits = query @ keys[:, :, None].mT * kv.scale
-            hidden = ~seen[:, :, None] | (slots[:, :, None] > place)
-            weights = logits.masked_fill(hidden[:, :, None], torch.finfo(torch.float32).min).softmax(-1)
-            real = place < kv.lengths[..., None, None]
-            votes = weights[..., of_chunk].masked_fill(~real[:, :, None], 0)
-            score = torch.maximum(score, votes.amax((2, 3)))
+        rows = max(1, _WEIGHTS // (slots.shape[2] * _QUERIES * queries[0, :, :, 0, 0].numel()))
+        for row, part in itertools.product(
+            range(0, len(queries), rows), range(0, queries.shape[3], _QUERIES)
+        ):
+            these, block = slice(row, row + rows), slice(part, part + _QUERIES)
+            reach = slice(of_chunk.stop + min(part + _QUERIES, most))  # no query of the block sees beyond
+            query, place = queries[these, :, :, block].float(), new.slots[these, :, block, None]
+            logits = (query.flatten(2, 3) @ keys[these, :, reach].mT).mul_(kv.scale)
+            logits = logits.unflatten(2, query.shape[2:4])
+            hidden = ~seen[these, :, None, reach] | (slots[these, :, None, reach] > place)
+            logits.masked_fill_(hidden[:, :, None], torch.finfo(torch.float32).min)
+            real = place < kv.lengths[these, :, None, None]
+            votes = logits.softmax(-1)[..., of_chunk].masked_fill_(~real[:, :, None], 0)
+            score[these] = torch.maximum(score[these], votes.amax((2, 3)))
         self._note(kv, chunk, score.masked_fill(chunk >= last, -1))
 
     def _note(self, kv: KVView, slots: torch.Tensor, score: torch.Tensor) -> None:

@@ -33,6 +33,7 @@ class Loki(Calibrated):
 
     name: ClassVar[str] = "loki"
     paper: ClassVar[str] = "arXiv:2406.02542"
+    any_order = True
     _what = "basis"
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ class SirLLM(Policy):
 
     name: ClassVar[str] = "sirllm"
     paper: ClassVar[str] = "arXiv:2405.12528"
+    drops_by = ("sinks", "surprising", "recent")
     columns = {"surprise": torch.float32}
     positions = Positions.CACHE
     wants = Wants.SURPRISE

@@ -38,6 +38,7 @@ class SparQ(Policy):
 
     name: ClassVar[str] = "sparq"
     paper: ClassVar[str] = "arXiv:2312.04985"
+    any_order = True
 
     def __post_init__(self) -> None:
         for field in ("r", "k"):

@@ -61,6 +61,10 @@ class Twilight(Wrapper):
     def own_columns(self) -> Mapping[str, Column]:
         return {"codes": (torch.uint8, "D/2"), "range": (KEYS, 2)}
 
+    @property
+    def any_order(self) -> bool:
+        return self.inner.any_order
+
     def check(self, head_size: int) -> None:
         super().check(head_size)
         if head_size % 2:

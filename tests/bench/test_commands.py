@@ -300,12 +300,24 @@ def test_what_the_users_own_model_cannot_do_is_refused_before_it_is_loaded(
 
 def test_a_cache_that_only_a_prompt_fills_is_refused_without_one(own_model, tmp_path):
     config = json.loads((own_model / "config.json").read_text())
-    windows = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
-    (tmp_path / "config.json").write_text(json.dumps(config | windows))
+    linear = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | linear))
     (tmp_path / "model.safetensors").write_bytes((own_model / "model.safetensors").read_bytes())
     result = CliRunner().invoke(app, [*OWN, str(tmp_path), "--no-prefill", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert "layers with a cache of their own, which only --prefill fills" in " ".join(result.output.split())
+
+
+def test_layers_with_a_window_are_filled_with_random_tokens_too(own_model, tmp_path):
+    config = json.loads((own_model / "config.json").read_text())
+    windows = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config | windows))
+    (tmp_path / "model.safetensors").write_bytes((own_model / "model.safetensors").read_bytes())
+    policies = ["--policy", "dense", "--policy", "inside_windows: {inner: {sparq: {r: 2, k: 4, local: 2}}}"]
+    record, _, _ = run([*OWN, str(tmp_path), "--no-prefill", *policies], tmp_path / "out")
+    (cell,) = record["cells"]
+    dense, sparse = cell["rows"][:2]
+    assert 0 < sparse["bytes_moved"] < dense["bytes_moved"]
 
 
 def test_caches_that_do_not_fit_together_are_timed_apart(monkeypatch, tmp_path):

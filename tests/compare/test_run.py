@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import textwrap
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -293,3 +294,22 @@ def test_speeds_are_taken_without_the_meter_and_bytes_with_it(compare, monkeypat
     assert set(meters) == {outside}  # not the one of the comparison
     assert len(meters) == 3 * len({(r["cell"], *r["tokens_per_second"]) for r in found})
     assert {r["steps"] for r in found} == {6, 7}  # of the answers alone
+
+
+@pytest.mark.parametrize(("takes", "steps"), [(0.001, 6), (0.02, 3), (9.0, 1)])
+def test_a_round_has_fewer_steps_where_they_take_long(monkeypatch, takes, steps):
+    clock, made = [0.0], []
+
+    class Steps:
+        runner = SimpleNamespace(model=SimpleNamespace(device=None))
+        state = SimpleNamespace(tokens=[0, 0, 0], status=torch.zeros(3))
+
+        def advance(self):
+            made.append(clock[0])
+            clock[0] += takes
+
+    stopwatch = speed.Stopwatch()
+    monkeypatch.setattr(speed, "_now", lambda device: clock[0])
+    monkeypatch.setattr(stopwatch, "_go_back", lambda decoding: None)
+    assert stopwatch._round(Steps(), 6) == pytest.approx(3 / takes)
+    assert len(made) == steps

@@ -12,7 +12,7 @@ from kvsieve.compare.cells import Cell
 from kvsieve.compare.execute import Failed, Measured, Unit, batch, units
 from kvsieve.compare.execute.batch import batch_size
 from kvsieve.compare.execute.cell import Measurement
-from kvsieve.compare.execute.ray import _parts
+from kvsieve.compare.execute.ray import _length, _parts
 from kvsieve.compare.execute.unit import measure_unit
 from kvsieve.compare.tasks import Perplexity
 from kvsieve.recording import Recording
@@ -155,6 +155,17 @@ def test_a_unit_is_shared_out_in_whole_batches():
     ]
     assert [part.missing for part in _parts(unit, 1, 4)] == [unit.missing]
     assert [part.samples for part in _parts(unit, 9, 1)] == [[0], [1], [2], [5], [6], [7]]
+
+
+def test_a_long_prompt_outweighs_a_long_answer_under_policies_that_read_by_themselves():
+    def length(context, new_tokens, samples=3):
+        unit = unit_of(kvsieve.Policy(), Broken(), samples=samples)
+        found = [dataclasses.replace(cell, task=Perplexity(context)) for cell in unit.cells]
+        new = dict.fromkeys((cell.id for cell in found), new_tokens)
+        return _length(Unit(found, {cell.id: [*range(samples)] for cell in found}), new)
+
+    assert length(2048, 7) > length(1024, 40) > length(1024, 7)
+    assert length(1024, 7, samples=6) == 2 * length(1024, 7)
 
 
 @pytest.fixture

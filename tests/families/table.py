@@ -23,11 +23,11 @@ def table() -> str:
         "|---|---|---|---|---|",
     ]
     for family in FAMILIES:
-        acts = (
-            "every layer"
-            if len(family.policy_layers) == family.layers
-            else "the layers that see the whole context"
-        )
+        acts = "the layers that see the whole context"
+        if len(family.policy_layers) == family.layers:
+            acts = "every layer"
+        elif family.in_windows:
+            acts = "every layer, with `inside_windows`"
         rows.append(
             f"| {family.name} | `{family.config}` | {family.known} | {family.special or '-'} | {acts} |"
         )

@@ -14,9 +14,7 @@ import torch
 
 import kvsieve
 from kvsieve import make_policy, transfer
-from kvsieve.cache.windows import WindowLayer
 from kvsieve.loop import Runner
-from kvsieve.testing import LayerCache
 
 from ..policies import LOOSE
 from .zoo import FAMILIES, VOCABULARY, WINDOW
@@ -24,6 +22,7 @@ from .zoo import FAMILIES, VOCABULARY, WINDOW
 NEW = 24
 LENGTHS = 13, 7, 10  # of the prompts; the windows are shorter than the longest
 EXACT = {name: LOOSE[name] for name in ("dense", "sparq")}
+EXACT["inside_windows"] = make_policy("inside_windows", inner=LOOSE["sparq"])
 FEW = 8  # where all that matters shows early
 
 
@@ -105,11 +104,14 @@ def each_alone(case):
 
 
 def test_the_policy_acts_on_the_layers_that_see_everything(case):
-    layers = kvsieve.KVCache(case.model).layers
-    assert (
-        tuple(i for i, layer in enumerate(layers) if isinstance(layer, LayerCache))
-        == case.family.policy_layers
-    )
+    layers = kvsieve.KVCache(case.model).policy_layers
+    assert tuple(layer.index for layer in layers) == case.family.policy_layers
+
+
+def test_the_policy_acts_on_all_layers_that_are_held_if_asked(case):
+    cache = kvsieve.KVCache(case.model, EXACT["inside_windows"])
+    assert cache.policy_layers == cache.kv_layers
+    assert len(cache.kv_layers) >= len(case.family.policy_layers)
 
 
 def test_without_a_kvcache_nothing_changes(case):
@@ -117,19 +119,21 @@ def test_without_a_kvcache_nothing_changes(case):
     assert_same(greedy(case.model, *padded(case.rows, "left"), new=FEW), (tokens[:, :FEW], logits[:, :FEW]))
 
 
-# Under sparq, one row alone is the first of the rows of a batch, which nothing pads.
-ONE_ROW = [EXACT["dense"], pytest.param(EXACT["sparq"], marks=pytest.mark.slow)]
+@pytest.fixture(params=EXACT)
+def policy(case, request):
+    if case.family.in_windows and request.param == "sparq":
+        pytest.skip("it would never act, and is refused: see test_refusals.py")
+    if case.family.policy_layers == (0, 1) and request.param == "inside_windows":
+        pytest.skip("no windows")
+    return EXACT[request.param]
 
 
-@pytest.mark.parametrize("policy", ONE_ROW, ids=EXACT)
-def test_one_row_is_exactly_stocks(case, policy):
-    assert_same(loop(case.model, case.rows[:1], policy), case.alone(0))
-    cache = kvsieve.KVCache(case.model, policy)
-    assert_same(greedy(case.model, torch.tensor(case.rows[:1]), cache=cache), case.alone(0))
-
-
-@pytest.mark.parametrize("policy", EXACT.values(), ids=EXACT)
 class TestExactly:
+    def test_one_row(self, case, policy):
+        assert_same(loop(case.model, case.rows[:1], policy), case.alone(0))
+        cache = kvsieve.KVCache(case.model, policy)
+        assert_same(greedy(case.model, torch.tensor(case.rows[:1]), cache=cache), case.alone(0))
+
     def test_padded_on_the_left(self, case, policy):
         assert_same(loop(case.model, case.rows, policy), case.together())
         cache = kvsieve.KVCache(case.model, policy)
@@ -138,13 +142,12 @@ class TestExactly:
     def test_padded_on_the_right(self, case, policy):
         ids, mask = padded(case.rows, "right")
         assert_same(greedy(case.model, ids, mask, kvsieve.KVCache(case.model, policy)), each_alone(case))
-        # Stock's own layers would count the padding in.
-        if len(case.family.policy_layers) == case.family.layers:
+        if "linear" not in case.family.special:  # such layers would count the padding in
             assert_same(forwards(case.model, ids, mask, policy), each_alone(case))
 
 
 def test_leaving_tokens_out_changes_the_logits(case):
-    policy = make_policy("sparq", r=2, k=4, local=1)
+    policy = make_policy("inside_windows", inner={"sparq": {"r": 2, "k": 4, "local": 1}})
     logits = loop(case.model, case.rows, policy, 2)[1]
     stock = case.together()[1]
     assert (logits[:, 0] - stock[:, 0]).abs().max() < 1e-4  # the first token comes from the dense prefill
@@ -153,7 +156,7 @@ def test_leaving_tokens_out_changes_the_logits(case):
 
 def test_windowed_layers_are_metered(case):
     cache = kvsieve.KVCache(case.model)
-    windows = [layer for layer in cache.layers if isinstance(layer, WindowLayer)]
+    windows = [layer for layer in cache.kv_layers if layer.window is not None]
     borrowers = (
         case.family.layers
         - len(cache.layers)
@@ -161,9 +164,9 @@ def test_windowed_layers_are_metered(case):
     )
     with transfer.measure() as meter:
         list(kvsieve.decode(case.model, case.rows, max_new_tokens=FEW, eos_token_id=(), cache=cache))
-    policy_layer = cache.policy_layers[0]
+    first = cache.kv_layers[0]
     # Bytes of a token: keys and values.
-    number = 2 * policy_layer.kv.lengths.shape[1] * policy_layer.kv.head_size * 4
+    number = 2 * first.kv.lengths.shape[1] * first.kv.head_size * 4
     full, windowed = 0, 0
     for length in LENGTHS:
         for step in range(1, FEW):  # the first new token comes from the prefill

@@ -25,7 +25,12 @@ class Family:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     known: str = ""  # names that users know it by
     special: str = ""  # what its attention has beyond the ordinary
-    policy_layers: tuple[int, ...] = (0, 1)  # on which a policy acts
+    policy_layers: tuple[int, ...] = (0, 1)  # on which a policy acts that does not act inside windows
+
+    @property
+    def in_windows(self) -> bool:
+        """Whether every layer has a window."""
+        return not self.policy_layers
 
     @property
     def layers(self) -> int:
@@ -62,12 +67,14 @@ _ORDINARY: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _WINDOW_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+_WINDOWS = {"sliding_window": WINDOW}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 FAMILIES = [
     Family("llama", "LlamaConfig", {"num_key_value_heads": 4}, "Llama 2"),
     Family("llama (GQA)", "LlamaConfig", {}, "Llama 3", "grouped queries"),
     Family("mistral", "MistralConfig", {"sliding_window": None}, "Mistral v0.3", "grouped queries"),
+    Family("mistral (windows)", "MistralConfig", _WINDOWS, "Mistral v0.1", "windows in every layer", ()),
     Family(
         "mixtral", "MixtralConfig", {"sliding_window": None, "num_local_experts": 4}, "Mixtral", "experts"
     ),
@@ -109,6 +116,14 @@ FAMILIES = [
     ),
     Family("gpt_neox", "GPTNeoXConfig", {"rotary_pct": 0.5}, "Pythia", "rotates part of each head"),
     Family("qwen2", "Qwen2Config", {}, "Qwen 2, Qwen 2.5", "grouped queries"),
+    Family(
+        "qwen2 (windows)",
+        "Qwen2Config",
+        {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 1},
+        "Qwen 2 with `use_sliding_window`",
+        "windows in some layers",
+        (0,),
+    ),
     Family("qwen3", "Qwen3Config", {}, "Qwen 3", "normalised queries and keys"),
     Family("qwen3_moe", "Qwen3MoeConfig", _EXPERTS, "Qwen 3 MoE", "experts"),
     Family(
@@ -128,7 +143,10 @@ FAMILIES = [
         (1,),
     ),
     Family("phi", "PhiConfig", {"num_key_value_heads": 4}, "Phi 1, Phi 2", "rotates part of each head"),
-    Family("phi3", "Phi3Config", {"sliding_window": None}, "Phi 3, Phi 4", "fused projections"),
+    Family("phi3", "Phi3Config", {"sliding_window": None}, "Phi 4", "fused projections"),
+    Family(
+        "phi3 (windows)", "Phi3Config", _WINDOWS, "Phi 3", "fused projections, windows in every layer", ()
+    ),
     Family(
         "gpt_oss",
         "GptOssConfig",
@@ -150,6 +168,7 @@ FAMILIES = [
     Family("granite", "GraniteConfig", {"attention_multiplier": 0.2}, "Granite 3", "logit scale of its own"),
     Family("smollm3", "SmolLM3Config", {"no_rope_layers": [1, 0]}, "SmolLM 3", "layers without positions"),
     Family("starcoder2", "Starcoder2Config", {"sliding_window": None}, "StarCoder 2", "grouped queries"),
+    Family("starcoder2 (windows)", "Starcoder2Config", _WINDOWS, "StarCoder 2", "windows in every layer", ()),
     Family("stablelm", "StableLmConfig", {"use_qkv_bias": True}, "StableLM 2", "rotates part of each head"),
     Family("glm4", "Glm4Config", {}, "GLM 4", "rotates part of each head"),
     Family(

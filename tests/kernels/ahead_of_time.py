@@ -53,7 +53,7 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
     }
     gemma: dict[str, Any] = {"scale": 0.1, "softcap": 50.0, "sinks": zeros(K, group)}
     kv = (keys, values, lengths)
-    visible = zeros(B, Q, T, dtype=torch.bool)
+    visible, since = zeros(B, Q, T, dtype=torch.bool), lengths.new_zeros(B, K, Q)
     return {
         "attend all": lambda: ops.attend(query, *kv, scale=0.1),
         "attend all, mass": lambda: ops.attend(query, *kv, want_mass=True, **gemma),
@@ -96,6 +96,9 @@ def calls(dtype: torch.dtype, size: int, group: int) -> dict[str, Callable[[], A
         ),
         "prefill, masked": lambda: ops.prefill(
             prompt, *kv, counts, fresh=False, visible=visible, want_mass=True, **gemma
+        ),
+        "prefill, in a window": lambda: ops.prefill(
+            prompt, *kv, counts, fresh=True, since=since, want_mass=True, **gemma
         ),
     }
 

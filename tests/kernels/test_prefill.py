@@ -74,6 +74,39 @@ def test_a_whole_prompt(dtype: torch.dtype, want_mass: bool) -> None:
 
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("dtype", [F32, F16, on_gpu(BF16)])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_a_window(dtype: torch.dtype, fresh: bool, with_sinks: bool) -> None:
+    window, held = MANY // 3, 0 if fresh else 2 * MANY
+    starts = torch.tensor([[held, 0], [held // 2, held]], device=DEVICE)
+    counts = torch.tensor([MANY, MANY // 2], device=DEVICE)
+    query = tokens_first(2, 2, 3, MANY, 64, dtype)
+    live, total = starts + counts[:, None], held + MANY
+    keys, values = (slots_of((2, 2, total, 64), live, dtype, seed) for seed in (1, 2))
+    if fresh:
+        keys, values = clean(keys).to(dtype), clean(values).to(dtype)
+    own = starts[..., None] + torch.arange(MANY, device=DEVICE)
+    since = (own - window + 1).clamp(min=0)
+    since[0, 0, 5] = own[0, 0, 5]  # one that sees itself alone
+    sinks = normal(2, 3, dtype=dtype) if with_sinks else None
+    how = {"fresh": fresh, "scale": 0.125, "sinks": sinks, "want_mass": True}
+    with unwritten_is_nan():
+        output, mass = prefill(query, keys, values, starts, counts, since=since, **how)
+    tensors = (clean(query), clean(keys), clean(values))
+    right, right_mass = reference.prefill(*tensors, starts, counts, since=since, **how)
+    close(output, right, dtype)
+    torch.testing.assert_close(mass, right_mass, atol=1e-4, rtol=1e-3)
+    slots = torch.arange(total, device=DEVICE)
+    for head in range(2):  # the same, said by a mask for each slot
+        visible = slots >= since[:, head, :, None]
+        said, said_mass = reference.prefill(*tensors, starts, counts, visible=visible, **how)
+        torch.testing.assert_close(right[:, head], said[:, head])
+        torch.testing.assert_close(right_mass[:, head], said_mass[:, head])
+    plain, _ = reference.prefill(*tensors, starts, counts, **how)
+    assert (plain - right).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("dtype", [F32, F16, on_gpu(BF16)])
 def test_a_mask_beyond_causal_order(dtype: torch.dtype, fresh: bool) -> None:
     held = 0 if fresh else 2 * MANY
     starts = torch.tensor([[held, 0], [held // 2, held]], device=DEVICE)

@@ -30,7 +30,7 @@ def tensor(numbers: object) -> torch.Tensor:
 
 def written(
     lengths: torch.Tensor,
-    limits: Sequence[int] | None,
+    limits: Sequence[Sequence[int]] | None,
     lowest: torch.Tensor | None,
     active: torch.Tensor | None,
 ) -> list[tuple[int, int, int]]:
@@ -39,7 +39,7 @@ def written(
     for b in range(B):
         for k in range(K):
             slot = int(lengths[b, k])
-            if limits is not None and lowest is not None and slot >= limits[k]:
+            if limits is not None and lowest is not None and slot >= limits[b][k]:
                 slot = int(lowest[b, k])
             if active is None or active[b]:
                 found.append((b, k, slot))
@@ -58,7 +58,7 @@ def written(
     ],
 )
 @pytest.mark.parametrize("active", [None, [False, True]])
-@pytest.mark.parametrize("limits", [None, 20, [37, 5, 1]])
+@pytest.mark.parametrize("limits", [None, 20, [37, 5, 1], [[37, 0, 9], [0, 30, 1]]])
 def test_a_token_and_what_goes_with_it(ops: ModuleType, layout, dtype, size, active, limits) -> None:
     new = normal(B, 1, 2 * K, size, dtype=dtype, seed=3).transpose(1, 2)  # as a projection gives it
     key, value = new[:, :K], new[:, K:]
@@ -69,7 +69,7 @@ def test_a_token_and_what_goes_with_it(ops: ModuleType, layout, dtype, size, act
     seen, mean = lengths.amax(1, keepdim=True).expand(B, K) + 9, normal(B, K, size)
     written_label = normal(B, K, 1, 5)  # another type, cast
     rows = None if active is None else tensor(active)
-    most = [limits] * K if isinstance(limits, int) else limits
+    most = None if limits is None else tensor(limits).expand(B, K).tolist()
     given = {"means": [(mean, value)], "active": rows}
     lowest = None
     if limits is not None:

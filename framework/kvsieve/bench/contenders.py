@@ -55,6 +55,7 @@ _EIGHTH = {"compression": "1/8"}
 # Where that alone does not do; None: not measured, for what is inside of it is.
 _PARAMETERS: dict[str, dict[str, Any] | None] = {
     "dense_layers": None,
+    "inside_windows": None,
     "twilight": _EIGHTH | {"inner": "quest"},
     "refresh": _EIGHTH | {"inner": "sparq"},
 }

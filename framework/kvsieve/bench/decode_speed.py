@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .. import specs
 from ..compare.environment import Load
@@ -134,8 +134,11 @@ def _planned(
     check_positions(config, plan.name, context + steps_after(plan.steps))
     text = config.get_text_config(decoder=True)
     heads, layers = heads_of(config), text.num_hidden_layers
-    acted_on = [i for i, layer in enumerate(DynamicCache(config=text).layers) if type(layer) is DynamicLayer]
-    if not plan.read and len(acted_on) < layers:
+    caches = DynamicCache(config=text).layers
+    ours = {
+        i: layer for i, layer in enumerate(caches) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    if not plan.read and len(ours) < layers:
         raise UserError(f"{plan.name} has layers with a cache of their own, which only --prefill fills")
     dense = Contender("dense", specs.make_policy("dense"), "single")
     given = plan.layouts, heads.size, context, plan.dtype.itemsize, plan.device, plan.read
@@ -147,9 +150,19 @@ def _planned(
     )
     field = [dense, *(contender for contender in field if contender != dense)]
     slots = context + steps_after(plan.steps)
-    sizes = batch, slots, heads, plan.dtype, plan.device
+    room = {i: min(slots, getattr(layer, "sliding_window", slots)) for i, layer in ours.items()}
     held = [
-        sum(memory.cache_bytes(c.policy.for_layer(layer, layers), *sizes) for layer in acted_on)
+        sum(
+            memory.cache_bytes(
+                c.policy.for_layer(i, layers) if room[i] == slots or c.policy.in_windows else dense.policy,
+                batch,
+                room[i],
+                heads,
+                plan.dtype,
+                plan.device,
+            )
+            for i in ours
+        )
         for c in field
     ]
     plain = memory.plain_bytes(batch, slots, heads, plan.dtype)

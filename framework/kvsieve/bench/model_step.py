@@ -73,7 +73,7 @@ class _Filled(loop.Runner):
     @torch.no_grad()
     def prefill(self) -> torch.Tensor:
         batch, tokens = len(self.rows), len(self.rows[0])
-        for layer in self.cache.policy_layers:
+        for layer in self.cache.kv_layers:
             fill(layer, *_random_pair(self.model, batch, tokens))
         return torch.zeros(batch, _vocabulary(self.model), device=self.model.device)
 
@@ -111,7 +111,7 @@ class OurSteps:
         if not read:
             peak.forget()  # of filling the cache
         cache = self.runner.cache
-        self.checkpoints = [Checkpoint(layer) for layer in cache.policy_layers]
+        self.checkpoints = [Checkpoint(layer) for layer in cache.kv_layers]
         # Layers that transformers keeps put new tensors in place of theirs.
         self.others = [(each, dict(vars(each))) for each in cache.layers if not isinstance(each, LayerCache)]
         self.positions = self.decoding.state.positions.clone()
@@ -223,6 +223,8 @@ class StockGenerate:
     def _prepare(self) -> None:
         for layer in self.layers:
             layer.cumulative_length.fill_(self.before)
+            if hasattr(layer, "cumulative_length_int"):  # one with a sliding window counts twice
+                layer.cumulative_length_int = self.before
 
 
 class _Stamps(StoppingCriteria):

@@ -247,6 +247,12 @@ class KVView:
         self._traffic.written("keys", written, numbers, self._slots.dtype)
         self._slots.write_keys(keys, slots, self._traffic.active)
 
+    def _go_on_from(self, other: KVView) -> None:
+        """Know all that is known of a prompt while it is read."""
+        self._notes = {name: note.clone() for name, note in other._notes.items()}
+        self._last_queries, self._steps = other._last_queries, other._steps
+        self._span, self._pass_starts = other._span, other._pass_starts
+
     def _end_reading(self) -> None:
         self._probing, self._span, self._pass_starts = False, None, None
 

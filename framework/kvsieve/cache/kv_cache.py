@@ -1,6 +1,4 @@
-"""The KV cache of a whole model: a `LayerCache` for every layer on which a policy acts; the others keep their
-own.
-"""
+"""The KV cache of a whole model: a `LayerCache` for every layer of attention; the others keep their own."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from .layer import LayerCache
 from .rotary import rotary_of
 from .slots import Checkpoint
 from .watch import surprise, watch
-from .windows import WindowLayer
+from .windows import Window
 
 ATTENTION = "kvsieve"  # our name among transformers' attention implementations
 
@@ -30,9 +28,10 @@ ATTENTION = "kvsieve"  # our name among transformers' attention implementations
 class KVCache(Cache):
     """The cache of a whole model under a policy: a transformers `Cache`.
 
-    Works as `past_key_values` in `model(...)`, in `model.generate(...)` and in `kvsieve.decode`. Layers for
-    which the model brings a cache of its own (sliding windows, linear attention) keep it. `reset()` empties
-    it and keeps the storage, and the decode step that was captured with it.
+    Works as `past_key_values` in `model(...)`, in `model.generate(...)` and in `kvsieve.decode`. Layers with
+    a sliding window hold their window, and are dense within it unless the policy declares `in_windows`.
+    Layers for which the model brings a cache of its own (linear attention) keep it. `reset()` empties it and
+    keeps the storage, and the decode step that was captured with it.
 
     Args:
         model: a model that `kvsieve.prepare` or `kvsieve.load` made ready.
@@ -40,7 +39,7 @@ class KVCache(Cache):
         capacity: tokens a row can hold; None grows as needed. A policy with a budget holds its budget.
 
     Raises:
-        UserError: the model was not prepared, or has no layer that a policy can act on.
+        UserError: the model was not prepared, or has no layer on which the policy would act.
     """
 
     def __init__(
@@ -52,12 +51,7 @@ class KVCache(Cache):
             )
         policy = policy or Policy()
         config = model.config.get_text_config(decoder=True)
-        layers = list(DynamicCache(config=config).layers)
-        for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[i] = LayerCache(policy.for_layer(i, config.num_hidden_layers), capacity, i)
-            elif type(layer) is DynamicSlidingWindowLayer:
-                layers[i] = WindowLayer(layer.sliding_window)
+        layers = _layers(config, policy, capacity)
         self.policy = policy
         self.captured: Any = None  # the decode step that was captured with this cache: see graph.py
         # Why the steps of the last `decode` ran from Python; None: they were a CUDA graph.
@@ -66,11 +60,13 @@ class KVCache(Cache):
         self._read = 0  # token columns that `kvsieve.read` has put here
         self._watched: Callable[[], PreTrainedModel | None] = lambda: None  # the model, if it is watched
         super().__init__(layers=layers)
-        if not self.policy_layers:
-            raise UserError(_nothing_to_do(model, layers))
-        self.policy_layers[-1].lends = bool(getattr(config, "num_kv_shared_layers", 0))
-        for layer in self.policy_layers:
-            layer.counts_steps = layer is self.policy_layers[0]
+        if not self.policy_layers and (not self.kv_layers or policy != Policy()):
+            raise UserError(_nothing_to_do(model, policy, self.kv_layers))
+        if getattr(config, "num_kv_shared_layers", 0):  # the last of each kind lends
+            for layer in {layer.window: layer for layer in self.kv_layers}.values():
+                layer.lends = True
+        for layer in self.kv_layers:
+            layer.counts_steps = layer is self.kv_layers[0]
             layer.policy.check(_head_size(config))
             layer.policy.check_model(model)
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -87,13 +83,24 @@ class KVCache(Cache):
             self._watched = weakref.ref(model)
 
     @functools.cached_property
-    def policy_layers(self) -> list[LayerCache]:
-        """The layers on which the policy acts."""
+    def kv_layers(self) -> list[LayerCache]:
+        """The layers whose keys and values are held here: all of attention."""
         return [layer for layer in self.layers if isinstance(layer, LayerCache)]
 
     @functools.cached_property
-    def _told(self) -> list[LayerCache | WindowLayer]:
-        return [layer for layer in self.layers if isinstance(layer, LayerCache | WindowLayer)]
+    def policy_layers(self) -> list[LayerCache]:
+        """Of these, the layers on which the policy acts."""
+        return [layer for layer in self.kv_layers if layer.window is None or layer.policy.in_windows]
+
+    @property
+    def other_layers(self) -> list[Any]:
+        """The layers that transformers keeps itself (linear attention)."""
+        return [
+            layer
+            for layer in self.layers
+            # A dummy stands for a layer that borrows another's keys, and holds nothing.
+            if not isinstance(layer, LayerCache) and type(layer).__name__ != "DummyLayer"
+        ]
 
     @functools.cached_property
     def counts_places(self) -> bool:
@@ -103,7 +110,7 @@ class KVCache(Cache):
     @functools.cached_property
     def wants(self) -> Wants:
         """Everything that a layer's policy wants to know of the tokens."""
-        return functools.reduce(operator.or_, (layer.policy.wants for layer in self.policy_layers))
+        return functools.reduce(operator.or_, (layer.policy.wants for layer in self.kv_layers))
 
     def check_free(self) -> None:
         """Raise UserError if a decode is using the cache, or if it holds tokens that `kvsieve.read` has not
@@ -128,7 +135,7 @@ class KVCache(Cache):
 
     def slots_in_use(self) -> int:
         """The slots in use in the layer that holds most."""
-        return max(layer.slots.used for layer in self.policy_layers)
+        return max(layer.slots.used for layer in self.kv_layers)
 
     def mark_read(self) -> None:
         """Say that the texts in the cache may be continued."""
@@ -136,7 +143,7 @@ class KVCache(Cache):
 
     def tokens_read(self) -> list[int] | None:
         """The tokens of each row that `kvsieve.read` has put into the cache; None: it is empty."""
-        return self.policy_layers[0].slots.seen.tolist() if self._read else None
+        return self.kv_layers[0].slots.seen.tolist() if self._read else None
 
     def clone(self) -> Self:
         """Copy the cache with all that it holds: what is done with one does not touch the other.
@@ -151,9 +158,9 @@ class KVCache(Cache):
         other = copy.copy(self)
         other.captured = None
         # These are made anew from the layers.
-        for name in ("policy_layers", "_told"):
+        for name in ("kv_layers", "policy_layers"):
             other.__dict__.pop(name, None)
-        policies = {id(layer.policy): layer.policy for layer in self.policy_layers}
+        policies = {id(layer.policy): layer.policy for layer in self.kv_layers}
         other.layers = copy.deepcopy(self.layers, policies)
         if (model := self._watched()) is not None:
             watch(other, model)
@@ -218,7 +225,7 @@ class KVCache(Cache):
         Forwards before that are chunks of it: nothing is evicted yet. Without this, one token on a cache that
         holds some is a decode step, and anything else a whole prompt.
         """
-        for layer in self._told:
+        for layer in self.kv_layers:
             layer.prompt_end = columns
 
     def take_ids(self, ids: torch.Tensor | None) -> None:
@@ -232,7 +239,7 @@ class KVCache(Cache):
                 f"policy {self.policy.name} goes by the ids of tokens, and inputs_embeds have none: give "
                 "input_ids"
             )
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             layer.ids = ids if Wants.IDS in layer.policy.wants else None
 
     def take_logits(self, logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> None:
@@ -240,7 +247,7 @@ class KVCache(Cache):
 
         `ids [B, Q]`; `real [B, Q]` bool: those that are not padding.
         """
-        first = self.policy_layers[0]
+        first = self.kv_layers[0]
         if first.kv.probing:
             return
         if first.last_logits is None or first.last_logits.shape != logits[:, 0].shape:
@@ -250,7 +257,7 @@ class KVCache(Cache):
         last = real.long().cumsum(1).argmax(1)  # column of a row's last token
         newest = logits[torch.arange(len(last), device=last.device), last]
         first.last_logits.copy_(torch.where(real.any(1)[:, None], newest, first.last_logits))
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             layer.take_surprise(told)
 
     def places_of(self, real: torch.Tensor) -> torch.Tensor:
@@ -274,7 +281,7 @@ class KVCache(Cache):
     def _check_places(self, model: PreTrainedModel) -> None:
         """Raise UserError if some layers do not count positions within the cache."""
         name = self.policy.name
-        if any(isinstance(layer, WindowLayer) for layer in self.layers):
+        if any(layer.window is not None for layer in self.kv_layers):
             raise UserError(
                 f"policy {name} counts positions within the cache, and {type(model).__name__} has layers "
                 "with a sliding window, which keep those of the text: use a policy that does so too"
@@ -290,24 +297,35 @@ class KVCache(Cache):
     # ---------------------------------------------------------------- reading.py: a prompt, pass by pass
     def expect(self, kind: Forward | None) -> None:
         """Say what the next forward is; None: whoever comes next does not say it."""
-        for layer in self._told:
+        for layer in self.kv_layers:
             layer.expected = kind
 
     def begin_pass(self, kind: Forward, rows: torch.Tensor, spans: torch.Tensor) -> None:
         """The rows marked `[B]` begin a pass of this kind over tokens `spans [B, 2]` of their prompts."""
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             layer.begin_pass(kind, rows, spans)
 
     def end_pass(self, ragged: bool) -> None:
         """The pass has ended: a probe is taken back. `ragged`: rows brought different numbers of tokens."""
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             layer.end_pass(ragged)
+
+    def go_on_from(self, other: KVCache) -> None:
+        """Hold a copy of what another cache holds between two passes over the same prompts.
+
+        This one is empty; the policies have done the same so far.
+        """
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if isinstance(mine, LayerCache):
+                mine.go_on_from(cast(LayerCache, theirs))
+            else:
+                mine.__dict__.update(copy.deepcopy(theirs.__dict__))
 
     def complete_prompt(self) -> None:
         """The prompts are complete, between two forwards: every layer decides who stays."""
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             layer.end_prompt()
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             if layer.must_drop:  # it lends, and nobody reads now
                 layer.drop_beyond_budget()
 
@@ -317,7 +335,7 @@ class KVCache(Cache):
         `trim`: storage that only passes and probes needed is given back.
         """
         self._read = 0
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             layer.fed = columns
             layer.kv._end_reading()
             if trim:
@@ -327,23 +345,23 @@ class KVCache(Cache):
 
     def fix_shapes(self, tokens: int) -> None:
         """Make room for `tokens` a row in every layer, once: decode steps then have constant shapes."""
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             layer.fix_shapes(tokens)
 
     def places(self) -> list[tuple[int, torch.Size]]:
         """Address and shape of everything that a step reads and writes: a captured step depends on them."""
-        places = [place for layer in self.policy_layers for place in layer.slots.places()]
-        logits = self.policy_layers[0].last_logits
+        places = [place for layer in self.kv_layers for place in layer.slots.places()]
+        logits = self.kv_layers[0].last_logits
         return places if logits is None else [*places, (logits.data_ptr(), logits.shape)]
 
     def count_fed(self) -> None:
         """One more token was fed to every row while shapes were fixed."""
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             layer.count_fed()
 
     def checkpoint(self) -> list[tuple[LayerCache, int, Checkpoint]]:
-        """Note where the rows end in every layer on which the policy acts, for `restore`."""
-        return [(layer, layer.fed, layer.slots.checkpoint()) for layer in self.policy_layers]
+        """Note where the rows end in every layer, for `restore`."""
+        return [(layer, layer.fed, layer.slots.checkpoint()) for layer in self.kv_layers]
 
     def restore(self, checkpoint: list[tuple[LayerCache, int, Checkpoint]]) -> None:
         """Go back to a checkpoint, to time steps again; slots overwritten since are not restored."""
@@ -353,7 +371,7 @@ class KVCache(Cache):
 
     def set_active(self, active: torch.Tensor | None) -> None:
         """Rows `[B]` bool that still decode: the others neither append nor count as traffic. None: all."""
-        for layer in self._told:  # the layers may be on several devices
+        for layer in self.kv_layers:  # they may be on several devices
             layer.active = None if active is None else active.to(layer.device)
 
     def activate_past_recording(self) -> None:
@@ -366,7 +384,7 @@ class KVCache(Cache):
 
     def check_room(self, tokens: int) -> None:
         """Raise UserError if a row can never hold this many tokens."""
-        for layer in self.policy_layers:
+        for layer in self.kv_layers:
             layer.check_room(tokens)
 
     def memory(self) -> int:
@@ -386,29 +404,54 @@ class KVCache(Cache):
         For rows whose prompts are complete: what the longer ones of the batch need is not charged to the
         others. Layers that transformers keeps are shared evenly.
         """
-        ours = sum(layer.slots.memory() for layer in self.policy_layers)
+        ours = sum(layer.slots.memory() for layer in self.kv_layers)
         shared = (self.memory() - ours) // len(room)
-        by_layer = [layer.memory_by_row(torch.tensor(room)) for layer in self.policy_layers]
+        by_layer = [layer.memory_by_row(torch.tensor(room)) for layer in self.kv_layers]
         return [shared + sum(of_row) for of_row in zip(*by_layer, strict=True)]
 
     def slots_by_row(self) -> list[float]:
-        """The slots that each row holds per KV head: the mean over all layers on which the policy acts."""
-        held = [layer.slots.lengths.double().mean(1).cpu() for layer in self.policy_layers]
+        """The slots that each row holds per KV head: the mean over all layers on which the policy acts; where
+        it is dense and acts on none, over all.
+        """
+        layers = self.policy_layers or self.kv_layers
+        held = [layer.slots.lengths.double().mean(1).cpu() for layer in layers]
         mean: list[float] = torch.stack(held).mean(0).tolist()
         return mean
 
 
-def _nothing_to_do(model: PreTrainedModel, layers: list[Any]) -> str:
+def _nothing_to_do(model: PreTrainedModel, policy: Policy, layers: list[LayerCache]) -> str:
     """Why a policy would never act on this model, and what can be done."""
     name = type(model).__name__
-    windows = [layer.sliding_window for layer in layers if isinstance(layer, WindowLayer)]
+    windows = [layer.window.size for layer in layers if layer.window is not None]
     if not windows:
         return f"{name} has no attention layer whose cache grows with the context: a policy would never act"
     return (
-        f"every attention layer of {name} has a sliding window ({max(windows)} tokens), which transformers' "
-        "own cache already keeps to that size: a policy would never act. For contexts within the window, "
-        "where it changes nothing, set model.config.sliding_window = None"
+        f"every attention layer of {name} has a sliding window ({max(windows)} tokens), and within windows "
+        f"policy {policy.name} is not asked to act: wrap it, inside_windows: {{inner: {policy.name}}}, "
+        f"kvsieve.make_policy('inside_windows', inner=...); or, for contexts within the window, where it "
+        "changes nothing, set model.config.sliding_window = None"
     )
+
+
+def _layers(config: PreTrainedConfig, policy: Policy, capacity: int | None) -> list[Any]:
+    """The model's layers: ours where there is attention, else transformers' own."""
+    layers: list[Any] = list(DynamicCache(config=config).layers)
+    for i, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            layers[i] = LayerCache(policy.for_layer(i, config.num_hidden_layers), capacity, i)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            inside = policy.for_layer(i, config.num_hidden_layers) if policy.in_windows else Policy()
+            window = Window(layer.sliding_window, _in_chunks(config, i))
+            layers[i] = LayerCache(inside if inside.in_windows else Policy(), capacity, i, window)
+    return layers
+
+
+def _in_chunks(config: PreTrainedConfig, layer: int) -> bool:
+    """Whether a layer that transformers keeps to a window has chunks."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return getattr(config, "sliding_window", None) is None
+    return bool(types[layer] == "chunked_attention")
 
 
 def _head_size(config: PreTrainedConfig) -> int:

@@ -10,12 +10,14 @@ from transformers.cache_utils import CacheLayerMixin
 from .. import contract, ops, processes, transfer
 from ..errors import UserError
 from ..policy import Policy, Positions, Ranking, Selection, Wants
+from . import layouts
 from .forward import Forward, kind_of_forward
 from .kv import KVView, LastQueries, Scoring, Static
 from .new_tokens import NewToken, NewTokens
 from .rotary import Rotary
 from .slots import Checkpoint, Slots
 from .traffic import Traffic
+from .windows import Window, Windowed
 
 _NO_LIMIT = torch.iinfo(torch.int64).max
 
@@ -54,6 +56,7 @@ class LayerCache(CacheLayerMixin):
         policy: of this layer.
         capacity: tokens a row can hold; None grows as needed. A policy that keeps fewer holds those.
         index: of the layer in the model, for messages.
+        window: what a token sees of the layer, where that is not all before it. The policy acts inside.
     """
 
     is_sliding = False
@@ -61,10 +64,18 @@ class LayerCache(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, policy: Policy, capacity: int | None = None, index: int = 0) -> None:
+    def __init__(
+        self, policy: Policy, capacity: int | None = None, index: int = 0, window: Window | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         contract.check_class(cast(Any, type(policy)))
         contract.check_declarations(policy)
+        self.window = window
+        # A window that holds all that it shows is full before a token leaves it; where a policy holds fewer,
+        # one may leave before.
+        self.leaves_early = window is not None and policy.keeps is not None
+        if window is not None:
+            policy = Windowed(policy, window)
         self.policy, self.index = policy, index
         self.slots = Slots(policy.key_layout, policy.columns, policy.summaries)
         self.traffic = Traffic()
@@ -126,12 +137,12 @@ class LayerCache(CacheLayerMixin):
         self.traffic.begin(transfer.current(), self.active)
 
     def end_step(self) -> None:
-        """A decode step has ended: dense attention would have read every token seen."""
+        """A decode step has ended: dense attention would have read every token seen, or the window."""
         slots = self.slots
         if self.traffic.meter is not None:
             self.kv._count_changes()
-            seen = slots.seen[:, None].expand_as(slots.lengths)
-            self.traffic.dense(seen, 2 * slots.head_size, slots.dtype)
+            seen = slots.seen if self.window is None else slots.seen - self.window.first(slots.seen - 1)
+            self.traffic.dense(seen[:, None].expand_as(slots.lengths), 2 * slots.head_size, slots.dtype)
         self.traffic.begin(None, None)
 
     def take_token(self) -> NewTokens:
@@ -144,19 +155,24 @@ class LayerCache(CacheLayerMixin):
         keys, values = self._take_incoming()
         slots, active = self.slots, self.active
         coming = slots.ones if active is None else active
+        if self.window is not None and self.window.chunks:
+            begins = (slots.seen % self.window.size == 0) & coming.bool()
+            slots.lengths.masked_fill_(begins[:, None], 0)
         limits = [limit for limit in self.limits if limit is not None]
         most, lowest = max(limits, default=None), None
-        if most is not None and slots.used >= min(limits):
+        full = most if self._limits is None else self._limits
+        if most is not None and (slots.used >= min(limits) or self.leaves_early):
             slots.coming = coming
             lowest = self._lowest(most)
+            if self.window is not None and self.leaves_early:
+                oldest = slots.positions.gather(2, lowest[..., None])[..., 0]
+                full = most * (oldest >= self.window.first(slots.seen - 1)[:, None])
             slots.coming = None
         if not slots.fixed and (self._most is None or slots.used < self._most):
             self._make_room(slots.used + 1)
             slots.used += 1
         ids = self._take_ids(coming)
-        new = NewToken(
-            slots, keys, values, active, ids, most if self._limits is None else self._limits, lowest
-        )
+        new = NewToken(slots, keys, values, active, ids, full, lowest)
         self._count_appended(new)
         self.kv._arriving = new
         return new
@@ -182,6 +198,8 @@ class LayerCache(CacheLayerMixin):
         `valid [B, Q]` bool marks the real ones; None: all.
         """
         keys, values = self._take_incoming()
+        if self.forward is not Forward.PROBE:  # which begins its pass with what is seen
+            self.leave_unseen()
         self.kv._steps = 0
         self.slots.clear_free_sizes()
         rows, _, new, _ = keys.shape
@@ -269,6 +287,31 @@ class LayerCache(CacheLayerMixin):
         # Sorted: the order of tokens is kept.
         slots.keep(self._priority().topk(keeps, dim=2).indices.sort(dim=2).values)
 
+    def leave_unseen(self) -> None:
+        """Drop what a window does not show to the next token; put the others in their order."""
+        slots = self.slots
+        if self.window is None or slots.used == 0:
+            return
+        first = self.window.first(slots.seen)[:, None, None]
+        seen = slots.live() & (slots.positions >= first)
+        order = slots.positions.masked_fill(~seen, _NO_LIMIT).argsort(dim=2)[..., : self.window.size]
+        counts = seen.sum(2)
+        free = torch.arange(order.shape[2], device=order.device) >= counts[..., None]
+        slots.keep(order.masked_fill(free, -1))
+        slots.lengths.copy_(counts)
+
+    def since(self, new: int) -> torch.Tensor | None:
+        """The first slot `[B, K, Q]` that each of a prompt's `new` tokens sees; None: all see from 0 on."""
+        if self.window is None or self.fed <= self.window.size:
+            return None
+        assert self.prompt is not None
+        slots = self.slots
+        tokens = (slots.seen - self.prompt.counts)[:, None] + torch.arange(new, device=slots.device)
+        first = self.window.first(tokens)[:, None].expand(*slots.lengths.shape, new)
+        # Slots are in the order of their tokens: `leave_unseen` put them so.
+        positions = slots.positions.masked_fill(~slots.live(), _NO_LIMIT)
+        return torch.searchsorted(positions, first.contiguous())
+
     def discard_incoming(self) -> None:
         """Forget the tokens that `update` took: nothing is written."""
         self.incoming = None
@@ -335,6 +378,7 @@ class LayerCache(CacheLayerMixin):
         kv._probing, kv._span = kind is Forward.PROBE, spans
         if self.is_empty:
             return
+        self.leave_unseen()
         lengths = slots.lengths
         earlier = torch.zeros_like(lengths) if kv._pass_starts is None else kv._pass_starts
         kv._pass_starts = torch.where(rows.to(slots.device)[:, None], lengths, earlier)
@@ -354,9 +398,28 @@ class LayerCache(CacheLayerMixin):
             slots.used = int(slots.lengths.max())
         self.expected, self.kv._probing = None, False
 
+    def go_on_from(self, other: LayerCache) -> None:
+        """Hold a copy of what another layer holds between two passes over the same prompts, as if read here.
+
+        This layer is empty; the policies have done the same so far.
+        """
+        slots = other.slots
+        keys = layouts.by_token(slots.keys, slots.used)
+        if not (self.is_initialized and self.slots.fits(keys)):
+            self.lazy_initialization(keys, slots.values)
+        self._make_room(slots.used)
+        self.slots.hold_copy_of(slots)
+        self.kv._go_on_from(other.kv)
+        self.fed, self.scoring = other.fed, other.scoring
+        if other.last_logits is not None:
+            with torch.inference_mode(False):  # reset() may be called outside of it
+                self.last_logits = other.last_logits.clone()
+
     # ---------------------------------------------------------------- room
     def fix_shapes(self, tokens: int) -> None:
         """Make room for `tokens` a row, or for the kept ones: decode steps then have constant shapes."""
+        if self.must_drop:  # this layer lends, and all have read the prompt by now
+            self.drop_beyond_budget()
         to_come = tokens - self.fed
         self.slots.fix(self.slots.used + to_come if self._most is None else min(tokens, self._most))
         # The prompt is in, and from now on `fed` stands still: it cannot tell. `count_fed` counts.
@@ -492,7 +555,8 @@ class LayerCache(CacheLayerMixin):
             )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.fed + query_length, 0
+        """Ask for no mask over slots: the layer itself knows who sees which (see hf/interface.py)."""
+        return 0, 0
 
     def get_seq_length(self) -> int:
         return self.fed

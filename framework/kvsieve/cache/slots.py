@@ -515,6 +515,21 @@ class Slots:
         """Note the lengths, so that after `restore` the next token is put in the same slot."""
         return Checkpoint(self.used, self.lengths.clone(), self.seen_by_head.clone())
 
+    def hold_copy_of(self, other: Slots) -> None:
+        """Hold what `other` holds, which has as many rows, the same stores, and nothing packed."""
+        self.used = other.used
+        self.lengths.copy_(other.lengths)
+        self.seen_by_head.copy_(other.seen_by_head)
+        for name, store in other._stores.items():
+            used = self.entries(name, other.used)
+            held = layouts.first_slots(name, self._stores[name], used)
+            held.copy_(layouts.first_slots(name, store, used))
+        for name, summary in other.summaries.items():
+            if name in self.free_sizes:
+                self.replace_summary(name, summary)
+            else:
+                self.summaries[name].copy_(summary)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint; slots that were overwritten since are not restored."""
         self.used = checkpoint.used

@@ -1,62 +1,97 @@
-"""Layers with a sliding window: transformers keeps them to it itself; what is added here is the meter."""
+"""Layers with a sliding window, or with chunks: what a token sees of them, and a policy inside.
 
-from typing import Any
+A window is the rule of a local window: the newest `size` tokens stay, and a new one overwrites the oldest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from .. import transfer
-from .forward import Forward, kind_of_forward
+from ..errors import UserError
+from ..policy import Paged, Policy, Positions, Ranking
+from ..wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from .kv import KVView
 
 
-class WindowLayer(DynamicSlidingWindowLayer):
-    """transformers' own layer, no policy acts on it; the bytes of its decode steps are counted.
+class Window(NamedTuple):
+    """A token sees itself and the `size - 1` before it; or, of `chunks` of `size`, its own up to itself."""
 
-    Dense attention reads no more than the window here, so what is read counts as `dense_read` too.
+    size: int
+    chunks: bool = False
+
+    def first(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The first token that each of these sees, all counted within their row from 0."""
+        if self.chunks:
+            return tokens - tokens % self.size
+        return (tokens - (self.size - 1)).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Windowed(Wrapper):
+    """`inner` in a layer with a window: what no token to come sees does not stay, whatever `inner` says.
+
+    Raises:
+        UserError: `inner` needs the tokens in their order, or decides at the end of a prompt who stays for
+            good: neither goes with a window that moves on.
     """
 
-    def __init__(self, sliding_window: int) -> None:
-        super().__init__(sliding_window=sliding_window)
-        self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
-        self.prompt_end: int | None = None  # columns of the prompt, where that is known
-        self.expected: Forward | None = None  # the kind of the next forward, where whoever feeds it says so
-        self.meter: transfer.Meter | None = None
+    inner: Policy
+    window: Window
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the new tokens, and mark the returned keys, by which attention finds this layer."""
-        held, new = self.get_seq_length() > 0, key_states.shape[2]
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        fed = self.get_seq_length()
-        kind = self.expected or kind_of_forward(new, held=held, fed=fed, prompt_end=self.prompt_end)
-        self.meter = transfer.current() if kind is Forward.STEP else None
-        ones = torch.ones(len(keys), dtype=torch.int64, device=keys.device)
-        self._count("written", ones, keys, values)
-        keys.kvsieve_layer = self  # type: ignore[attr-defined]
-        return keys, values
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.inner.name)  # by which messages name it
+        if why := next(_unfit(self.inner), None):
+            raise UserError(
+                f"{why}, and cannot act inside a sliding window, where every new token overwrites one: leave "
+                "the windows dense, or use a policy that selects in any order of slots (such as sparq), or "
+                "one that keeps a budget by `priority` (such as h2o)"
+            )
 
-    def reset(self) -> None:
-        super().reset()
-        self.active, self.prompt_end, self.expected = None, None, None
+    @property
+    def keeps(self) -> int:
+        """The window, or fewer where `inner` keeps fewer."""
+        return min(self.window.size, self.inner.keeps or self.window.size)
 
-    def count_read(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Count one attention over `keys`, `values [B, K, T, D]`; `mask [B, 1, 1, T]`: what a row sees."""
-        if self.meter is None:
-            return
-        if mask is None:
-            tokens = torch.full((len(keys),), keys.shape[2], device=keys.device)
-        else:
-            tokens = mask[:, 0, 0, : keys.shape[2]].sum(1)
-        self._count("read", tokens, keys, values)
-        self._count("dense", tokens, keys, values)
+    def priority(self, kv: KVView) -> torch.Tensor | Ranking:
+        """Rank lowest the token that no token to come sees."""
+        if self.inner.keeps is None:
+            return Ranking(kv.positions)
+        ranks = self.inner.priority(kv)
+        if isinstance(ranks, Ranking):
+            ranks = ranks.priority(kv)
+        return ranks.masked_fill(~self._seen(kv), -torch.inf)
 
-    def _count(self, way: str, tokens: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Count the keys and values of `tokens [B]`, in all KV heads of the active rows."""
-        if self.meter is None:
-            return
-        if self.active is not None:
-            tokens = tokens * self.active
-        for kind, of in (("keys", keys), ("values", values)):
-            numbers = of.shape[1] * of.shape[3]
-            self.meter.add(f"{way}/{kind}", tokens * (numbers * of.element_size()))
+    def cut(self, kv: KVView) -> torch.Tensor | None:
+        """Choose the `keeps` best by priority of those that the last token sees; None: it sees them all."""
+        if self.inner.keeps is None and not self.window.chunks:
+            return None
+        ranking = self.priority(kv)
+        ranks = ranking.priority(kv) if isinstance(ranking, Ranking) else ranking
+        best = ranks.masked_fill(~kv.live(), -torch.inf).topk(min(self.keeps, ranks.shape[2]), dim=2).indices
+        return self._seen(kv) & torch.zeros_like(ranks, dtype=torch.bool).scatter_(2, best, True)
+
+    def _seen(self, kv: KVView) -> torch.Tensor:
+        """`[B, K, T]` bool: slots that the newest token sees."""
+        return kv.live() & (kv.positions >= self.window.first(kv.seen - 1)[:, None, None])
+
+
+def _unfit(policy: Policy) -> Iterator[str]:
+    """Why a policy cannot act inside a window."""
+    own = {"cut", "cut_together", "keeps_per_head", "plan"}
+    if isinstance(policy, Wrapper):
+        yield from _unfit(policy.inner)
+    for name in sorted(own):
+        if getattr(type(policy), name) not in (getattr(Policy, name), getattr(Wrapper, name)):
+            yield f"policy {policy.name} has a `{name}` of its own"
+    if policy.positions is not Positions.TEXT:
+        yield f"policy {policy.name} goes by positions of its own"
+    if policy.keeps is not None and not policy.overwrites:
+        yield f"policy {policy.name} keeps tokens of a prompt and overwrites none"
+    if any(isinstance(column, Paged) for column in policy.columns.values()) or not policy.any_order:
+        yield f"policy {policy.name} goes by the order of slots (it does not declare `any_order`)"

@@ -11,14 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .cells import Cell
-from .execute import Work
-
-_STEP = 8  # prompt tokens that a decoded token counts as: it reads all weights
-
-
-def cost(context: int, policies: int, new_tokens: int) -> float:
-    """The work of a sample under one of the policies that share its prompt, in prompt tokens."""
-    return context / policies + _STEP * new_tokens
+from .execute import Work, cost
 
 
 class RunProgress:

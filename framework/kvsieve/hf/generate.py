@@ -14,7 +14,6 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..cache.kv_cache import KVCache
-from ..cache.layer import LayerCache
 from ..errors import UserError
 
 
@@ -116,13 +115,10 @@ def _check_continuation(cache: KVCache, mask: torch.Tensor, past: int) -> None:
         )
     earlier = mask[:, :past].int()
     # For beams or several sequences the rows of the cache were repeated before; transformers repeats these.
-    times = max(1, cache.policy_layers[0].batch_size // len(earlier))
-    cache.policy_layers[0].check_earlier(earlier.repeat_interleave(times, 0))
-    if not all(isinstance(layer, LayerCache) for layer in cache.layers) and bool(
-        (earlier.diff(dim=1) < 0).any()
-    ):
+    times = max(1, cache.kv_layers[0].batch_size // len(earlier))
+    cache.kv_layers[0].check_earlier(earlier.repeat_interleave(times, 0))
+    if cache.other_layers and bool((earlier.diff(dim=1) < 0).any()):
         raise UserError(
-            "this model has layers that transformers manages (windows), and they know padding on the left "
-            "only: a conversation with padding between its tokens cannot be continued on its cache; start a "
-            "new one"
+            "this model has layers that transformers manages, and they know padding on the left only: a "
+            "conversation with padding between its tokens cannot be continued on its cache; start a new one"
         )

@@ -1,8 +1,8 @@
 """The attention function that transformers calls in every attention module (AttentionInterface), and its
 masks.
 
-The layer of a KVCache is found on the keys that its `update` returned; without one (no cache, or a layer
-whose window transformers keeps itself) the attention is plain.
+The layer of a KVCache is found on the keys that its `update` returned; without one (no cache, or
+transformers' own) the attention is plain.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from .. import attention
 from ..cache.kv import Scoring
 from ..cache.kv_cache import ATTENTION
 from ..cache.layer import LayerCache
-from ..cache.windows import WindowLayer
 from ..errors import UserError
 
 _NOT_SERVED = {
@@ -52,10 +51,8 @@ def attention_forward(
             f"{type(module).__name__} asks attention for {_NOT_SERVED[unknown[0]]}, which kvsieve does not "
             "serve"
         )
-    layer = cast(LayerCache | WindowLayer | None, getattr(key, "kvsieve_layer", None))
-    if not isinstance(layer, LayerCache):
-        if layer is not None:
-            layer.count_read(key, value, attention_mask)
+    layer = cast(LayerCache | None, getattr(key, "kvsieve_layer", None))
+    if layer is None:
         causal = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
         output = _plain(query, key, value, attention_mask, scale, softcap, s_aux, causal)
@@ -136,9 +133,14 @@ def attention_mask_for(
 ) -> torch.Tensor | None:
     """Make the mask for `attention_forward`: the padding `[B, T]` or None for plain causal attention.
 
-    A T x T mask is made only where the model asks for more than causal order (sliding windows), or where a
-    cache that is not ours hands out more slots than tokens.
+    A T x T mask is made only where the model asks for more than causal order, or where a cache that is not
+    ours hands out more slots than tokens. The layers of a KVCache, which ask for a mask of length 0, keep to
+    causal order and to their windows themselves.
     """
+    # transformers lets a mask be left out where it is causal order, windows and chunks, and nothing beyond.
+    plain_or_window = mask_function is causal_mask_function or kwargs.get("allow_is_causal_skip", False)
+    if kv_length == 0 and plain_or_window:
+        return attention_mask
     plain = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
     if plain and kv_length == q_offset + q_length:
         return attention_mask

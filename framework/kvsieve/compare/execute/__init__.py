@@ -13,6 +13,13 @@ from ..config import Config, Diagnose
 from ..identity import Fields
 from ..samples import Record
 
+_STEP = 8  # prompt tokens that a decoded token counts as: it reads all weights
+
+
+def cost(context: int, policies: int, new_tokens: int) -> float:
+    """The work of a sample under one of the policies that share its prompt, in prompt tokens."""
+    return context / policies + _STEP * new_tokens
+
 
 class Unit(NamedTuple):
     """Work that is done together: samples of one task, under all policies that have not answered them yet."""

@@ -13,8 +13,8 @@ from ...cache.kv_cache import KVCache
 from ...hf import parallel
 from ...loop import Decoding, Runner
 from ...prompts import check_lengths, end_tokens
-from ...reading import Reading, read
-from ...recording import Needs, Recording, needs
+from ...reading import Begun, Reading, read
+from ...recording import Alike, Needs, Recording, needs
 from ...sampling import Sampler
 from ...scoring import Scoring
 from ..cells import Cell
@@ -47,7 +47,7 @@ class Measurement:
         """Give back the memory that is held between batches."""
         self.cache, self.stopwatch = None, Stopwatch()
 
-    def needs(self, samples: Sequence[Sample]) -> Needs | str:
+    def needs(self, samples: Sequence[Sample]) -> Needs | Alike | str:
         """Return what the policy needs of the prefill of these samples, or why it reads them itself."""
         if type(self.cell.task).answer is not Task.answer:
             return "is asked by its task itself"
@@ -58,7 +58,7 @@ class Measurement:
         return needs(KVCache(self.model, policy), Reading(self.model, prompts, policy, segments))
 
     def batch(
-        self, indexes: Sequence[int], samples: Sequence[Sample], recording: Recording | None = None
+        self, indexes: Sequence[int], samples: Sequence[Sample], recording: Recording | Begun | None = None
     ) -> list[Record]:
         """A record for each of the samples, decoded together; each is charged what it took itself.
 
@@ -77,7 +77,7 @@ class Measurement:
             return self._batch(indexes, samples, None)
 
     def _batch(
-        self, indexes: Sequence[int], samples: Sequence[Sample], recording: Recording | None
+        self, indexes: Sequence[int], samples: Sequence[Sample], recording: Recording | Begun | None
     ) -> list[Record]:
         model, cell = self.model, self.cell
         self.meter.reset()
@@ -139,7 +139,7 @@ class Measurement:
         return [dict(zip(names, (*row, *of_row), strict=True)) for row, *of_row in held]
 
     def _answers(
-        self, indexes: Sequence[int], samples: Sequence[Sample], recording: Recording | None
+        self, indexes: Sequence[int], samples: Sequence[Sample], recording: Recording | Begun | None
     ) -> tuple[Sequence[Answer], Sequence[float], Sequence[float | None], list[float]]:
         """The model's answers, metered; the bytes of KV cache and the slots per head held for each; speeds,
         without the meter.
@@ -170,7 +170,7 @@ class Measurement:
         prompts: list[list[int]],
         segments: list[list[int]],
         cache: KVCache,
-        recording: Recording | None,
+        recording: Recording | Begun | None,
     ) -> tuple[list[Answer], Decoding]:
         forced = [list(sample.forced) for sample in samples]
         scoring = Scoring(
@@ -192,7 +192,7 @@ class Measurement:
         segments: list[list[int]],
         limit: int,
         cache: KVCache,
-        recording: Recording | None,
+        recording: Recording | Begun | None,
     ) -> tuple[list[Answer], Decoding]:
         """Read the prompts, let the policy decide who stays, and ask each question of a copy of that."""
         read(self.model, prompts, cache, segments=segments, leave=0, reader=recording)
@@ -212,7 +212,7 @@ class Measurement:
         segments: list[list[int]] | None,
         limit: int,
         cache: KVCache,
-        recording: Recording | None,
+        recording: Recording | Begun | None,
     ) -> tuple[list[str], Decoding]:
         """The texts that follow the token ids `rows`, the whole prompts of the samples or their ends."""
         model = self.model

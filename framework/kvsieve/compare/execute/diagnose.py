@@ -75,7 +75,7 @@ class Question:
             return None
         reading = Reading(self.model, self.prompts, policy, self.segments)
         wanted = needs(KVCache(self.model, policy), reading)
-        if isinstance(wanted, str):  # it reads the prompt itself
+        if not isinstance(wanted, Needs):  # it reads the prompt itself
             return self._diagnosis(policy, None)
         if wanted not in self.recordings:
             self.recordings[wanted] = Recording(self.model, self.prompts, [wanted])

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from . import Began, Event, Events, Failed, Measured, Prepared, Restarted, Unit, Work, units
+from . import Began, Event, Events, Failed, Measured, Prepared, Restarted, Unit, Work, cost, units
 from .diagnose import diagnose_cells
 from .local import load_model, prepare
 from .unit import failed, measure_unit
@@ -124,12 +124,14 @@ class OnRay:
         if isinstance(found, str):
             raise UserError(found)
         self.settings = settings.model_copy(update={"batch_size": found.batch_size})
+        self.new_tokens = found.new_tokens
         return found
 
     def measure(self, work: Work) -> Events:
         here, size = os.getcwd(), self.settings.rows
         each = -(-self._room() // max(1, len(work)))  # parts of a unit, for a worker each
         parts = [part for unit in work for part in _parts(unit, each, size)]
+        parts.sort(key=lambda part: _length(part, self.new_tokens), reverse=True)  # so that all end together
         waiting = deque(_Job(unit.cells, dict(unit.missing), unit.cells[0]) for unit in parts)
         running: list[tuple[Any, _Job]] = []
         try:
@@ -219,6 +221,13 @@ def _parts(unit: Unit, many: int, batch_size: int) -> Iterator[Unit]:
         part = set(samples[first : first + size])
         missing = {name: [i for i in left if i in part] for name, left in unit.missing.items()}
         yield from units(unit.cells, missing)
+
+
+def _length(unit: Unit, new_tokens: Mapping[str, int]) -> float:
+    """The work in a unit, as if every policy read the prompts: those that do take most of the time."""
+    return sum(
+        len(unit.missing[cell.id]) * cost(cell.task.context, 1, new_tokens[cell.id]) for cell in unit.cells
+    )
 
 
 def _measure(folder: str, settings: Settings, unit: Unit) -> Events:

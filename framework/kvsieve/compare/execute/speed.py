@@ -12,7 +12,9 @@ from ...loop import Decoding
 from ...sampling import Sampler
 
 _ROUNDS = 3
-_STEPS = 6  # of a round, at most; few, because they come on top of the steps that answer
+# A round ends after so many steps, or once it has taken so long: they come on top of the steps that answer.
+_STEPS = 6
+_SECONDS = 0.05
 
 
 class Stopwatch:
@@ -62,15 +64,16 @@ class Stopwatch:
         self._captured, cache.captured = cache.captured, metered
         return rounds
 
-    def _round(self, decoding: Decoding, steps: int) -> float:
+    def _round(self, decoding: Decoding, at_most: int) -> float:
         self._go_back(decoding)
         device = decoding.runner.model.device
-        seconds = 0.0
-        for _ in range(steps):
+        steps, seconds = 0, 0.0
+        while steps < at_most and seconds < _SECONDS:
             started = _now(device)
             decoding.advance()
             decoding.state.status.tolist()  # `decode` looks at it after every step
             seconds += _now(device) - started
+            steps += 1
         return len(decoding.state.tokens) * steps / seconds
 
     def _go_back(self, decoding: Decoding) -> None:

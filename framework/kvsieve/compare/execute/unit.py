@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ...errors import UserError
 from ...hf import parallel
-from ...recording import Needs, Recording
+from ...reading import Begun
+from ...recording import Alike, Needs, Recording, begin
 from ..cells import Cell
 from ..config import Settings
 from ..samples import Record
@@ -43,13 +44,13 @@ class _Measuring:
         self.measurements: dict[str, Measurement] = {}  # by cell id
         self.failed: set[str] = set()
         self.samples: dict[int, Sample] = {}  # of the running batch
-        self.recording: Recording | None = None  # of the running batch, where cells share a prefill
+        self.recording: Recording | Begun | None = None  # of the running batch, where cells share a prefill
 
     def batch(self, batch: Sequence[int]) -> Events:
         """Measure these samples, of each cell those that it misses."""
         self.samples.clear()
         # The cells that share a prefill, or one that reads by itself; and what each needs of it.
-        groups: dict[Hashable, list[tuple[Cell, Needs | str]]] = {}
+        groups: dict[Hashable, list[tuple[Cell, Needs | Alike | str]]] = {}
         missing: dict[Hashable, list[int]] = {}
         for cell in self.unit.cells:
             indexes = [index for index in self.unit.missing.get(cell.id, ()) if index in batch]
@@ -60,19 +61,20 @@ class _Measuring:
             except self.alone as error:
                 yield self._failed(cell, error)
                 continue
-            key: Hashable = (*indexes, found.weights if isinstance(found, Needs) else cell.id)
+            shares = found.weights if isinstance(found, Needs) else found
+            key: Hashable = (*indexes, cell.id if isinstance(shares, str) else shares)
             groups.setdefault(key, []).append((cell, found))
             missing[key] = indexes
         for key, group in groups.items():
             yield from self._together(group, missing[key])
 
-    def _together(self, group: list[tuple[Cell, Needs | str]], indexes: list[int]) -> Events:
+    def _together(self, group: list[tuple[Cell, Needs | Alike | str]], indexes: list[int]) -> Events:
         """Measure samples of cells that share a prefill."""
         self.recording = None
         for number, (cell, _) in enumerate(group):
             yield Began(cell)
             if number == 0 and len(group) > 1:
-                self.recording = self._record(indexes, [found for _, found in group])
+                self.recording = self._record(indexes, group)
             try:
                 records = self._records(cell, indexes)
             except self.alone as error:
@@ -80,11 +82,18 @@ class _Measuring:
             else:
                 yield Measured(cell, records)
 
-    def _record(self, indexes: list[int], wanted: list[Needs | str]) -> Recording | None:
-        """The prefill of these samples; None if it failed: every cell then reads, and fails, by itself."""
-        prompts, _ = prompts_of(self._samples(indexes))
+    def _record(
+        self, indexes: list[int], group: list[tuple[Cell, Needs | Alike | str]]
+    ) -> Recording | Begun | None:
+        """Read what a group reads of these samples together; None if that is nothing, or if it failed: every
+        cell then reads, and fails, by itself.
+        """
+        prompts, segments = prompts_of(self._samples(indexes))
+        wanted = [found for _, found in group if isinstance(found, Needs)]
         try:
-            return Recording(self.model, prompts, [found for found in wanted if isinstance(found, Needs)])
+            if wanted:
+                return Recording(self.model, prompts, wanted)
+            return begin(self.model, [cell.policy for cell, _ in group], prompts, segments)
         except self.alone:
             return None
 
@@ -111,7 +120,7 @@ class _Measuring:
         return records
 
     def _batch(
-        self, measurement: Measurement, indexes: list[int], recording: Recording | None
+        self, measurement: Measurement, indexes: list[int], recording: Recording | Begun | None
     ) -> list[Record]:
         samples = self._samples(indexes)
         if not measurement.warm and self.model.device.type == "cuda":

@@ -302,8 +302,8 @@ def append_token(
     at, rows_on = np.empty(pairs, np.int64), np.empty(0, np.bool_) if active is None else active.numpy()
     full = np.empty(0, np.int64), np.empty(0, np.int64)
     if lowest is not None and limits is not None:
-        most = limits if isinstance(limits, torch.Tensor) else lengths.new_full((heads,), limits)
-        full = np.tile(most.numpy(), rows), _pairs(lowest)
+        most = torch.as_tensor(limits).expand(rows, heads)
+        full = _pairs(most), _pairs(lowest)
     loops.place_token(_pairs(lengths), _pairs(seen), *full, rows_on, _pairs(slots), at)
     packed = None if starts is None else starts.diff().numpy()
     for storage, new in (*stores, (positions, token)):

@@ -1,7 +1,7 @@
 """Attention of a prompt, and the mass that each slot receives from it, without a T x T matrix.
 
-Plain causal attention of a whole prompt is torch's. Soft-capping, sinks and chunks that follow other slots
-need a flash kernel of our own, and so does the mass: it is the column sums of the attention weights,
+Plain causal attention of a whole prompt is torch's. Soft-capping, sinks, windows and chunks that follow other
+slots need a flash kernel of our own, and so does the mass: it is the column sums of the attention weights,
 recomputed from the log-sum-exps that the first kernel leaves. Query heads of a group share rows: row i * G +
 g is head g of token i.
 """
@@ -27,13 +27,15 @@ def prefill(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    since: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
     want_mass: bool = False,
     by_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`reference.prefill`."""
     rows, heads, group, new, size = query.shape
-    if fresh and softcap is None and sinks is None and visible is None and not want_mass:
+    plain = softcap is None and sinks is None and since is None and visible is None
+    if fresh and plain and not want_mass:
         flat = query.reshape(rows, heads * group, new, size)
         gqa = group > 1
         output = F.scaled_dot_product_attention(
@@ -55,6 +57,7 @@ def prefill(
         "starts": starts,
         "counts": counts,
         "new": new,
+        "since": None if since is None else since.contiguous(),
         "allowed": None if visible is None else visible.contiguous(),
         "total": total,
         "lse": lse,
@@ -107,6 +110,12 @@ def _allowed(allowed, b, new, total, token, count, slot, end):
     return tl.load(allowed + place, mask=(token < count)[:, None] & (slot < end)[None, :], other=0) != 0
 
 
+@triton.jit
+def _since(since, pair, new, token, count, beyond):
+    """Of `since [B, K, Q]`, those of these new tokens of a pair; `beyond` where they are not real."""
+    return tl.load(since + pair * new + token, mask=token < count, other=beyond).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["new", "total"])
 def _attend_prompt(
     query,  # [B, K, G, Q, D]
@@ -134,6 +143,7 @@ def _attend_prompt(
     starts,  # [B, K]
     counts,  # [B]
     new,
+    since,  # [B, K, Q] or None
     allowed,  # [B, Q, total] bool or None
     total,
     lse,  # [B, K, Q * G] or None
@@ -165,7 +175,11 @@ def _attend_prompt(
     end = start + tl.minimum((first_row + ROWS - 1) // G + 1, count)
     if first_row >= count * G:
         end = 0  # padding: nothing to see
-    for first in range(0, end, BLOCK):
+    begin = 0
+    if since is not None:
+        low = _since(since, pair, new, token, count, end)
+        begin = tl.min(low, 0)
+    for first in range(begin, end, BLOCK):
         slot = first + n
         mask = (slot < end)[:, None] & (d < D)[None, :]
         key, value = slot_start(slot, key_slot, 0, 1), slot_start(slot, value_slot, 0, 1)
@@ -175,13 +189,15 @@ def _attend_prompt(
         if softcap is not None:
             logit = capped(logit, softcap)
         visible = slot[None, :] <= tl.minimum(start + token, end - 1)[:, None]
+        if since is not None:
+            visible &= slot[None, :] >= low[:, None]
         if allowed is not None:
             visible &= _allowed(allowed, b, new, total, token, count, slot, end)
         logit = tl.where(visible, logit * LOG2_E, float("-inf"))
         top = tl.maximum(peak, tl.max(logit, 1))
         base = top
-        if allowed is not None:
-            # Without it slot 0 is visible to every row, so that none is without a peak.
+        if (since is not None) or (allowed is not None):
+            # Without them slot 0 is visible to every row, so that none is without a peak.
             base = tl.where(top == float("-inf"), 0.0, top)
         fade = tl.exp2(peak - base)
         weight = tl.exp2(logit - base[:, None])
@@ -218,6 +234,7 @@ def _sum_columns(
     starts,
     counts,
     new,
+    since,
     allowed,
     total,
     lse,
@@ -252,6 +269,8 @@ def _sum_columns(
             logit = capped(logit, softcap)
         peak = tl.load(lse + pair * new * G + row, mask=row < count * G, other=0.0)
         visible = (slot[None, :] <= (start + row // G)[:, None]) & (row < count * G)[:, None]
+        if since is not None:
+            visible &= slot[None, :] >= _since(since, pair, new, row // G, count, total)[:, None]
         if allowed is not None:
             visible &= _allowed(allowed, pair // KV_HEADS, new, total, row // G, count, slot, start + count)
         sums += tl.sum(tl.where(visible, tl.exp2(logit * LOG2_E - peak[:, None]), 0.0), 0)

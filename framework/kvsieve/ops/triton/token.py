@@ -24,7 +24,7 @@ def append_token(
     """`reference.append_token`: a program for each row and KV head, which counts its own tokens."""
     rows, heads = lengths.shape
     slots = torch.empty(rows, heads, 1, dtype=torch.int64, device=lengths.device)
-    per_head = isinstance(limits, torch.Tensor)
+    each = limits.expand(rows, heads) if isinstance(limits, torch.Tensor) else None
     _append_token[(rows * heads,)](
         stores=tuple(store for store, _ in stores),
         places=tuple(tuple(slot_strides("", store).values()) for store, _ in stores),
@@ -36,8 +36,10 @@ def append_token(
         capacity=positions.shape[2],
         lengths=lengths,
         seen=seen,
-        limit=0 if limits is None or per_head else limits,
-        limits=limits if per_head else None,
+        limit=limits if isinstance(limits, int) else 0,
+        limits=each,
+        limit_row=0 if each is None else each.stride(0),
+        limit_head=0 if each is None else each.stride(1),
         lowest=lowest,
         active=active,
         active_row=0 if active is None else active.stride(0),
@@ -81,7 +83,9 @@ def _append_token(
     lengths,  # [B, K]
     seen,  # [B, K]
     limit,
-    limits,  # [K] or None: `limit` for all heads
+    limits,  # [B, K] or None: `limit` for all heads
+    limit_row,
+    limit_head,
     lowest,  # [B, K], or None: no head is full
     active,  # [B] or None
     active_row,
@@ -98,7 +102,7 @@ def _append_token(
     slot = length
     if lowest is not None:
         if limits is not None:
-            limit = tl.load(limits + pair % heads)
+            limit = tl.load(limits + head_start(pair, heads, limit_row, limit_head))
         slot = tl.where(length < limit, length, tl.load(lowest + pair))
     tl.store(slots + pair, slot)
     if active is not None:
