@@ -94,6 +94,21 @@ def synthetic_rows():
     return rows
 
 
+def many_rows(policies, tasks):
+    """Of many policies at three budgets, on needle with many numbers of distractors at three lengths."""
+    rows = []
+    for distractors in range(tasks):
+        for context in (512, 1024, 2048):
+            asked = {"task_parameters": {"distractors": distractors}}
+            rows.append(row("needle", context, "dense", 1.0, **asked))
+            for i in range(policies):
+                described = f"budget={context} recent={i}"
+                more = asked | {"parameters": f"{described} odd=7", "not_default": described}
+                for share in SHARES:
+                    rows.append(row("needle", context, f"policy_{i}", 0.9, f"1/{1 / share:.0f}", **more))
+    return rows
+
+
 SAMPLES = 4
 PROMPT = "... the secret number of Bergen is"
 

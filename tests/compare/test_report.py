@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import gzip
 import html
+import itertools
 import json
 import re
 import shutil
@@ -12,15 +13,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.report_run import PROMPT, SAMPLES, TASKS, row, sample, synthetic_rows, write_run
+from tests.report_run import PROMPT, SAMPLES, TASKS, many_rows, row, sample, synthetic_rows, write_run
 
 from kvsieve.compare import summary
+from kvsieve.compare.merge import merge
 from kvsieve.compare.report import answers, write_picture, write_report
+from kvsieve.compare.report import page as report_page
 from kvsieve.compare.report.__main__ import main
 from kvsieve.compare.report.depth import depth_maps
 from kvsieve.compare.report.folder import read
 from kvsieve.compare.report.headline import headline
-from kvsieve.compare.report.style import styles
+from kvsieve.compare.report.style import HEAT_DARK, HEAT_LIGHT, PALEST_HALF, styles
 from kvsieve.compare.report.svg import Scale
 from kvsieve.compare.results import Results, Row, csv_lines, read_csv
 from kvsieve.errors import UserError
@@ -43,19 +46,31 @@ def headline_of(rows):
 
 
 def data_of(page):
-    packed = re.search(r'<script type="text/plain" id="data">([\w+/=]*)</script>', page)[1]
-    return json.loads(gzip.decompress(base64.b64decode(packed)))
+    """By section."""
+    found = re.findall(r'<script type="text/plain" id="data-(\w+)">([\w+/=]*)</script>', page)
+    return {name: json.loads(gzip.decompress(base64.b64decode(packed))) for name, packed in found}
+
+
+def sections_of(page):
+    return re.findall(r'<section id="(\w+)">', page)
+
+
+def scripts_of(page):
+    """What a browser runs, or the page brings along."""
+    allowed = re.search(r"script-src ([^\"]*)\"", page)[1].split()
+    return ["script"] * (len(allowed) + len(data_of(page)))
 
 
 def test_the_page_holds_every_row_the_headline_and_the_setting_of_the_run(run_folder, page):
     rows = synthetic_rows()
     assert page.count("<tr data-row=") == len(rows)
-    assert data_of(page)["csv"] == csv_lines(read_csv(run_folder / "summary.csv"))
+    assert data_of(page)["results"] == csv_lines(read_csv(run_folder / "summary.csv"))
     assert html.escape(headline(read(run_folder).results)) in page
-    assert page.count("<figure>") == len(TASKS)
+    assert page.count('<svg class="chart"') == len(TASKS)
     assert page.count('class="mark"') == len(rows)
-    assert ["".join(drawn).count('class="mark"') for _, _, drawn in data_of(page)["axes"]] == [len(rows)] * 2
-    assert [label.split("\n")[0] for label in data_of(page)["labels"][:2]] == ["dense", "SparQ 1/2"]
+    frontier = data_of(page)["frontier"]
+    assert ["".join(drawn).count('class="mark"') for _, _, drawn in frontier["axes"]] == [len(rows)] * 2
+    assert [label.split("\n")[0] for label in frontier["labels"][:2]] == ["dense", "SparQ 1/2"]
     for expected in (
         "reference, 3.21 M parameters, float32", "Intel Xeon 2.80GHz, 2 cores", "torch 2.13.0",
         "2025-11-20 19:40 UTC", "my-policy 1.0", "samples: 32", "<code>budget=64 recent=16</code>",
@@ -281,18 +296,19 @@ def test_strings_of_a_user_cannot_become_script(tmp_path):
     page = attacked_run(tmp_path).read_text(encoding="utf-8")
     document = Document(page)
     assert ATTACK in document.text
-    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == ["script"] * 5
+    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == scripts_of(page)
     assert not [name for _, attributes in document.elements for name in attributes if name.startswith("on")]
-    assert any(ATTACK in label for label in data_of(page)["labels"])
+    assert any(ATTACK in label for label in data_of(page)["frontier"]["labels"])
     assert ATTACK in data_of(page)["answers"][0]["samples"][0]["texts"]
 
 
 def test_parameters_of_a_task_cannot_become_script(tmp_path):
     rows = [row("needle", 512, "dense", 1.0, task_parameters={ATTACK: value}) for value in (ATTACK, 7)]
-    document = Document(write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8"))
-    # Over the chart, over its rows, and in the list of tasks to choose from.
-    assert document.text.count(f"needle {ATTACK}={ATTACK}, 512 tokens") == 3
-    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == ["script"] * 5
+    page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
+    document = Document(page)
+    # Over the chart, over its rows, in the list of tasks to choose from, and over its depths.
+    assert document.text.count(f"needle {ATTACK}={ATTACK}, 512 tokens") == 4
+    assert [tag for tag, _ in document.elements if tag in ("script", "img")] == scripts_of(page)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -374,30 +390,158 @@ def test_noisy_speeds_are_hollow_on_the_axis_of_time_alone(tmp_path):
     noisy = {"tokens_per_second": 300, "tokens_per_second_min": 110, "tokens_per_second_max": 1147}
     rows = [row("needle", 512, "dense", 1.0), row("needle", 512, "h2o", 1.0, "1/2", **noisy)]
     page = write_report(write_run(tmp_path, rows)).read_text(encoding="utf-8")
-    drawn = {axis: "".join(panels).count('class="mark noisy"') for axis, _, panels in data_of(page)["axes"]}
+    drawn = {
+        axis: "".join(panels).count('class="mark noisy"')
+        for axis, _, panels in data_of(page)["frontier"]["axes"]
+    }
     assert drawn == {"memory": 0, "time": 1}
     assert 'class="mark noisy"' not in page
 
 
-def test_the_heat_map_says_where_the_answers_are_lost(tmp_path):
+def depth_run(folder, contexts):
+    """Of H2O at the longest context the first half of the prompt is forgotten."""
     rows = [
         row("needle", context, policy, 1.0, how)
-        for context in (512, 1024)
+        for context in contexts
         for policy, how in (("dense", ""), ("h2o", "1/8"))
     ]
-    write_run(tmp_path, rows)
-    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[:-1]]
-    for record in records:  # cell c3 is h2o at 1024, and there the first half of the prompt is forgotten
-        record["score"] = float(record["cell"] != "c3" or record["facts"]["depth"] > 0.5)
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (found,) = depth_maps(read(tmp_path))
-    assert found["edges"] == ["0 to 50%", "50 to 100%"]
-    assert [one["label"] for one in found["maps"]] == ["dense", "H2O 1/8"]
-    shares = [
-        [[square["share"] for square in line["squares"]] for line in one["lines"]] for one in found["maps"]
+    write_run(folder, rows)
+    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()[:-1]]
+    for record in records:
+        forgets = record["cell"] == f"c{len(rows) - 1}" and record["facts"]["depth"] < 0.5
+        record["score"] = float(not forgets)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def squares_of(drawing):
+    """What every square tells, and its colour."""
+    found = re.findall(r'class="square" role="img" aria-label="([^"]*)" fill="var\(--heat-(\d+)\)"', drawing)
+    return {tuple(told.split("\n")): int(level) for told, level in found}
+
+
+def test_the_heat_map_says_where_the_answers_are_lost(tmp_path):
+    (found,) = depth_maps(read(depth_run(tmp_path, (512, 1024))))
+    assert [found["task"], found["metric"], found["samples"]] == ["needle", "accuracy", "2"]
+    assert [(line["name"], line["context"], line["cells"]) for line in found["lines"]] == [
+        ("dense", "512", ["1", "1"]), ("dense", "1,024", ["1", "1"]),
+        ("H2O 1/8", "512", ["1", "1"]), ("H2O 1/8", "1,024", ["0", "1"]),
+    ]  # fmt: skip
+    dense, h2o = re.findall("<svg.*?</svg>", found["drawings"], re.S)
+    assert 'aria-label="H2O 1/8, by depth and length"' in h2o
+    assert set(squares_of(dense).values()) == {10}
+    lost = ("H2O 1/8", "depth: 0 to 50%", "length: 1,024 tokens", "accuracy: 0 (0 to 0.66)", "samples: 2")
+    assert len(squares_of(h2o)) == 4
+    assert {told: level for told, level in squares_of(h2o).items() if level < 10} == {lost: 0}
+    assert re.findall(r">([\d,.]+)</text>", h2o) == [
+        "512",
+        "1,024",
+        "0",
+        "1",
+        "1",
+        "1",
+    ]  # numbers: pale, dark
+
+
+def test_of_one_length_a_single_map_has_a_line_for_each_policy(tmp_path):
+    (found,) = depth_maps(read(depth_run(tmp_path, (512,))))
+    assert found["length"] == "512"
+    assert found["drawings"].count("<svg") == 1
+    assert list(squares_of(found["drawings"]).values()) == [10, 10, 0, 10]
+
+
+def test_runs_shown_apart_have_their_own_maps(tmp_path):
+    runs = [depth_run(tmp_path / name, (512, 1024)) for name in ("a", "b")]
+    merge(runs, tmp_path / "both", apart=True)
+    summary.write(tmp_path / "both")
+    maps = depth_maps(read(tmp_path / "both"))
+    assert [(one["task"], one["samples"], len(one["lines"])) for one in maps] == [
+        ("needle in a", "2", 4),
+        ("needle in b", "2", 4),
     ]
-    assert shares == [[[1, 1], [1, 1]], [[1, 1], [0, 1]]]
-    assert found["maps"][1]["lines"][1]["squares"][0]["title"] == "0, mean of 2"
+
+
+def test_a_square_without_a_sample_says_nothing(tmp_path):
+    depth_run(tmp_path, (512, 1024))
+    kept = [
+        line
+        for line in (tmp_path / "samples.jsonl").read_text().splitlines(keepends=True)
+        if json.loads(line)["cell"] != "c3" or json.loads(line)["sample"] == 0
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(kept))
+    (found,) = depth_maps(read(tmp_path))
+    assert found["samples"] == "1 to 2"
+    assert found["lines"][3]["cells"] == ["0", "\N{EN DASH}"]
+    assert len(squares_of(found["drawings"])) == 7
+    assert found["drawings"].count("stroke-dasharray") == 1
+
+
+@pytest.mark.parametrize(
+    ("levels", "ink", "paper"), [(HEAT_LIGHT, "#1b2026", "#ffffff"), (HEAT_DARK, "#e8ebee", "#13161a")]
+)
+def test_the_colours_of_heat_maps_are_in_order_and_their_numbers_can_be_read(levels, ink, paper):
+    """By lightness alone, which all colour vision has; contrast as WCAG counts it."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    def contrast(one, other):
+        low, high = sorted([luminance(one), luminance(other)])
+        return (high + 0.05) / (low + 0.05)
+
+    assert len(levels) == 11
+    steps = [contrast(one, paper) for one in levels]
+    assert all(after / before > 1.08 for before, after in itertools.pairwise(steps))
+    assert min(contrast(level, ink if i <= PALEST_HALF else paper) for i, level in enumerate(levels)) >= 4.5
+
+
+def named_as_left_out(page):
+    said = re.search(r"Left out of it: (.*?)\.</p>", page)
+    return re.findall(r"([a-z ]+) \(see (.*?)\)", said[1]) if said else []
+
+
+def test_what_does_not_fit_is_left_out_whole_and_the_conclusions_last(run_folder, page, monkeypatch):
+    everything = ["overview", "frontier", "results", "depth", "heads", "answers", "again"]
+    assert sections_of(page) == everything
+    assert named_as_left_out(page) == []
+    run, counts = read(run_folder), []
+    for share in (0.9, 0.7, 0.5, 0.35, 0.2):
+        most = int(share * len(page.encode()))
+        monkeypatch.setattr(report_page, "MOST", most)
+        smaller = report_page.render(run)
+        assert len(smaller.encode()) <= most
+        kept = sections_of(smaller)
+        assert kept == [name for name in everything if name in kept]
+        # A section that is left out takes along its data and its link.
+        assert set(data_of(smaller)) <= set(kept)
+        assert re.findall(r'<a href="#(\w+)">', smaller) == ["top", *kept]
+        assert len(named_as_left_out(smaller)) == len(everything) - len(kept)
+        assert "again" in kept
+        assert "overview" in kept or "results" not in kept
+        counts.append(len(kept))
+    assert counts == sorted(counts, reverse=True)
+    assert 2 >= counts[-1] < counts[0]
+
+
+def test_the_answers_go_first_and_the_page_says_where_they_are(run_folder, page, monkeypatch):
+    monkeypatch.setattr(report_page, "MOST", len(page.encode()) - 1)
+    smaller = report_page.render(read(run_folder))
+    assert named_as_left_out(smaller) == [("answers", "samples.jsonl")]
+    assert "This page holds 3 MB at most" in smaller
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [15, 25])
+def test_a_page_never_grows_beyond_three_megabytes(tmp_path, tasks):
+    """2,745 rows, whose table does not fit beside the charts; 4,575, whose table alone is too large."""
+    path = write_report(write_run(tmp_path, many_rows(policies=20, tasks=tasks)))
+    page = path.read_text(encoding="utf-8")
+    assert 1_000_000 < path.stat().st_size < 3_000_000
+    assert named_as_left_out(page)
+    assert {"overview", "frontier", "again"} <= set(sections_of(page))
+    assert ("all results", "summary.csv") in named_as_left_out(page)
 
 
 def test_the_answers_stand_side_by_side(page):

@@ -8,7 +8,9 @@ import shutil
 import pytest
 from tests.report_run import synthetic_rows, write_run
 
+from kvsieve.compare.report import page as report_page
 from kvsieve.compare.report import write_report
+from kvsieve.compare.report.folder import read
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if BROWSER is None:
@@ -138,6 +140,36 @@ def test_the_keyboard_reaches_every_mark(opened):
     assert opened.locator("#tip").is_hidden()
 
 
+def focused(page):
+    return page.evaluate("document.activeElement.getAttribute('aria-label')").split("\n")
+
+
+def test_the_keyboard_reaches_every_square(opened):
+    """Two tasks with several lengths: a map for each policy, one stop in the tab order each."""
+    opened.locator("#depth .square").first.wait_for()
+    maps = opened.locator("#depth .maps .map")
+    assert maps.count() == 2 * 10
+    assert opened.locator("#depth .square[tabindex='0']").count() == maps.count()
+    squares = maps.last.locator(".square")
+    squares.first.focus()
+    seen = [focused(opened)]
+    for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowLeft"):
+        opened.keyboard.press(key)
+        seen.append(focused(opened))
+    assert [[line.split(": ")[1] for line in one[1:3]] for one in seen] == [
+        ["0 to 50%", "512 tokens"],
+        ["0 to 50%", "1,024 tokens"],
+        ["50 to 100%", "1,024 tokens"],
+        ["50 to 100%", "512 tokens"],
+        ["50 to 100%", "512 tokens"],  # nothing is further to the left
+    ]
+    assert opened.inner_text("#tip").split("\n") == seen[-1]
+    opened.keyboard.press("Escape")
+    assert opened.locator("#tip").is_hidden()
+    squares.first.hover()
+    assert opened.inner_text("#tip").split("\n") == seen[0]
+
+
 def test_a_pointed_mark_tells_its_numbers(opened):
     mark = marks(opened).last
     mark.scroll_into_view_if_needed()
@@ -207,6 +239,43 @@ def test_a_chart_can_be_saved(opened, tmp_path, kind):
         assert "var(" not in text
         assert "SparQ" in text
         assert "H2O" not in text
+
+
+@pytest.mark.parametrize("kind", ["SVG", "PNG"])
+def test_heat_maps_can_be_saved(opened, tmp_path, kind):
+    opened.locator("#depth .square").first.wait_for()
+    with opened.expect_download() as saved:
+        opened.locator("#depth .save").first.get_by_role("button", name=f"as {kind}").click()
+    assert saved.value.suggested_filename == f"needle-by-depth.{kind.lower()}"
+    saved.value.save_as(tmp_path / "maps")
+    image = (tmp_path / "maps").read_bytes()
+    if kind == "PNG":
+        assert image.startswith(b"\x89PNG")
+    else:
+        text = image.decode()
+        assert "var(" not in text
+        assert text.count('class="square"') == 10 * 3 * 2  # policies, lengths, depths
+        for words in ("H2O 1/8", "SparQ 1/2", "2,048", "accuracy, 2 samples a square"):
+            assert words in text
+
+
+def test_a_page_that_left_something_out_still_works(page, tmp_path, monkeypatch):
+    """At each size, nothing is said in the console, and what is there answers."""
+    run = read(write_run(tmp_path, synthetic_rows()))
+    path, whole = tmp_path / "report.html", len(report_page.render(run).encode())
+    for share in (0.9, 0.7, 0.5, 0.35):
+        monkeypatch.setattr(report_page, "MOST", int(share * whole))
+        path.write_text(report_page.render(run), encoding="utf-8")
+        page.goto(path.as_uri())
+        assert page.get_by_text("Left out of it").is_visible()
+        for section, button in (("#overview", "Copy as CSV"), ("#results", "Copy as Markdown")):
+            if page.locator(section).count():
+                assert copy(page, section, button).count("\n") >= 10
+        if page.locator("#frontier").count():
+            assert marks(page).count() == 10
+        if page.locator("#depth").count():
+            page.locator("#depth .square").first.wait_for()
+    assert page.said == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,11 +1,13 @@
 """The page: everything a reader needs to judge a run, in one file that needs no network."""
 
 import base64
+import dataclasses
+import functools
 import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,78 +25,146 @@ from .headline import headline
 from .heads import head_maps
 from .names import policy_name, readable_label
 from .pivot import pivot
-from .style import FONT, Palette, styles
+from .style import FONT, HEAT_DARK, HEAT_LIGHT, Palette, styles
 from .table import HEADER, table
 
+MOST = 3_000_000  # bytes of a page
+
 _PARTS = Path(__file__).parent / "parts"
-_SCRIPTS = ["share.js", "charts.js", "tables.js", "answers.js"]
 _INK = {name: f"var(--{name})" for name in ("ink", "muted", "line", "paper")}
-_SECTIONS = {
-    "overview": "Policies by tasks",
-    "frontier": "Frontier",
-    "results": "All results",
-    "depth": "Depth",
-    "heads": "Heads",
-    "answers": "Answers",
-    "paper": "The paper",
-    "again": "Run it again",
-}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Section:
+    """A part of the page: NAME.html.jinja filled with `view`, and NAME.js, which finds `data`."""
+
+    name: str
+    title: str
+    source: str  # a file with the same, for when there is no room
+    view: Mapping[str, Any]
+    data: Any = None
+
+    @functools.cached_property
+    def html(self) -> Markup:
+        return Markup(_template(self.name).render(self.view))
+
+    @functools.cached_property
+    def packed(self) -> str:
+        return "" if self.data is None else _packed(self.data)
+
+    @property
+    def script(self) -> str:
+        path = _PARTS / f"{self.name}.js"
+        return path.read_text("utf-8") if path.exists() else ""
+
+    @property
+    def size(self) -> int:
+        """Bytes on the page, with some for its link, its tags and the hash of its script."""
+        return sum(len(text.encode()) for text in (self.html, self.packed, self.script)) + 500
+
+
+# Where there is no room for all, the last of these is left out first.
+_IMPORTANT = ["again", "overview", "frontier", "paper", "results", "depth", "heads", "answers"]
 
 
 def render(run: RunFolder) -> str:
-    """The page of a run, as HTML."""
+    """The page of a run, as HTML of at most MOST bytes; it names the sections for which there is no room."""
+    sections = _sections(run)
+    left = MOST - len(_page(run, [], sections).encode())
+    kept: list[Section] = []
+    for section in sorted(sections, key=lambda section: _IMPORTANT.index(section.name)):
+        if section.size <= left:
+            left -= section.size
+            kept.append(section)
+    return _page(
+        run,
+        [section for section in sections if section in kept],
+        [section for section in sections if section not in kept],
+    )
+
+
+def _page(run: RunFolder, shown: Sequence[Section], left_out: Sequence[Section]) -> str:
     results = run.results
     look = styles(results.policies)
-    maps, heads, texts = depth_maps(run), head_maps(run.diagnosed, results), answers(run)
-    numbers = paper.beside(results.rows)
-    optional = {"depth": maps, "heads": heads, "answers": texts, "paper": numbers}
-    absent = {name for name, found in optional.items() if not found}
-    axes = chart.measured(results) or chart.AXES[:1]
-    data = {
-        "csv": csv_lines(results.rows),
-        "labels": _labels(results),
-        "answers": texts,
-        # Of the first axis the page itself has the drawings.
-        "axes": [(axis.name, axis.label, _drawings(results, axis)) for axis in axes[1:]],
-    }
-    scripts = [(_PARTS / name).read_text("utf-8") for name in _SCRIPTS]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_PARTS), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html.jinja").render(
+    shared = (_PARTS / "share.js").read_text("utf-8")
+    scripts = [shared, *(section.script for section in shown if section.script)]
+    return _template("page").render(
         model=", ".join(_distinct(row.model for row in results.rows)),
-        sections=[(name, title) for name, title in _SECTIONS.items() if name not in absent],
+        sections=shown,
+        left_out=left_out,
         headline=headline(results),
         facts=_facts(run),
         failures=run.failures,
-        pivot=pivot(results),
-        legend=[{"name": policy_name(name), "shape": look[name].shape} for name in results.policies],
-        axes=axes,
-        drawings=_drawings(results, axes[0]),
-        width=chart.WIDTH,
-        height=chart.HEIGHT,
-        groups=[table(group, results) for group in results.groups],
-        header=HEADER,
-        disturbed=_disturbed(run),
-        notes=[
-            note for note in [noise_note(results.rows), *eager_notes(results.rows), _disturbed(run)] if note
-        ],
-        depth_maps=maps,
-        heads=heads,
-        answers=texts,
-        paper=[number.cells() for number in numbers],
-        headings=paper.HEADINGS,
-        meaning=paper.MEANING,
-        commands=commands(run),
-        config=run.config,
-        protocol=protocol(run),
-        environment=json.dumps(run.environment, indent=2, ensure_ascii=False),
-        parameters=_parameters(results),
-        data=_packed(data),
+        shapes=[look[name].shape for name in results.policies],
         scripts=[Markup(script) for script in scripts],
         script_hashes=Markup(" ".join(_hash(script) for script in scripts)),
         css=Markup(_css(results)),
     )
+
+
+def _sections(run: RunFolder) -> list[Section]:
+    """All that this run has, in their order on the page."""
+    results = run.results
+    groups = [table(group, results) for group in results.groups]
+    axes = chart.measured(results) or chart.AXES[:1]
+    drawings = [(axis.name, axis.label, _drawings(results, axis)) for axis in axes]
+    frontier = {
+        "legend": [policy_name(name) for name in results.policies],
+        "axes": axes,
+        "drawings": drawings[0][2],
+        "width": chart.WIDTH,
+        "height": chart.HEIGHT,
+        "groups": groups,
+        "disturbed": _disturbed(run),
+    }
+    notes = [noise_note(results.rows), *eager_notes(results.rows), _disturbed(run)]
+    again = {
+        "commands": commands(run),
+        "config": run.config,
+        "protocol": protocol(run),
+        "environment": json.dumps(run.environment, indent=2, ensure_ascii=False),
+        "parameters": _parameters(results),
+    }
+    sections = [
+        Section("overview", "Policies by tasks", "summary.md", {"pivot": pivot(results)}),
+        Section(
+            "frontier",
+            "Frontier",
+            "summary.csv",
+            frontier,
+            {"labels": _labels(results), "axes": drawings[1:]},
+        ),
+        Section(
+            "results",
+            "All results",
+            "summary.csv",
+            {"groups": groups, "header": HEADER, "notes": [note for note in notes if note]},
+            csv_lines(results.rows),
+        ),
+    ]
+    if maps := depth_maps(run):
+        drawn = [one["drawings"] for one in maps]
+        sections.append(Section("depth", "Depth", "samples.jsonl", {"maps": maps}, drawn))
+    if heads := head_maps(run.diagnosed, results):
+        sections.append(Section("heads", "Heads", "diagnostics.jsonl", {"heads": heads}))
+    if texts := answers(run):
+        sections.append(Section("answers", "Answers", "samples.jsonl", {}, texts))
+    if numbers := paper.beside(results.rows):
+        view = {
+            "paper": [number.cells() for number in numbers],
+            "headings": paper.HEADINGS,
+            "meaning": paper.MEANING,
+        }
+        sections.append(Section("paper", "The paper", "summary.md", view))
+    return [*sections, Section("again", "Run it again", "config.yaml", again)]
+
+
+@functools.cache
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PARTS), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(f"{name}.html.jinja")
 
 
 def _disturbed(run: RunFolder) -> str:
@@ -170,11 +240,13 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 def _css(results: Results) -> str:
     look = styles(results.policies)
+    heat = {"light": HEAT_LIGHT, "dark": HEAT_DARK}
     colours = {
         mode: " ".join(
-            f"--policy-{i}: {getattr(look[name], mode)};" for i, name in enumerate(results.policies)
+            [f"--policy-{i}: {getattr(look[name], mode)};" for i, name in enumerate(results.policies)]
+            + [f"--heat-{i}: {colour};" for i, colour in enumerate(heat[mode])]
         )
-        for mode in ("light", "dark")
+        for mode in heat
     }
     css = (_PARTS / "page.css").read_text("utf-8").replace("FONT", FONT)
     css += "\n".join(f".p{i} {{ color: var(--policy-{i}); }}" for i in range(len(results.policies)))

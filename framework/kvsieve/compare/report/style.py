@@ -48,6 +48,19 @@ def styles(policies: Sequence[str]) -> dict[str, Style]:
     return {name: _KNOWN.get(name) or others[name] for name in policies}
 
 
+# The colours of heat maps, from the lowest score, near the colour of the paper, to the highest: they go from
+# pale to dark or from dark to pale, so that they are told apart with any colour vision, and without colour.
+HEAT_LIGHT = (
+    "#ebf1f4", "#c8e2ec", "#a6d1e5", "#85c0dd", "#67aed3", "#4b9cc8",
+    "#237dad", "#0a6b9e", "#005a8d", "#004a7b", "#00396b",
+)  # fmt: skip
+HEAT_DARK = (
+    "#25292f", "#293643", "#2c4458", "#2e526d", "#306180", "#337092",
+    "#458bae", "#57a1c4", "#6db8d8", "#87ceea", "#a4e5fb",
+)  # fmt: skip
+PALEST_HALF = 5  # up to this level a number on it has the ink's colour, beyond that of the paper
+
+
 @dataclasses.dataclass(frozen=True)
 class Palette:
     """Colours of a drawing: CSS variables on the page, so that one drawing serves light, dark and print."""

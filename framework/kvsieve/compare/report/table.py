@@ -89,7 +89,7 @@ def _cells(group: Group, row: Row, best: dict[str, float | None]) -> list[Cell]:
         return "best" if value is not None and best.get(name) == value else ""
 
     per_step = () if row.bytes_per_step is None else (f"{byte_text(row.bytes_per_step)} a step",)
-    held = () if row.slots_per_head is None else (f"{slots(row.slots_per_head)} a head",)
+    held = () if row.slots_per_head is None else (f"{slots(row.slots_per_head)} slots a head",)
     return [
         Cell(row.score, group.text(row.score), style("score"), _notes(group.interval(row))),
         _against(group, row),

@@ -1,6 +1,5 @@
 "use strict";
-report.data.then(({ answers: groups }) => {
-  if (!groups.length) return;
+report.data("answers").then((groups) => {
   const [task, sample, before, next, differ, shown] = ["task", "sample", "before", "next", "differ", "shown"].map((name) => document.getElementById(`answers-${name}`));
   const { element } = report;
 

@@ -46,43 +46,17 @@
   for (const control of [find, task, mark]) control.addEventListener("input", filter);
   filter();
 
-  // Copies of what is shown. CSV of the results: the lines of summary.csv, with every number.
-  const plain = (cell) => {
-    const text = cell.dataset.text ?? (cell.matches("th") ? cell.dataset.value : undefined);
-    if (text !== undefined) return text.trim();
-    const [first, ...notes] = [...cell.childNodes].map((node) => node.textContent.trim()).filter(Boolean);
-    return notes.length ? `${first} (${notes.join("; ")})` : first ?? "";
+  // CSV of what is shown: the lines of summary.csv, with every number.
+  report.copies["all markdown"] = () => {
+    const lines = [["task", ...headers.map((header) => header.textContent.trim().toLowerCase())]];
+    for (const body of bodies) {
+      const group = body.querySelector(".group span").firstChild.textContent.trim();
+      for (const row of rowsOf(body)) if (!row.hidden) lines.push([group, ...[...row.cells].map(report.plain)]);
+    }
+    return report.markdown(lines, 2);
   };
-  const markdown = (lines, left) => {
-    const line = (cells) => `| ${cells.map((cell) => cell.replaceAll("|", "\\|")).join(" | ")} |\n`;
-    const rule = lines[0].map((_, i) => (i < left ? "---" : "---:"));
-    return [lines[0], rule, ...lines.slice(1)].map(line).join("");
+  report.copies["all csv"] = async () => {
+    const csv = await report.data("results");
+    return csv[0] + bodies.flatMap(rowsOf).filter((row) => !row.hidden).map((row) => csv[1 + Number(row.dataset.row)]).join("");
   };
-  const quoted = (cell) => (/[",\n]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell);
-
-  function pivotLines(value) {
-    const pivot = document.getElementById("pivot");
-    const heading = ["policy", "bytes read", ...[...pivot.querySelectorAll("[data-heading]")].map((cell) => cell.dataset.heading)];
-    return [heading, ...[...pivot.tBodies[0].rows].map((row) => [...row.cells].map(value))];
-  }
-
-  const copies = {
-    "pivot markdown": () => markdown(pivotLines(plain), 1),
-    "pivot csv": () => pivotLines((cell) => cell.dataset.value ?? plain(cell)).map((line) => `${line.map(quoted).join(",")}\r\n`).join(""),
-    "all markdown": () => {
-      const lines = [["task", ...headers.map((header) => header.textContent.trim().toLowerCase())]];
-      for (const body of bodies) {
-        const group = body.querySelector(".group span").firstChild.textContent.trim();
-        for (const row of rowsOf(body)) if (!row.hidden) lines.push([group, ...[...row.cells].map(plain)]);
-      }
-      return markdown(lines, 2);
-    },
-    "all csv": async () => {
-      const { csv } = await report.data;
-      return csv[0] + bodies.flatMap(rowsOf).filter((row) => !row.hidden).map((row) => csv[1 + Number(row.dataset.row)]).join("");
-    },
-  };
-  for (const button of document.querySelectorAll(".copy[data-table]")) {
-    button.addEventListener("click", async () => report.copy(await copies[`${button.dataset.table} ${button.dataset.as}`](), button));
-  }
 }
