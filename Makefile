@@ -24,7 +24,7 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The figures that slow tests record, docs/reliability.md shows.
 slow: $(VENV)/.installed

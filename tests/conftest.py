@@ -4,9 +4,11 @@ One torch thread: on two busy cores OpenMP's threads wait for each other. Withou
 kernels; it reads its variable once, when they are defined.
 """
 
+import gc
 import importlib.util
 import os
 import sys
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,18 +18,29 @@ import torch
 # A CUDA image, on which `make gpu` runs, need not have hypothesis.
 collect_ignore = [] if importlib.util.find_spec("hypothesis") else ["kernels/test_bounds.py"]
 
+gc.disable()  # until all tests are collected: it took a quarter of that time, and found nothing
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # with one, the ops are Triton's
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("KVSIEVE_OPS", "cpu")  # the others are chosen by the tests that compare them
 
 
+# The longest files first: workers take whole files in order, and end together.
+LONGEST = ["test_cpu_ops", "test_compile", "test_tensor_parallel", "test_families", "test_graph", "test_laws"]
+
+
 def pytest_collection_modifyitems(items):
-    """Skip tests that need a GPU where there is none, however they were selected."""
+    """Bring the longest files to the front; skip tests that need a GPU where there is none."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +51,24 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save_byte_llama(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def few_words():
+    """lm_eval pairs all adjectives with all nouns as RULER is imported, and sorts the millions: some will do.
+
+    It would download nltk's data, too.
+    """
+    if not importlib.util.find_spec("nltk"):
+        return
+    import wonderwords
+
+    every = wonderwords.RandomWord()._categories
+    few = SimpleNamespace(_categories={kind: list(words)[::20] for kind, words in every.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nltk.download", lambda *arguments: False)
+        patch.setattr(wonderwords, "RandomWord", lambda: few)
+        importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
 
 
 class Recorded:

@@ -196,10 +196,17 @@ def test_a_cache_with_windows_that_is_reset_replays_its_step(recorded, family, p
     assert recorded.captured == 1
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("temperature", [None, 0.7])
-def test_a_cache_that_is_reset_replays_its_step(recorded, policy, temperature):
-    model = tiny_llama()
+# A policy and the way to choose a token have nothing to do with each other.
+CHOICES = [(name, temperature) for name in POLICIES for temperature in (None, 0.7)]
+OFTEN = {(name, None) for name in POLICIES} | {(name, 0.7) for name in ("dense", "sparq", "h2o")}
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [pytest.param(*choice, marks=() if choice in OFTEN else pytest.mark.slow) for choice in CHOICES],
+)
+def test_a_cache_that_is_reset_replays_its_step(recorded, name, temperature):
+    model, policy = tiny_llama(), POLICIES[name]
     cache = KVCache(model, policy, capacity=50)
     batches = [(24, 17), (30, 9), (7, 8)]  # the last are below the budgets
     for seed, prompts in enumerate(batches):

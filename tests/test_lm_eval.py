@@ -28,6 +28,7 @@ from kvsieve.lm_eval import loading, run
 from kvsieve.lm_eval.model import PolicyLM
 from tests.models import save_byte_llama
 
+pytestmark = pytest.mark.usefixtures("few_words")
 POSITIONS = 96
 TIGHT = kvsieve.make_policy("local_window", budget=4, sinks=0)
 DOCUMENTS = [

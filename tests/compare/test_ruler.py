@@ -37,6 +37,7 @@ def words():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
+pytestmark = pytest.mark.usefixtures("few_words")
 TOKENIZERS = {"bytes": tokenizers()["bytes"], "words": words()}
 
 

@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,8 +195,8 @@ def coding_calls(
     }
 
 
-def compiled(target: GPUTarget, call: Callable[[], Any]) -> Iterator[Any]:
-    """Triton's compiled kernels of one call."""
+def compiled(target: GPUTarget, call: Callable[[], Any], leave_out: Container[str] = ()) -> Iterator[Any]:
+    """Triton's compiled kernels of one call, those of the names in `leave_out` aside."""
     kernels = []
     index = list(TARGETS.values()).index(target)
     driver = SimpleNamespace(
@@ -207,9 +207,9 @@ def compiled(target: GPUTarget, call: Callable[[], Any]) -> Iterator[Any]:
     triton.runtime.driver.set_active(driver)
     run = JITFunction.run
 
-    def only_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernels.append(run(self, *args, **kwargs | {"warmup": True}))
-        return kernels[-1]
+    def only_compile(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.__name__ not in leave_out:
+            kernels.append(run(self, *args, **kwargs | {"warmup": True}))
 
     JITFunction.run = only_compile
     try:
@@ -240,11 +240,14 @@ def main() -> None:
     parser.add_argument("--head-sizes", nargs="+", default=[128], type=int)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--groups", nargs="+", default=[4], type=int)
+    parser.add_argument("--once", action="store_true", help="compile each kernel for its first call alone")
     chosen = parser.parse_args()
     shapes = itertools.product(chosen.dtypes, chosen.head_sizes, chosen.groups)
     for (dtype, size, group), target in itertools.product(shapes, chosen.targets):
+        done: set[str] = set()
         for name, call in calls(getattr(torch, dtype), size, group).items():
-            for kernel in compiled(TARGETS[target], call):
+            for kernel in compiled(TARGETS[target], call, leave_out=done if chosen.once else ()):
+                done.add(kernel.metadata.name)
                 shape = {"dtype": dtype, "head_size": size, "group": group}
                 found = {
                     "target": target,

@@ -30,9 +30,17 @@ def check(*arguments: str, targets: Iterable[str] = SHARED) -> None:
     assert not too_much
 
 
-@pytest.mark.parametrize("target", SHARED)
-def test_kernels_compile(target: str) -> None:
-    check("--targets", target, targets=[target])
+def test_every_call_compiles_for_an_nvidia_gpu() -> None:
+    check("--targets", "sm_90", targets=["sm_90"])
+
+
+def test_every_kernel_compiles_for_an_amd_gpu() -> None:
+    check("--targets", "gfx942", "--once", targets=["gfx942"])
+
+
+@pytest.mark.slow
+def test_every_call_compiles_for_every_gpu() -> None:
+    check()
 
 
 @pytest.mark.slow

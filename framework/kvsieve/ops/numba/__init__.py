@@ -135,7 +135,9 @@ def attend(
     partial = _held.take("partial", pairs, pieces, group, head_size)
     peaks, sums = np.empty((2, pairs, group, pieces), np.float32)
     live = _pairs(lengths)
-    which = (_NO_SLOTS, live) if slots is None or counts is None else (_pairs(slots, listed), _pairs(counts))
+    which = (_NO_SLOTS, live)
+    if slots is not None and counts is not None:
+        which = _pairs(slots.contiguous(), listed), _pairs(counts)
     stored = *_memory(keys, starts), *_memory(values, starts)
     made = weights, peaks, sums
     bits = _bits(query).reshape(pairs, group, head_size)
@@ -194,7 +196,7 @@ def top_slots(
     (rows, heads, size), k = ranking.shape, min(k, ranking.shape[2])
     pairs, slots = rows * heads, torch.empty(rows, heads, k, dtype=torch.int64)
     first = max(newest, 0), _NO_MASK if forced is None else _pairs(forced, size)
-    given = _pairs(ranking.float(), size), _pairs(lengths), *first
+    given = _pairs(ranking.float().contiguous(), size), _pairs(lengths), *first
     loops.ranked_slots(pairs, *given, _held.take("ranking", pairs, size), _pairs(slots, k))
     return slots, lengths.clamp(max=k)
 
@@ -221,7 +223,7 @@ def top_by_channels(
     weights, ranking = _held.take("weights", pairs, group, size), _held.take("ranking", pairs, size)
     peaks, sums = np.empty((2, pairs, group, pieces), np.float32)
     live = _pairs(lengths)
-    asked = _bits(query).reshape(pairs, group, head_size), _pairs(channels, channels.shape[2])
+    asked = _bits(query).reshape(pairs, group, head_size), _pairs(channels.contiguous(), channels.shape[2])
     made = weights, peaks, sums
     jobs = pairs * pieces
     loops.channel_weights(
@@ -252,8 +254,10 @@ def code_scores(
     rows, heads, group, r = query.shape
     size = codes.shape[2] if slots is None else slots.shape[2]
     scores, ends = torch.zeros(rows, heads, group, size), _pairs(lengths)
-    which = (_NO_SLOTS, ends) if slots is None or counts is None else (_pairs(slots, size), _pairs(counts))
-    asked, pairs = _pairs(query.float() * scale, group, r), rows * heads
+    which = (_NO_SLOTS, ends)
+    if slots is not None and counts is not None:
+        which = _pairs(slots.contiguous(), size), _pairs(counts)
+    asked, pairs = _pairs((query.float() * scale).contiguous(), group, r), rows * heads
     stored = *_memory(codes), *_memory(ranges)
     jobs = pairs * -(-size // loops.PIECE)
     loops.code_scores(jobs, asked, *stored, ends, *which, _pairs(scores, group, size))
@@ -319,9 +323,12 @@ def _pairs(numbers: torch.Tensor, *shape: int) -> np.ndarray:
 
 
 def _bits(numbers: torch.Tensor) -> np.ndarray:
-    """The bits of numbers, as `loops` takes them: float16 is told from bfloat16 by its sign."""
+    """The bits of numbers, as `loops` takes them: float16 is told from bfloat16 by its sign.
+
+    Side by side, a copy of strided ones: numba compiles a loop again, for seconds, for an array with strides.
+    """
     kind = torch.int16 if numbers.dtype == torch.float16 else _BITS[numbers.element_size()]
-    return numbers.detach().view(kind).numpy()
+    return numbers.detach().contiguous().view(kind).numpy()
 
 
 def _sinks(sinks: torch.Tensor | None, rows: int, heads: int, group: int) -> np.ndarray:
