@@ -37,7 +37,7 @@ slow: $(VENV)/.installed
 gpu sanitize able: export PYTHONPATH := framework:policies
 
 # Compiling takes the tests' time: with pytest-xdist, on eight cores.
-SIDE_BY_SIDE = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses 8)
+SIDE_BY_SIDE = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo '-n auto --maxprocesses 8')
 
 gpu: able
 	$(PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) tests/kernels
