@@ -25,8 +25,14 @@ from ..cpu import (
     widen_bounds,
     window_weights,
 )
-from . import loops
+from .attend import attend_pieces, join_pieces
+from .codes import score_codes
+from .loops import NOT_BLOCKED, PIECE
 from .numbers import LOWEST
+from .pages import score_pages
+from .scores import LOGITS, MAX, SOFTMAX, channel_weights
+from .select import best_slots, choose_channels, ranked_slots
+from .token import find_lowest, place_token, put_token, update_mean
 
 __all__ = [
     "append",
@@ -55,7 +61,7 @@ _BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}  # b
 _PIECE = 512  # slots of attention that a thread reads at a time
 _NO_SLOTS, _NO_MASK, _NOTHING = (np.empty((0, 0), dtype) for dtype in (np.int64, np.bool_, np.float32))
 _NO_VALUES, _NO_MASS = np.empty((0, 0), np.uint32), np.empty((0, 0, 0), np.float32)
-_GROUP_SCORES = {"softmax": loops.SOFTMAX, "logits": loops.LOGITS, "max": loops.MAX}
+_GROUP_SCORES = {"softmax": SOFTMAX, "logits": LOGITS, "max": MAX}
 
 
 class _Held(threading.local):
@@ -141,7 +147,7 @@ def attend(
     stored = *_memory(keys, starts), *_memory(values, starts)
     made = weights, peaks, sums
     bits = _bits(query).reshape(pairs, group, head_size)
-    loops.attend_pieces(pairs * pieces, bits, *stored, live, *which, scale, softcap or 0.0, *made, partial)
+    attend_pieces(pairs * pieces, bits, *stored, live, *which, scale, softcap or 0.0, *made, partial)
     output = torch.empty(query.shape, dtype=torch.float32)
     mass = torch.zeros((rows, heads, group, size) if by_head else (rows, heads, size)) if want_mass else None
     tail = (_NOTHING, _NO_VALUES)
@@ -149,7 +155,7 @@ def attend(
         tail = (_pairs(tail_weight.float(), group), _bits(tail_value).reshape(pairs, head_size))
     masses = _NO_MASS if mass is None else mass.numpy().reshape(pairs, -1, size)
     sink_logits, outputs = _sinks(sinks, rows, heads, group), _pairs(output, group, head_size)
-    loops.join_pieces(pairs, partial, *made, sink_logits, *which, live, *tail, outputs, masses)
+    join_pieces(pairs, partial, *made, sink_logits, *which, live, *tail, outputs, masses)
     if mass is not None and add_mass_to is not None:
         add_mass_to += mass
         mass = None
@@ -171,7 +177,7 @@ def lowest(
     tokens, end = _NO_SLOTS, lengths
     if positions is not None and seen is not None:
         tokens, end = _pairs(positions, size), seen
-    loops.lowest(_pairs(ranks, size), _pairs(lengths), tokens, _pairs(end), newest, oldest, _pairs(slots))
+    find_lowest(_pairs(ranks, size), _pairs(lengths), tokens, _pairs(end), newest, oldest, _pairs(slots))
     return slots
 
 
@@ -179,7 +185,7 @@ def top_channels(query: torch.Tensor, r: int) -> torch.Tensor:
     """`reference.top_channels`."""
     rows, heads, group, head_size = query.shape
     channels = torch.empty(rows, heads, r, dtype=torch.int64)
-    loops.top_channels(_bits(query).reshape(rows * heads, group, head_size), _pairs(channels, r))
+    choose_channels(_bits(query).reshape(rows * heads, group, head_size), _pairs(channels, r))
     return channels
 
 
@@ -197,7 +203,7 @@ def top_slots(
     pairs, slots = rows * heads, torch.empty(rows, heads, k, dtype=torch.int64)
     first = max(newest, 0), _NO_MASK if forced is None else _pairs(forced, size)
     given = _pairs(ranking.float().contiguous(), size), _pairs(lengths), *first
-    loops.ranked_slots(pairs, *given, _held.take("ranking", pairs, size), _pairs(slots, k))
+    ranked_slots(pairs, *given, _held.take("ranking", pairs, size), _pairs(slots, k))
     return slots, lengths.clamp(max=k)
 
 
@@ -219,22 +225,20 @@ def top_by_channels(
     """`reference.top_by_channels`."""
     _held.set_threads()
     (rows, heads, group, head_size), k = query.shape, min(k, size)
-    pairs, pieces, ranked_by = rows * heads, -(-size // loops.PIECE), _GROUP_SCORES[group_score]
+    pairs, pieces, ranked_by = rows * heads, -(-size // PIECE), _GROUP_SCORES[group_score]
     weights, ranking = _held.take("weights", pairs, group, size), _held.take("ranking", pairs, size)
     peaks, sums = np.empty((2, pairs, group, pieces), np.float32)
     live = _pairs(lengths)
     asked = _bits(query).reshape(pairs, group, head_size), _pairs(channels.contiguous(), channels.shape[2])
     made = weights, peaks, sums
     jobs = pairs * pieces
-    loops.channel_weights(
-        jobs, *asked, *_memory(keys), live, scale, softcap or 0.0, ranked_by, *made, ranking
-    )
+    channel_weights(jobs, *asked, *_memory(keys), live, scale, softcap or 0.0, ranked_by, *made, ranking)
     slots = torch.empty(rows, heads, k, dtype=torch.int64)
     missed = torch.empty(rows, heads, group)
     first = max(newest, 0), _NO_MASK if forced is None else _pairs(forced, size)
     found = _pairs(slots, k), _pairs(missed, group)
     sink_logits = _sinks(sinks, rows, heads, group)
-    loops.best_slots(pairs, *made, live, *first, sink_logits, ranked_by, ranking, *found)
+    best_slots(pairs, *made, live, *first, sink_logits, ranked_by, ranking, *found)
     return slots, lengths.clamp(max=k), missed
 
 
@@ -259,8 +263,8 @@ def code_scores(
         which = _pairs(slots.contiguous(), size), _pairs(counts)
     asked, pairs = _pairs((query.float() * scale).contiguous(), group, r), rows * heads
     stored = *_memory(codes), *_memory(ranges)
-    jobs = pairs * -(-size // loops.PIECE)
-    loops.code_scores(jobs, asked, *stored, ends, *which, _pairs(scores, group, size))
+    jobs = pairs * -(-size // PIECE)
+    score_codes(jobs, asked, *stored, ends, *which, _pairs(scores, group, size))
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     if slots is None or counts is None:
@@ -279,7 +283,7 @@ def page_scores(
     pairs, pages = rows * heads, low.shape[2]
     scores = torch.full((rows, heads, group, pages), -math.inf)
     asked, bounds = _bits(query).reshape(pairs, group, head_size), (*_memory(low), *_memory(high))
-    loops.page_scores(pairs, asked, *bounds, _pairs(lengths), _pairs(scores, group, pages))
+    score_pages(pairs, asked, *bounds, _pairs(lengths), _pairs(scores, group, pages))
     return scores
 
 
@@ -304,16 +308,16 @@ def append_token(
     if lowest is not None and limits is not None:
         most = torch.as_tensor(limits).expand(rows, heads)
         full = _pairs(most), _pairs(lowest)
-    loops.place_token(_pairs(lengths), _pairs(seen), *full, rows_on, _pairs(slots), at)
+    place_token(_pairs(lengths), _pairs(seen), *full, rows_on, _pairs(slots), at)
     packed = None if starts is None else starts.diff().numpy()
     for storage, new in (*stores, (positions, token)):
         rooms = np.full(pairs, reference.capacity(storage)) if packed is None else packed
         bits = _bits(reference.or_zero(new, storage, slots)).reshape(pairs, -1)
         numbers = storage[..., None] if storage.dim() == 3 else storage
-        loops.put_token(*_memory(numbers, starts), rooms, bits, at)
+        put_token(*_memory(numbers, starts), rooms, bits, at)
     for mean, vector in means:
         size = mean.shape[2]
-        loops.update_mean(_pairs(mean, size), _bits(vector).reshape(pairs, size), at, _pairs(seen))
+        update_mean(_pairs(mean, size), _bits(vector).reshape(pairs, size), at, _pairs(seen))
     return slots
 
 
@@ -352,5 +356,5 @@ def _memory(
         begins = starts[:-1].numpy() * strides[2]
     else:
         begins = np.add.outer(np.arange(shape[0]) * strides[0], np.arange(shape[1]) * strides[1]).ravel()
-    block, per_block = (strides[2], shape[3]) if len(shape) == 5 else (0, loops.NOT_BLOCKED)
+    block, per_block = (strides[2], shape[3]) if len(shape) == 5 else (0, NOT_BLOCKED)
     return memory, begins, np.array((block, strides[-2], strides[-1], per_block))
