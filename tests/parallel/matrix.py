@@ -1,13 +1,8 @@
-"""Families x policies, computed by one process and by two; torchrun runs this module on saved models.
-
-Run without torchrun, it forks into two: what takes seconds to import is imported once.
-"""
+"""Families x policies, computed by one process and by two; torchrun runs this module on saved models."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,24 +80,5 @@ def main(folder: Path, cells: list[tuple[str, str]]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fork() -> None:
-    """Go on as two processes, with what torchrun would tell each; this one ends when they have."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for number in ("0", "1"):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            return
-        children.append(child)
-    failed = [os.waitpid(child, 0)[1] for child in children]
-    sys.exit(any(failed))
-
-
 if __name__ == "__main__":
-    if "RANK" not in os.environ:
-        fork()
     main(Path(sys.argv[1]), ALWAYS + (REST if sys.argv[2:] == ["all"] else []))

@@ -24,7 +24,7 @@ from tests.policies import TWO_LAYERS
 from ..families.zoo import FAMILIES
 from . import matrix
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 COMPARISON = """\
 model: {model}
 tensor_parallel: {split}
@@ -38,6 +38,18 @@ each_cell = pytest.mark.parametrize(
     ("family", "policy"),
     [*matrix.ALWAYS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in matrix.REST)],
 )
+
+
+def torchrun(*command, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*TORCHRUN, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
 
 
 def save(family, folder):
@@ -64,16 +76,8 @@ def split(folder, request):
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'kvsieve[parallel]'")
     mine = (item for item in request.session.items if item.path == request.path)
     slowly = any(item.get_closest_marker("slow") for item in mine)
-    launcher, which = (TORCHRUN, ["all"]) if slowly else ([], [])
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", matrix.__name__, str(folder), *which],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    which = ["all"] if slowly else []
+    done = torchrun("-m", matrix.__name__, folder, *which, timeout=300, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
