@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 import torch
 
 from ...graph import Replay
+from ...hf import parallel
 from ...loop import Decoding
 from ...sampling import Sampler
 
@@ -67,8 +69,10 @@ class Stopwatch:
     def _round(self, decoding: Decoding, at_most: int) -> float:
         self._go_back(decoding)
         device = decoding.runner.model.device
+        # Processes that share a model must stop after the same step, and each has a clock of its own.
+        most = math.inf if parallel.is_split(decoding.runner.model) else _SECONDS
         steps, seconds = 0, 0.0
-        while steps < at_most and seconds < _SECONDS:
+        while steps < at_most and seconds < most:
             started = _now(device)
             decoding.advance()
             decoding.state.status.tolist()  # `decode` looks at it after every step
