@@ -12,7 +12,7 @@ from ..compare.results import Row
 from ..hf.models import load
 from . import exams
 
-SAMPLES = 64  # of every exam
+SAMPLES = 32  # of every exam
 
 _CARD = """---
 license: apache-2.0
