@@ -75,7 +75,8 @@ class _Task:
 
     def view(self) -> dict[str, Any]:
         grids = self.strips() if len(self.contexts) == 1 else self.maps()
-        across = max(grid.across for grid in grids)
+        names = (20 + svg.width(name, 12) for name in self.names.values())  # a map's own stands above it
+        across = max(*(grid.across for grid in grids), *names)
         counts = [len(scores) for found in self.cells.values() for scores in self.scores(found) if scores]
         return {
             "task": self.name,
