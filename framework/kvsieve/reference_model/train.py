@@ -3,7 +3,7 @@
 Deterministic for a seed and a number of threads; continues from the last checkpoint in `--out`; made for two
 CPU cores. The learning rate is constant after a warm-up and falls to zero at the end of the course, so a run
 can be extended with a larger `--tokens` before the fall begins. The second course continues from a model:
-`--course second --start MODEL --seed 1 --learning-rate 1.2e-3`.
+`--course second --start MODEL --seed 1`. Which runs made the weights that ship: docs/reference_model.md.
 """
 
 import argparse
