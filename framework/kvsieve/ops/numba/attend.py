@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from .loops import LOG2_E, cap, compiled, copy_slot, inlined, scale_pieces, weights_of
-from .numbers import LANES, LOWEST, prefetch, widen
+from .loops import LOG2_E, cap, compiled, copy_row, inlined, place_of, scale_pieces, weights_of
+from .numbers import LANES, LOWEST, add_products, prefetch, put_dots, widen
 
-_ROWS_AHEAD = 4  # the processor does not foresee chosen rows: they are asked for so many slots ahead
+_AHEAD = 4  # chosen rows are asked for so many slots before they are read
 
 
 @inlined
@@ -39,55 +39,111 @@ def _attend_piece(
     _, group, pieces = peaks.shape
     size, width, by_list = query.shape[2], weights.shape[2] // pieces, slots.shape[1] > 0
     p, piece = divmod(job, pieces)
-    first = piece * width
-    count = min(width, (min(counts[p], slots.shape[1]) if by_list else lengths[p]) - first)
+    first, length = piece * width, lengths[p]
+    count = min(width, (min(counts[p], slots.shape[1]) if by_list else length) - first)
+    listed = slots.ravel()[p * slots.shape[1] + first :][: max(count, 0) if by_list else 0]
+    spare = _first_live(listed, length) if by_list else 0
     blended = partial[p, piece]
     blended[:] = 0
-    if count <= 0:
+    if count <= 0 or spare < 0:
         peaks[p, :, piece], sums[p, :, piece] = LOWEST, 0
         return
-    row, logits, scaled = np.empty(size, np.float32), weights[p], np.empty((group, size), np.float32)
+    logits, scaled = weights[p, :, first : first + width], np.empty((group, size), np.float32)
     for g in range(group):
         for d in range(size):
             scaled[g, d] = widen(query[p, g, d]) * (scale if softcap > 0 else scale * LOG2_E)
-    for i in range(count):
-        slot = slots[p, first + i] if by_list else first + i
-        if slot < 0 or slot >= lengths[p]:
-            logits[:, first + i] = LOWEST
-            continue
-        _prefetch_chosen(keys, key_starts[p], key_place, slots, p, first + i, size)
-        copy_slot(keys, key_starts[p], key_place, slot, row)
-        for g in range(group):
-            q, logit = scaled[g], np.float32(0)
-            for d in range(size):
-                logit += q[d] * row[d]
-            logits[g, first + i] = logit
+    # Four slots at a time; what is not live stands for the spare one, and weighs nothing.
+    begins = np.empty((width + 3) // 4 * 4, np.int64)
+    _find(begins, key_starts[p], key_place, listed, first, count, length, spare)
+    _weigh(logits, scaled, keys, key_place, begins, count, by_list)
+    for i in range(count if by_list else 0):
+        if listed[i] < 0 or listed[i] >= length:
+            logits[:, i] = LOWEST
     for g in range(group):
-        head = logits[g, first : first + count]
+        head = logits[g, :count]
         cap(head, softcap)
         peaks[p, g, piece], sums[p, g, piece] = weights_of(head)
+        logits[g, count : (count + 3) // 4 * 4] = 0
+    _find(begins, value_starts[p], value_place, listed, first, count, length, spare)
+    _blend(blended, logits, values, value_place, begins, count, by_list)
+
+
+@inlined
+def _first_live(slots: Any, length: Any) -> Any:
+    """The first of `slots [S]` in [0, length); -1: none is."""
+    for slot in slots:
+        if 0 <= slot < length:
+            return slot
+    return np.int64(-1)
+
+
+@inlined
+def _find(
+    begins: Any, start: Any, place: Any, slots: Any, first: Any, count: Any, length: Any, spare: Any
+) -> None:
+    """Write where each of `count` slots begins, of `slots [S]` or, where S is 0, of those from `first` on.
+
+    And where the `spare` one does, for those that are not live and to make whole fours.
+    """
+    for i in range((count + 3) // 4 * 4):
+        slot = spare
+        if i < count:
+            slot = slots[i] if slots.shape[0] else first + i
+            slot = slot if 0 <= slot < length else spare
+        begins[i] = place_of(slot, start, place)
+
+
+@inlined
+def _weigh(logits: Any, query: Any, keys: Any, place: Any, begins: Any, count: Any, by_list: Any) -> None:
+    """Write the products of `query [G, D]` with `count` keys to `logits [G, S]`."""
+    group, size = query.shape
+    if place[2] == 1 and size % LANES == 0:
+        for i in range(0, count, 4):
+            _prefetch(keys, begins, i + _AHEAD, size, by_list)
+            for g in range(group):
+                put_dots(logits[g], i, query[g], keys, begins[i], begins[i + 1], begins[i + 2], begins[i + 3])
+        return
+    row = np.empty(size, np.float32)
     for i in range(count):
-        slot = slots[p, first + i] if by_list else first + i
-        if slot < 0 or slot >= lengths[p]:
-            continue
-        _prefetch_chosen(values, value_starts[p], value_place, slots, p, first + i, size)
-        copy_slot(values, value_starts[p], value_place, slot, row)
+        copy_row(keys, begins[i], place[2], row)
         for g in range(group):
-            out, weight = blended[g], logits[g, first + i]
+            q, logit = query[g], np.float32(0)
+            for d in range(size):
+                logit += q[d] * row[d]
+            logits[g, i] = logit
+
+
+@inlined
+def _blend(
+    blended: Any, weights: Any, values: Any, place: Any, begins: Any, count: Any, by_list: Any
+) -> None:
+    """Add to `blended [G, D]` the `count` values by their `weights [G, S]`."""
+    group, size = blended.shape
+    if place[2] == 1 and size % LANES == 0:
+        for i in range(0, count, 4):
+            _prefetch(values, begins, i + _AHEAD, size, by_list)
+            b0, b1, b2, b3 = begins[i], begins[i + 1], begins[i + 2], begins[i + 3]
+            for g in range(group):
+                out, w = blended[g], weights[g, i : i + 4]
+                for d in range(0, size, LANES):
+                    add_products(out, d, values, b0 + d, b1 + d, b2 + d, b3 + d, w[0], w[1], w[2], w[3])
+        return
+    row = np.empty(size, np.float32)
+    for i in range(count):
+        copy_row(values, begins[i], place[2], row)
+        for g in range(group):
+            out, weight = blended[g], weights[g, i]
             for d in range(size):
                 out[d] += weight * row[d]
 
 
 @inlined
-def _prefetch_chosen(stored: Any, start: Any, place: Any, slots: Any, p: Any, i: Any, size: Any) -> None:
-    """Ask for what stands in the slot `slots [P, S]` that comes soon after the i-th; nothing where S is 0."""
-    if slots.shape[1] == 0:
-        return
-    slot = slots[p, min(i + _ROWS_AHEAD, slots.shape[1] - 1)]
-    block, step, channel, n = place[0], place[1], place[2], place[3]
-    begin = start + slot // n * block + slot % n * step
-    for d in range(0, size, LANES if channel == 1 else 1):
-        prefetch(stored, begin + d * channel)
+def _prefetch(stored: Any, begins: Any, i: Any, size: Any, by_list: Any) -> None:
+    """Ask for four chosen rows from the i-th on: the processor foresees only rows that follow each other."""
+    if by_list and i + 3 < begins.shape[0]:
+        for j in range(4):
+            for d in range(0, size, LANES):
+                prefetch(stored, begins[i + j] + d)
 
 
 @inlined

@@ -71,10 +71,17 @@ def scale_pieces(peaks: Any, sums: Any, sink: Any, scales: Any) -> Any:
 
 
 @inlined
-def copy_slot(stored: Any, start: Any, place: Any, slot: Any, row: Any) -> None:
-    """Widen what stands in a slot into `row [D]`."""
-    block, step, channel, n = place[0], place[1], place[2], place[3]
-    begin = start + slot // n * block + slot % n * step
+def place_of(slot: Any, start: Any, place: Any) -> Any:
+    """Where a slot of the pair that starts at `start` begins in memory, in numbers."""
+    n = place[3]
+    if n >= NOT_BLOCKED:  # a division takes longer than a product of keys
+        return start + slot * place[1]
+    return start + slot // n * place[0] + slot % n * place[1]
+
+
+@inlined
+def copy_row(stored: Any, begin: Any, channel: Any, row: Any) -> None:
+    """Widen into `row [D]` what stands from `begin` on, every `channel` numbers."""
     if channel == 1:
         numbers = stored[begin : begin + row.shape[0]]
         for d in range(row.shape[0]):

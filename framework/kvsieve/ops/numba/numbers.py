@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 # The weight of what is this far below the largest is zero in float32, and no arithmetic overflows.
@@ -33,6 +34,7 @@ def widen(context: Any, number: Any) -> Any:
 
 
 LANES = 16  # numbers in a vector: one AVX-512 register, or two of AVX2
+_FLOATS, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)
 
 
 @intrinsic
@@ -56,36 +58,67 @@ def add_products(
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
-        def vector(argument: int, begin: Any) -> Any:
-            data = context.make_array(signature.args[argument])(context, builder, arguments[argument]).data
-            lanes = ir.VectorType(data.type.pointee, LANES)
-            return builder.bitcast(builder.gep(data, [begin]), lanes.as_pointer())
-
-        def load(pointer: Any) -> Any:
-            return builder.load(pointer, align=pointer.type.pointee.element.get_abi_size(context.target_data))
-
-        def wide(numbers: Any) -> Any:
-            if stored.dtype == types.int16:
-                return builder.fpext(builder.bitcast(numbers, ir.VectorType(_HALF, LANES)), floats)
-            if stored.dtype == types.uint16:
-                words = ir.VectorType(_WORD, LANES)
-                numbers = builder.shl(builder.zext(numbers, words), ir.Constant(words, [16] * LANES))
-            return builder.bitcast(numbers, floats)
-
-        def everywhere(number: Any) -> Any:
-            first = builder.insert_element(ir.Constant(floats, ir.Undefined), number, _WORD(0))
-            zeros = ir.Constant(ir.VectorType(_WORD, LANES), [0] * LANES)
-            return builder.shuffle_vector(first, first, zeros)
-
-        floats = ir.VectorType(_FLOAT, LANES)
-        target = vector(0, arguments[1])
-        total = load(target)
+        data = [_data(context, builder, signature, arguments, which) for which in (0, 2)]
+        target = builder.bitcast(builder.gep(data[0], [arguments[1]]), _FLOATS.as_pointer())
+        total = builder.load(target, align=4)
         for begin, factor in zip(arguments[3:7], arguments[7:11], strict=True):
-            product = builder.fmul(wide(load(vector(2, begin))), everywhere(factor), flags=("fast",))
+            first = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), factor, _WORD(0))
+            factors = builder.shuffle_vector(first, first, ir.Constant(_WORDS, [0] * LANES))
+            product = builder.fmul(_load_wide(builder, stored, data[1], begin), factors, flags=("fast",))
             total = builder.fadd(total, product, flags=("fast",))
         builder.store(total, target, align=4)
 
     return types.void(sums, at, stored, a, b, c, d, p, q, r, s), build
+
+
+@intrinsic
+def put_dots(
+    context: Any, dots: Any, at: Any, query: Any, stored: Any, a: Any, b: Any, c: Any, d: Any
+) -> Any:
+    """Write to `dots[at : at + 4]` the products of `query`, whole LANES, with as many stored numbers from a
+    on, from b on, ...
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        data = [_data(context, builder, signature, arguments, which) for which in (0, 2, 3)]
+        size = context.make_array(query)(context, builder, arguments[2]).nitems
+        zeros = ir.Constant(_FLOATS, [0.0] * LANES)
+        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(4)]
+        lanes = ir.Constant(size.type, LANES)
+        with cgutils.for_range_slice(builder, ir.Constant(size.type, 0), size, lanes, size.type) as (i, _):
+            factors = builder.load(
+                builder.bitcast(builder.gep(data[1], [i]), _FLOATS.as_pointer()), align=4
+            )
+            for total, begin in zip(sums, arguments[4:8], strict=True):
+                numbers = _load_wide(builder, stored, data[2], builder.add(begin, i))
+                product = builder.fmul(numbers, factors, flags=("fast",))
+                builder.store(builder.fadd(builder.load(total), product, flags=("fast",)), total)
+        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
+        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+        add_up = cgutils.get_or_insert_function(builder.module, kind, name)
+        for j, total in enumerate(sums):
+            dot = builder.call(add_up, [_FLOAT(0.0), builder.load(total)], fastmath=("fast",))
+            builder.store(dot, builder.gep(data[0], [builder.add(arguments[1], arguments[1].type(j))]))
+
+    return types.void(dots, at, query, stored, a, b, c, d), build
+
+
+def _data(context: Any, builder: Any, signature: Any, arguments: Any, which: int) -> Any:
+    """The pointer to the numbers of the argument `which`, an array."""
+    return context.make_array(signature.args[which])(context, builder, arguments[which]).data
+
+
+def _load_wide(builder: Any, stored: Any, data: Any, begin: Any) -> Any:
+    """Load LANES stored numbers from `data[begin]` on as float32."""
+    kind = ir.VectorType(data.type.pointee, LANES)
+    numbers = builder.load(
+        builder.bitcast(builder.gep(data, [begin]), kind.as_pointer()), align=stored.dtype.bitwidth // 8
+    )
+    if stored.dtype == types.int16:
+        return builder.fpext(builder.bitcast(numbers, ir.VectorType(_HALF, LANES)), _FLOATS)
+    if stored.dtype == types.uint16:
+        numbers = builder.shl(builder.zext(numbers, _WORDS), ir.Constant(_WORDS, [16] * LANES))
+    return builder.bitcast(numbers, _FLOATS)
 
 
 @intrinsic
@@ -98,11 +131,8 @@ def take_apart(
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
-        def data(argument: int) -> Any:
-            return context.make_array(signature.args[argument])(context, builder, arguments[argument]).data
-
-        words, floats = ir.VectorType(_WORD, LANES), ir.VectorType(_FLOAT, LANES)
-        taken, bytes_, places = ir.Constant(words, ir.Undefined), data(4), data(5)
+        target, bytes_, places = (_data(context, builder, signature, arguments, n) for n in (0, 4, 5))
+        taken = ir.Constant(_WORDS, ir.Undefined)
         for i in range(LANES):
             begin = builder.add(builder.load(builder.gep(places, [_WORD(i)])), arguments[6])
             four = builder.load(builder.bitcast(builder.gep(bytes_, [begin]), _WORD.as_pointer()), align=1)
@@ -110,10 +140,10 @@ def take_apart(
         first, step, high = arguments[1:4]
         for j in range(4):
             for nibble, place in ((0, first), (1, builder.add(first, high))):
-                shift = ir.Constant(words, [8 * j + 4 * nibble] * LANES)
-                number = builder.and_(builder.lshr(taken, shift), ir.Constant(words, [15] * LANES))
-                target = builder.bitcast(builder.gep(data(0), [place]), floats.as_pointer())
-                builder.store(builder.uitofp(number, floats), target, align=4)
+                shift = ir.Constant(_WORDS, [8 * j + 4 * nibble] * LANES)
+                number = builder.and_(builder.lshr(taken, shift), ir.Constant(_WORDS, [15] * LANES))
+                vector = builder.bitcast(builder.gep(target, [place]), _FLOATS.as_pointer())
+                builder.store(builder.uitofp(number, _FLOATS), vector, align=4)
             first = builder.add(first, step)
 
     return types.void(numbers, at, step, high, codes, begins, c), build

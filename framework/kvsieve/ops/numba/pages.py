@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from .loops import compiled, copy_slot, inlined
+from .loops import compiled, copy_row, inlined, place_of
 from .numbers import larger, widen
 
 
@@ -34,8 +34,8 @@ def _score_pages(
             below[g, d] = widen(query[p, g, d]) - above[g, d]
     least, most = np.empty(size, np.float32), np.empty(size, np.float32)
     for page in range(min(lengths[p], scores.shape[2])):
-        copy_slot(low, low_starts[p], low_place, page, least)
-        copy_slot(high, high_starts[p], high_place, page, most)
+        copy_row(low, place_of(page, low_starts[p], low_place), low_place[2], least)
+        copy_row(high, place_of(page, high_starts[p], high_place), high_place[2], most)
         for g in range(group):
             up, down, score = above[g], below[g], np.float32(0)
             for d in range(size):
