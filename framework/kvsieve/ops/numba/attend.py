@@ -124,9 +124,11 @@ def _blend(
             _prefetch(values, begins, i + _AHEAD, size, by_list)
             b0, b1, b2, b3 = begins[i], begins[i + 1], begins[i + 2], begins[i + 3]
             for g in range(group):
-                out, w = blended[g], weights[g, i : i + 4]
+                # Weights that stay in registers: the compiler cannot know that `out` does not hold them.
+                out, w0, w1 = blended[g], weights[g, i], weights[g, i + 1]
+                w2, w3 = weights[g, i + 2], weights[g, i + 3]
                 for d in range(0, size, LANES):
-                    add_products(out, d, values, b0 + d, b1 + d, b2 + d, b3 + d, w[0], w[1], w[2], w[3])
+                    add_products(out, d, values, b0 + d, b1 + d, b2 + d, b3 + d, w0, w1, w2, w3)
         return
     row = np.empty(size, np.float32)
     for i in range(count):

@@ -86,19 +86,32 @@ def put_dots(
         sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(4)]
         lanes = ir.Constant(size.type, LANES)
         with cgutils.for_range_slice(builder, ir.Constant(size.type, 0), size, lanes, size.type) as (i, _):
-            factors = builder.load(
-                builder.bitcast(builder.gep(data[1], [i]), _FLOATS.as_pointer()), align=4
-            )
+            factors = builder.load(builder.bitcast(builder.gep(data[1], [i]), _FLOATS.as_pointer()), align=4)
             for total, begin in zip(sums, arguments[4:8], strict=True):
                 numbers = _load_wide(builder, stored, data[2], builder.add(begin, i))
                 product = builder.fmul(numbers, factors, flags=("fast",))
                 builder.store(builder.fadd(builder.load(total), product, flags=("fast",)), total)
-        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
-        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-        add_up = cgutils.get_or_insert_function(builder.module, kind, name)
-        for j, total in enumerate(sums):
-            dot = builder.call(add_up, [_FLOAT(0.0), builder.load(total)], fastmath=("fast",))
-            builder.store(dot, builder.gep(data[0], [builder.add(arguments[1], arguments[1].type(j))]))
+        a, b, c, d = (builder.load(total) for total in sums)
+        fours = add_neighbours(builder, add_neighbours(builder, a, b), add_neighbours(builder, c, d))
+        while fours.type.count > 4:
+            fours = add_halves(builder, fours)
+        target = builder.bitcast(builder.gep(data[0], [arguments[1]]), fours.type.as_pointer())
+        builder.store(fours, target, align=4)
+
+    def add_neighbours(builder: Any, left: Any, right: Any) -> Any:
+        """Of every four numbers: the sums of two neighbours of `left`, then those of `right`."""
+        even = [four + j for four in range(0, LANES, 4) for j in (0, 2, LANES, LANES + 2)]
+        odd = [place + 1 for place in even]
+        picked = (builder.shuffle_vector(left, right, ir.Constant(_WORDS, places)) for places in (even, odd))
+        return builder.fadd(*picked, flags=("fast",))
+
+    def add_halves(builder: Any, vector: Any) -> Any:
+        half = vector.type.count // 2
+        words = ir.VectorType(_WORD, half)
+        low = ir.Constant(words, list(range(half)))
+        high = ir.Constant(words, list(range(half, 2 * half)))
+        halves = (builder.shuffle_vector(vector, vector, places) for places in (low, high))
+        return builder.fadd(*halves, flags=("fast",))
 
     return types.void(dots, at, query, stored, a, b, c, d), build
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from .loops import LOG2_E, NOT_BLOCKED, PIECE, cap, compiled, inlined, weights_of
-from .numbers import LANES, LOWEST, add_products, larger, prefetch, widen
+from .loops import LOG2_E, NOT_BLOCKED, PIECE, cap, compiled, copy_row, inlined, weights_of
+from .numbers import LANES, LOWEST, add_products, larger, prefetch, put_dots, widen
 
 # The processor foresees runs of memory, but not the channels of a block: they are asked for so many slots
 # ahead.
@@ -94,21 +94,20 @@ def _by_channel(
     chosen: Any, channels: Any, keys: Any, start: Any, place: Any, first: Any, count: Any, logits: Any
 ) -> None:
     """Write the `logits [G, T]` of `count` slots, four channels at a time: a channel lies side by side."""
-    group = logits.shape[0]
-    rows = np.empty((4, PIECE), np.float32)
+    group, whole = logits.shape[0], count // LANES * LANES
     logits[:, first : first + count] = 0
     for c in range(0, channels.shape[0], 4):
-        for j in range(4):
-            begin = start + channels[c + j] * place[2] + first
-            stored, row = keys[begin : begin + count], rows[j]
-            for i in range(count):
-                row[i] = widen(stored[i])
-        r0, r1, r2, r3 = rows[0], rows[1], rows[2], rows[3]
+        begin = start + first
+        c0, c1 = begin + channels[c] * place[2], begin + channels[c + 1] * place[2]
+        c2, c3 = begin + channels[c + 2] * place[2], begin + channels[c + 3] * place[2]
         for g in range(group):
             row = logits[g, first : first + count]
             q0, q1, q2, q3 = chosen[g, c], chosen[g, c + 1], chosen[g, c + 2], chosen[g, c + 3]
-            for i in range(count):
-                row[i] += q0 * r0[i] + q1 * r1[i] + q2 * r2[i] + q3 * r3[i]
+            for i in range(0, whole, LANES):
+                add_products(row, i, keys, c0 + i, c1 + i, c2 + i, c3 + i, q0, q1, q2, q3)
+            for i in range(whole, count):
+                row[i] += q0 * widen(keys[c0 + i]) + q1 * widen(keys[c1 + i])
+                row[i] += q2 * widen(keys[c2 + i]) + q3 * widen(keys[c3 + i])
 
 
 @inlined
@@ -147,12 +146,16 @@ def _by_token(
     for c in range(channels.shape[0]):
         for g in range(group):
             query[g, channels[c]] += chosen[g, c]
+    begin, done = start + first * size, 0
+    if size % LANES == 0:
+        done = count // 4 * 4
+        for i in range(0, done, 4):
+            k = begin + i * size
+            for g in range(group):
+                put_dots(logits[g], first + i, query[g], keys, k, k + size, k + 2 * size, k + 3 * size)
     key = np.empty(size, np.float32)
-    for i in range(count):
-        begin = start + (first + i) * size
-        stored = keys[begin : begin + size]
-        for d in range(size):
-            key[d] = widen(stored[d])
+    for i in range(done, count):
+        copy_row(keys, begin + i * size, 1, key)
         for g in range(group):
             row, logit = query[g], np.float32(0)
             for d in range(size):
