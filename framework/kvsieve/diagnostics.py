@@ -19,6 +19,7 @@ from .cache.new_tokens import NewTokens
 from .errors import UserError
 from .loop import decode
 from .ops import reference
+from .ops.reference.places import readable
 from .plans import Segments
 from .policy import Policy, Selection
 from .prompts import Prompts, end_tokens, token_lists
@@ -236,7 +237,7 @@ def _tokens_read(
     slots = layer.slots
     tokens, read = slots.positions - first[:, None, None], slots.live()
     if selection is not None:
-        chosen, read = reference.readable(selection.slots, selection.counts, slots.lengths, selection.far)
+        chosen, read = readable(selection.slots, selection.counts, slots.lengths, selection.far)
         tokens = tokens.gather(2, chosen)
     found = torch.zeros(*slots.lengths.shape, size + 1, dtype=torch.bool, device=slots.device)
     return found.scatter_(2, tokens.masked_fill(~read, size), True)[..., :size]

@@ -85,7 +85,8 @@ def test_the_code_of_kvsieve_is_all_that_a_decode_step_runs_through():
     assert {
         "kvsieve.loop", "kvsieve.scoring", "kvsieve.sampling", "kvsieve.prompts", "kvsieve.attention",
         "kvsieve.policy", "kvsieve.transfer", "kvsieve.graph", "kvsieve.hf.interface", "kvsieve.cache.layer",
-        "kvsieve.ops", "kvsieve.ops.reference", "kvsieve.ops.cpu", "kvsieve.ops.triton.attend",
+        "kvsieve.ops", "kvsieve.ops.reference.select", "kvsieve.ops.cpu", "kvsieve.ops.numba.scores",
+        "kvsieve.ops.triton.attend",
         "kvsieve.compare.execute.cell", "kvsieve.compare.tasks.base",
     } <= found  # fmt: skip
     assert not {"kvsieve.cli", "kvsieve.compare.run", "kvsieve.compare.summary", "kvsieve.plugins"} & found

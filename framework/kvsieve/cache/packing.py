@@ -53,7 +53,7 @@ class Packing:
 
     def unpack(self, store: torch.Tensor, size: int) -> torch.Tensor:
         """A copy `[B, K, T, ...]` of the first T = `size` slots of every head; finite beyond its room."""
-        return ops.reference.unpacked(store, self.starts, (len(self.rooms), len(self.grows)), size)
+        return ops.reference.places.unpacked(store, self.starts, (len(self.rooms), len(self.grows)), size)
 
     def repack(self, store: torch.Tensor, old: Packing, heads: torch.Tensor) -> torch.Tensor:
         """Copy a store that is packed as `old` says: every head from the one of `heads [B * K]` there.

@@ -266,7 +266,7 @@ class Slots:
         run = ops.implementation(keys.device)
         for name, tokens in new.items():
             store = layouts.slots_first(name, self._stores[name])
-            run.append(store, ops.reference.or_zero(tokens, store, slots), slots)
+            run.append(store, ops.reference.store.or_zero(tokens, store, slots), slots)
         self.lengths += counts[:, None]
         self.seen_by_head += counts[:, None]
         return slots

@@ -22,6 +22,7 @@ _ROOTS = (
     "kvsieve.hf.models",
     "kvsieve.ops.reference",
     "kvsieve.ops.cpu",
+    "kvsieve.ops.numba",
     "kvsieve.ops.triton",
 )
 # These, without what they import.

@@ -256,7 +256,7 @@ def running_mean(kv: KVView, name: str, new: NewTokens) -> None:
     if (arriving := kv._gathers(new)) is not None:
         arriving.means.append(name)
     else:
-        mean.copy_(reference.running_mean(mean, new.values, new.counts, kv.seen))
+        mean.copy_(reference.store.running_mean(mean, new.values, new.counts, kv.seen))
 
 
 # -------------------------------------------------------------------- vectors that stand for keys

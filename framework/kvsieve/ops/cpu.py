@@ -19,27 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .reference import (
-    below,
-    blend,
-    channel_scores,
-    compact,
-    holding,
-    kept_mass,
-    lowest,
-    page_scores,
-    prefill,
-    readable,
-    slot_weights,
-    slots_of_pages,
-    tempered,
-    top_channels,
-    top_slots,
-    unpacked,
-    window_weights,
-    with_tail,
-    within,
-)
+from .reference.attend import prefill, window_weights
+from .reference.blend import blend, kept_mass, with_tail
+from .reference.places import below, readable, unpacked, within
+from .reference.scores import channel_scores, page_scores, slot_weights, tempered
+from .reference.select import holding, lowest, slots_of_pages, top_channels, top_slots
+from .reference.store import compact
 
 __all__ = [
     "append",
@@ -197,7 +182,7 @@ def append_token(
     starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`reference.append_token`."""
-    return reference.write_token(
+    return reference.store.write_token(
         append,
         stores,
         positions,
@@ -314,7 +299,7 @@ def code_scores(
     else:
         assert counts is not None
         slots, live = readable(slots, counts, lengths)
-        codes, ranges = (stored[reference.places(stored, slots)] for stored in (codes, ranges))
+        codes, ranges = (stored[reference.places.index_of(stored, slots)] for stored in (codes, ranges))
     (rows, heads, size, half), group = codes.shape, query.shape[2]
     low, high = (query.float() * scale).split(half, -1)
     whole = (low + high).sum(-1, keepdim=True)
@@ -416,7 +401,7 @@ def _top(ranking: torch.Tensor, k: int) -> torch.Tensor:
 def _at(stored: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """A copy of `slots [B, K, S]` of `stored`: `[B, K, S, D]`."""
     if not _token_major(stored):
-        return stored[reference.places(stored, slots)]
+        return stored[reference.places.index_of(stored, slots)]
     (rows, heads, _, size), strides = stored.shape, stored.stride()
     table = _table(stored, size)
     starts = torch.arange(rows)[:, None] * strides[0] + torch.arange(heads) * strides[1]

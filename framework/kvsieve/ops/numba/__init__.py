@@ -268,9 +268,9 @@ def code_scores(
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     if slots is None or counts is None:
-        live = reference.below(lengths, size)
+        live = reference.places.below(lengths, size)
     else:
-        _, live = reference.readable(slots, counts, lengths)
+        _, live = reference.places.readable(slots, counts, lengths)
     return scores.masked_fill_(~live[:, :, None], -math.inf)
 
 
@@ -311,8 +311,8 @@ def append_token(
     place_token(_pairs(lengths), _pairs(seen), *full, rows_on, _pairs(slots), at)
     packed = None if starts is None else starts.diff().numpy()
     for storage, new in (*stores, (positions, token)):
-        rooms = np.full(pairs, reference.capacity(storage)) if packed is None else packed
-        bits = _bits(reference.or_zero(new, storage, slots)).reshape(pairs, -1)
+        rooms = np.full(pairs, reference.places.capacity(storage)) if packed is None else packed
+        bits = _bits(reference.store.or_zero(new, storage, slots)).reshape(pairs, -1)
         numbers = storage[..., None] if storage.dim() == 3 else storage
         put_token(*_memory(numbers, starts), rooms, bits, at)
     for mean, vector in means:
