@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from ..compare import config, run
-from ..compare.results import Row
+from ..compare.results import Results
 from ..hf.models import load
 from . import exams
 
@@ -25,9 +25,9 @@ bfloat16) that retrieves and repeats parts of its context. It serves to compare 
 is of no use as a language model.
 
 Trained by `python -m kvsieve.reference_model.train` on the Python standard library's sources, with retrieval
-and repetition inserted: {courses}. One file in eight is held
-out, and so are the names that `needle` asks for and the words of the exams. Longest training sequence: 2048
-tokens; the configuration allows 4096.
+and repetition inserted: {courses}.
+One file in eight is held out, and so are the words, keys and names of all tasks. Longest training sequence:
+2048 tokens; the configuration allows 4096.
 
 Measured by `python -m kvsieve.reference_model.card` with the settings in `card.yaml`. Policies other than
 dense read an eighth of dense attention's bytes. Brackets: 95 % interval.
@@ -58,19 +58,21 @@ def write(folder: Path, results: Path) -> Path:
     size = (folder / "model.safetensors").stat().st_size / 1e6
     card = folder / "README.md"
     graded = _exams(list(exams.run(load(str(folder)), samples=SAMPLES)))
-    card.write_text(_CARD.format(size=size, courses=courses, table=_table(outcome.rows), exams=graded))
+    card.write_text(
+        _CARD.format(size=size, courses=courses, table=_table(Results(outcome.rows)), exams=graded)
+    )
     return card
 
 
-def _table(rows: list[Row]) -> str:
-    policies = list(dict.fromkeys(row.policy for row in rows))
+def _table(results: Results) -> str:
+    policies = results.policies
     lines = ["| task | context | " + " | ".join(policies) + " |", "|---|---|" + "---|" * len(policies)]
-    cells: dict[tuple[str, int], dict[str, str]] = {}
-    for row in rows:
-        shown = f"{row.score:.3g} [{row.score_low:.3g}, {row.score_high:.3g}]"
-        cells.setdefault((f"{row.task} ({row.metric})", row.context), {})[row.policy] = shown
-    for (task, context), found in cells.items():
-        lines.append(f"| {task} | {context} | " + " | ".join(found[policy] for policy in policies) + " |")
+    for group in results.groups:
+        scores = {
+            row.policy: f"{row.score:.3g} [{row.score_low:.3g}, {row.score_high:.3g}]" for row in group.rows
+        }
+        shown = " | ".join(scores[policy] for policy in policies)
+        lines.append(f"| {group.task} ({group.metric}) | {group.rows[0].context} | {shown} |")
     return "\n".join(lines)
 
 

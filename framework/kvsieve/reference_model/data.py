@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import retrieval
-from .tokenizer import BOS, PAD
+from .tokenizer import BOS, EOS, PAD
 from .words import Words
 
 # Loss weights of plain text and of retrieved values; `copy`, that of repeated text, follows a schedule.
@@ -101,8 +101,8 @@ class _Builder:
         self.add(haystack[-1], FILLER)
         for question in scene.questions:
             self.add("\n" + question.text, FILLER)
-            self.add(question.answer, ANSWER)
-            self.add(".", ANSWER)
+            self.add(f"{question.answer}.", ANSWER)
+            self.add(np.array([EOS]), ANSWER)
 
     def _source(self, size: int) -> str:
         start = int(self.rng.integers(0, len(self.text) - size))

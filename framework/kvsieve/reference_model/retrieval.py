@@ -139,7 +139,7 @@ def several_values(words: Words, room: int, parts: int) -> Scene:
     counts: dict[str, int] = {}
     size = 0
     for key in keys:
-        count = int(words.rng.integers(1, parts + 1))
+        count = words.count(parts)
         each = len(statement) + len(key) + len(noun)
         size += count * (each + len(values[0])) + 60 + len(noun) + len(key) + count * (len(values[0]) + 2)
         if (size > room and said) or count > len(values):
@@ -171,7 +171,7 @@ def several_keys(words: Words, room: int, parts: int) -> Scene:
     size = 0
     left = list(zip(keys, values, strict=True))
     while left:
-        group = [left.pop() for _ in range(min(len(left), int(words.rng.integers(1, parts + 1))))]
+        group = [left.pop() for _ in range(min(len(left), words.count(parts)))]
         said = [_say(statement, n=noun, k=key, v=value) for key, value in group]
         asked = [group[i] for i in words.rng.permutation(len(group))]
         names = ", ".join(key for key, _ in asked[:-1])
@@ -204,7 +204,7 @@ def chains(words: Words, room: int, parts: int) -> Scene:
     digits = int(words.rng.integers(4, 8))
     first = assignment.replace("VAR {a}", "{a}")
     while len(unused) > parts:
-        held = [unused.pop() for _ in range(1 + int(words.rng.integers(1, parts + 1)))]
+        held = [unused.pop() for _ in range(1 + words.count(parts))]
         value = words.digits(digits)
         chain = [first.format(a=value, b=held[0])]
         chain += [assignment.format(a=a, b=b) for a, b in itertools.pairwise(held)]

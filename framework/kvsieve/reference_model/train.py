@@ -55,6 +55,18 @@ _THIRD = {
     "repetitions": 0.36, "needles": 0.04, "pairs": 0.06, "plain": 0.02, "records": 0.02, "things": 0.02,
     "facts": 0.04, "several_values": 0.18, "several_keys": 0.12, "chains": 0.14,
 }  # fmt: skip
+_FOURTH = {
+    "repetitions": 0.12, "needles": 0.03, "pairs": 0.05, "plain": 0.02, "records": 0.02, "things": 0.02,
+    "facts": 0.04, "several_values": 0.32, "several_keys": 0.22, "chains": 0.16,
+}  # fmt: skip
+_FOURTH_LONG = {
+    "repetitions": 0.34, "needles": 0.03, "pairs": 0.07, "plain": 0.02, "records": 0.02, "things": 0.02,
+    "facts": 0.03, "several_values": 0.21, "several_keys": 0.14, "chains": 0.12,
+}  # fmt: skip
+_FOURTH_LAST = {
+    "repetitions": 0.32, "needles": 0.03, "pairs": 0.07, "plain": 0.02, "records": 0.02, "things": 0.02,
+    "facts": 0.03, "several_values": 0.17, "several_keys": 0.20, "chains": 0.12,
+}  # fmt: skip
 # Repeated text weighs more once the model can repeat: then only exactness is left to learn.
 # Answers get more parts once the model can give one.
 COURSES = {
@@ -81,6 +93,14 @@ COURSES = {
             Stage(1.0, 2048, Recipe(_THIRD, copy=3.0, parts=4, plain=0.75)),
         ),
         fall=0.9,
+    ),
+    "fourth": Course(
+        (
+            Stage(0.30, 512, Recipe(_FOURTH, copy=3.0, parts=4, plain=0.85)),
+            Stage(0.65, 1024, Recipe(_FOURTH_LONG, copy=3.0, parts=4, plain=0.85)),
+            Stage(1.0, 2048, Recipe(_FOURTH_LAST, copy=3.0, parts=4, plain=0.85)),
+        ),
+        fall=0.75,
     ),
 }
 

@@ -53,6 +53,10 @@ class Words:
     def wording(self, wordings: Sequence[str]) -> str:
         return wordings[0] if self.plain else self.pick(wordings)
 
+    def count(self, most: int) -> int:
+        """Draw how many parts an answer has, rather many than few: one to `most`."""
+        return int(self.rng.integers(1, most + 1, size=2).max())
+
     def name(self) -> str:
         return "".join(self.rng.choice(SYLLABLES, size=int(self.rng.integers(2, 5)))).capitalize()
 
