@@ -74,6 +74,14 @@ def test_training_and_held_out_text_share_no_file():
         assert held_out[start : start + 400] not in training
 
 
+def test_a_name_may_be_drawn_twice(text):
+    builder = data._Builder(text, np.random.default_rng(0), 1024, 1.0)
+    builder.words.name = lambda: "Bora"
+    builder.needles()
+    ids, _ = builder.finished()
+    assert bytes(ids[ids < 256].astype(np.uint8)).count(b"The secret number of Bora is") == 2
+
+
 @pytest.mark.parametrize("kind", ["needles", "repetitions", "pairs", *RETRIEVAL])
 def test_batches_are_a_function_of_seed_step_and_row(text, kind):
     recipe = data.Recipe({kind: 1.0}, copy=0.5, parts=3)

@@ -118,6 +118,7 @@ class _Builder:
         answers = {
             self.words.name(): "".join(map(str, self.rng.integers(0, 10, size=6))) for _ in range(count)
         }
+        count = len(answers)  # a name may have been drawn twice
         asked = [*self.rng.permutation(list(answers))]
         sizes = [len(f"\nThe secret number of {key} is {value}.\n") for key, value in answers.items()]
         room = self.length - 1 - 2 * sum(sizes)
