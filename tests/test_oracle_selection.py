@@ -182,7 +182,7 @@ def one_step(policy, dtype):
 
 @pytest.mark.parametrize("heads", [2, 4])
 def test_with_sparqs_own_channels_double_sparsity_is_sparq_without_temperature(tmp_path, monkeypatch, heads):
-    monkeypatch.setattr(reference, "tempered", untempered)
+    monkeypatch.setattr(reference.scores, "tempered", untempered)
     inputs = Inputs.random((40,), steps=1)
     query = inputs.step_queries[:, :heads]
     channels = reference.top_channels(query.unflatten(1, (2, -1))[:, :, :, 0], 5)[0]

@@ -1,5 +1,6 @@
 """The last queries' weights equal the reference, and the mass of a prefill: ragged, sinks, soft-cap."""
 
+import importlib
 from types import ModuleType
 
 import pytest
@@ -61,5 +62,6 @@ def test_a_window_is_read_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) 
     lengths, counts = torch.tensor([[30, 30]]), torch.tensor([11])
     given = normal(1, 2, 2, 11, 16).cpu(), normal(1, 2, 30, 16).cpu(), lengths, counts
     whole = reference.window_weights(*given, scale=0.3)
-    monkeypatch.setattr(reference, "_PREFILL_BLOCK", 4 * 30 * 3)  # three queries
+    module = importlib.import_module("kvsieve.ops.reference.attend")
+    monkeypatch.setattr(module, "_PREFILL_BLOCK", 4 * 30 * 3)  # three queries
     torch.testing.assert_close(reference.window_weights(*given, scale=0.3), whole)
