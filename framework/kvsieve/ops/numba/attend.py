@@ -53,7 +53,7 @@ def _attend_piece(
         for d in range(size):
             scaled[g, d] = widen(query[p, g, d]) * (scale if softcap > 0 else scale * LOG2_E)
     # Four slots at a time; what is not live stands for the spare one, and weighs nothing.
-    begins = np.empty((width + 3) // 4 * 4, np.int64)
+    begins = np.empty((count + 3) // 4 * 4, np.int64)
     _find(begins, key_starts[p], key_place, listed, first, count, length, spare)
     _weigh(logits, scaled, keys, key_place, begins, count, by_list)
     for i in range(count if by_list else 0):
@@ -85,7 +85,7 @@ def _find(
 
     And where the `spare` one does, for those that are not live and to make whole fours.
     """
-    for i in range((count + 3) // 4 * 4):
+    for i in range(begins.shape[0]):
         slot = spare
         if i < count:
             slot = slots[i] if slots.shape[0] else first + i
@@ -99,12 +99,14 @@ def _weigh(logits: Any, query: Any, keys: Any, place: Any, begins: Any, count: A
     group, size = query.shape
     if place[2] == 1 and size % LANES == 0:
         for i in range(0, count, 4):
-            _prefetch(keys, begins, i + _AHEAD, size, by_list)
+            _prefetch(keys, begins, i + _AHEAD, 1, size, by_list)
             for g in range(group):
                 put_dots(logits[g], i, query[g], keys, begins[i], begins[i + 1], begins[i + 2], begins[i + 3])
         return
     row = np.empty(size, np.float32)
     for i in range(count):
+        if i % 4 == 0:
+            _prefetch(keys, begins, i + _AHEAD, place[2], size, by_list)
         copy_row(keys, begins[i], place[2], row)
         for g in range(group):
             q, logit = query[g], np.float32(0)
@@ -121,7 +123,7 @@ def _blend(
     group, size = blended.shape
     if place[2] == 1 and size % LANES == 0:
         for i in range(0, count, 4):
-            _prefetch(values, begins, i + _AHEAD, size, by_list)
+            _prefetch(values, begins, i + _AHEAD, 1, size, by_list)
             b0, b1, b2, b3 = begins[i], begins[i + 1], begins[i + 2], begins[i + 3]
             for g in range(group):
                 # Weights that stay in registers: the compiler cannot know that `out` does not hold them.
@@ -132,6 +134,8 @@ def _blend(
         return
     row = np.empty(size, np.float32)
     for i in range(count):
+        if i % 4 == 0:
+            _prefetch(values, begins, i + _AHEAD, place[2], size, by_list)
         copy_row(values, begins[i], place[2], row)
         for g in range(group):
             out, weight = blended[g], weights[g, i]
@@ -140,12 +144,12 @@ def _blend(
 
 
 @inlined
-def _prefetch(stored: Any, begins: Any, i: Any, size: Any, by_list: Any) -> None:
+def _prefetch(stored: Any, begins: Any, i: Any, channel: Any, size: Any, by_list: Any) -> None:
     """Ask for four chosen rows from the i-th on: the processor foresees only rows that follow each other."""
     if by_list and i + 3 < begins.shape[0]:
         for j in range(4):
-            for d in range(0, size, LANES):
-                prefetch(stored, begins[i + j] + d)
+            for d in range(0, size, LANES if channel == 1 else 1):
+                prefetch(stored, begins[i + j] + d * channel)
 
 
 @inlined
