@@ -14,7 +14,7 @@ from . import retrieval
 from .tokenizer import BOS, EOS, PAD
 from .words import Words
 
-# Loss weights of plain text and of retrieved values; `copy`, that of repeated text, follows a schedule.
+# Loss weights of plain text and of retrieved values; `Recipe.copy`, that of repeated text, follows a schedule.
 FILLER, ANSWER = 0.1, 4.0
 _FILLED = (0.95, 0.95, 0.5, 0.25, 0.12)  # shares of a sequence that statements and questions may take
 
@@ -26,6 +26,7 @@ class Recipe(NamedTuple):
     copy: float  # loss weight of repeated text
     parts: int = 1  # at most so many values or keys in an answer, or links in a chain
     plain: float = 0.0  # share of the scenes that take the first of all wordings
+    questions: int = 4  # at most so many pairs are asked for
 
 
 def batch(
@@ -42,20 +43,20 @@ def _sequence(
     text: np.ndarray, rng: np.random.Generator, length: int, recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray]:
     kind = str(rng.choice(list(recipe.mix), p=list(recipe.mix.values())))
-    builder = _Builder(text, rng, length, recipe.copy)
+    builder = _Builder(text, rng, length, recipe)
     if hasattr(builder, kind):
         getattr(builder, kind)()
     else:
         builder.words.plain = rng.random() < recipe.plain
-        builder.scene(getattr(retrieval, kind), recipe.parts)
+        builder.scene(getattr(retrieval, kind))
     return builder.finished()
 
 
 class _Builder:
     """Appends pieces of text with their loss weights until the sequence is full."""
 
-    def __init__(self, text: np.ndarray, rng: np.random.Generator, length: int, copy: float) -> None:
-        self.text, self.rng, self.length, self.copy = text, rng, length, copy
+    def __init__(self, text: np.ndarray, rng: np.random.Generator, length: int, recipe: Recipe) -> None:
+        self.text, self.rng, self.length, self.recipe = text, rng, length, recipe
         self.words = Words(rng)
         self.ids: list[np.ndarray] = [np.array([BOS])]
         self.weights: list[np.ndarray] = [np.array([0.0])]
@@ -77,10 +78,10 @@ class _Builder:
         missing = self.length - len(ids)
         return np.pad(ids, (0, missing), constant_values=PAD), np.pad(weights, (0, missing))
 
-    def scene(self, make: Callable[[Words, int, int], retrieval.Scene], parts: int) -> None:
+    def scene(self, make: Callable[[Words, int, int], retrieval.Scene]) -> None:
         """Hide statements in a haystack of one kind, then ask about them."""
         room = self.length - 1
-        scene = make(self.words, int(room * self.rng.choice(_FILLED)), parts)
+        scene = make(self.words, int(room * self.rng.choice(_FILLED)), self.recipe.parts)
         room -= scene.size()
         if room < 0:
             return self.plain()
@@ -149,11 +150,11 @@ class _Builder:
             prompt = int(self.rng.integers(16, 33))  # long enough to identify the segment
             self.add("\n", FILLER)
             self.add(before[start : start + prompt], FILLER)
-            self.add(before[start + prompt : start + size], self.copy)
+            self.add(before[start + prompt : start + size], self.recipe.copy)
 
     def pairs(self) -> None:
         """Write a JSON object of random pairs and ask for a few of them."""
-        questions = int(self.rng.integers(1, 5))
+        questions = int(self.rng.integers(1, self.recipe.questions + 1))
         count = max(2, (self.length - 40 - 24 * questions) // 26)
         hexadecimal = [f"{n:08x}" for n in self.rng.integers(0, 2**32, size=2 * count)]
         keys, values = hexadecimal[:count], hexadecimal[count:]

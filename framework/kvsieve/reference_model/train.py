@@ -67,6 +67,14 @@ _FOURTH_LAST = {
     "repetitions": 0.32, "needles": 0.03, "pairs": 0.07, "plain": 0.02, "records": 0.02, "things": 0.02,
     "facts": 0.03, "several_values": 0.17, "several_keys": 0.20, "chains": 0.12,
 }  # fmt: skip
+_FIFTH = {
+    "repetitions": 0.22, "needles": 0.02, "pairs": 0.20, "plain": 0.02, "records": 0.02, "things": 0.02,
+    "facts": 0.02, "several_values": 0.19, "several_keys": 0.17, "chains": 0.12,
+}  # fmt: skip
+_FIFTH_LONG = {
+    "repetitions": 0.24, "needles": 0.02, "pairs": 0.20, "plain": 0.02, "records": 0.02, "things": 0.02,
+    "facts": 0.02, "several_values": 0.18, "several_keys": 0.16, "chains": 0.12,
+}  # fmt: skip
 # Repeated text weighs more once the model can repeat: then only exactness is left to learn.
 # Answers get more parts once the model can give one.
 COURSES = {
@@ -99,6 +107,13 @@ COURSES = {
             Stage(0.30, 512, Recipe(_FOURTH, copy=3.0, parts=4, plain=0.85)),
             Stage(0.65, 1024, Recipe(_FOURTH_LONG, copy=3.0, parts=4, plain=0.85)),
             Stage(1.0, 2048, Recipe(_FOURTH_LAST, copy=3.0, parts=4, plain=0.85)),
+        ),
+        fall=0.75,
+    ),
+    "fifth": Course(
+        (
+            Stage(0.40, 1024, Recipe(_FIFTH, copy=3.0, parts=4, plain=0.85, questions=8)),
+            Stage(1.0, 2048, Recipe(_FIFTH_LONG, copy=3.0, parts=4, plain=0.85, questions=8)),
         ),
         fall=0.75,
     ),
