@@ -23,10 +23,10 @@ from kvsieve import (
     UserError,
     Wants,
     Wrapper,
-    contract,
     make_policy,
     specs,
 )
+from kvsieve.contract import answers
 from kvsieve.testing import Inputs, LayerCache, rollout, strict
 from tests.models import random_prompts, tiny_llama
 from tests.policies import TIGHT
@@ -287,12 +287,12 @@ def test_the_layer_is_named():
 
 def test_the_environment_switches_strict_mode_on(monkeypatch):
     monkeypatch.setenv("KVSIEVE_STRICT", "1")
-    spec = importlib.util.spec_from_file_location("kvsieve.contract_again", contract.__file__)
+    spec = importlib.util.spec_from_file_location("kvsieve.contract.again", answers.__file__)
     again = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, again)
     spec.loader.exec_module(again)
     assert again._switch.strict
-    assert not contract._switch.strict
+    assert not answers._switch.strict
 
 
 # -------------------------------------------------------------------- the view

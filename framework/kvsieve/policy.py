@@ -15,7 +15,7 @@ One decode step of one layer, in order:
 A prompt (or a chunk of one) is attended densely: append, on_queries, attend, observe; when it is complete,
 on_prefill, then `cut(kv)` says which slots stay: by default the `keeps` with the highest priority.
 
-Declarations and answers are checked: see contract.py.
+Declarations and answers are checked: see contract/.
 
 Letters: B rows, K KV heads, G query heads per KV head, T slots in use, S slots chosen, D head size, Q new
 tokens.

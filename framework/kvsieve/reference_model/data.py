@@ -14,7 +14,7 @@ from . import retrieval
 from .tokenizer import BOS, EOS, PAD
 from .words import Words
 
-# Loss weights of plain text and of retrieved values; `Recipe.copy`, that of repeated text, follows a schedule.
+# Loss weights of plain text and of retrieved values; that of repeated text, `Recipe.copy`, changes.
 FILLER, ANSWER = 0.1, 4.0
 _FILLED = (0.95, 0.95, 0.5, 0.25, 0.12)  # shares of a sequence that statements and questions may take
 
