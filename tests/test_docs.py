@@ -7,6 +7,7 @@ import ast
 import csv
 import doctest
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -28,7 +29,8 @@ names = [document.name for document in DOCUMENTS]
 def with_includes(text: str) -> str:
     def fresh(match: re.Match[str]) -> str:
         path = ROOT / match[2]
-        content = by_policy(path) if path.suffix == ".csv" else path.read_text().rstrip("\n") + "\n"
+        tables = {".csv": by_policy, ".json": times_faster}
+        content = tables[path.suffix](path) if path.suffix in tables else path.read_text().rstrip("\n") + "\n"
         if path.suffix == ".py":
             content = f"```python\n{content}```\n"
         return match[1] + content + match[4]
@@ -58,9 +60,33 @@ def by_policy(summary: Path) -> str:
             measured.setdefault(label, []).append(Row.parse(row))
             cells["bytes read"] = bytes_range(measured[label])
             cells[f"{row['task']} {row['context']}"] = f"{float(row['score']):.3g}"
+    return in_markdown("policy", table)
+
+
+def times_faster(run: Path) -> str:
+    """A file of `kvsieve bench`: by batch and context, how many times faster than the best dense attention.
+
+    Under the table stands, where it is so, that the machine was too busy for its numbers to be quoted.
+    """
+    table: dict[str, dict[str, str]] = {"best dense": {}}
+    found = json.loads(run.read_text())
+    for cell in found["cells"]:
+        column = f"B={cell['batch']}, {cell['context'] // 1024} k"
+        table["best dense"][column] = f"{cell['best_dense']['seconds']['median'] * 1e3:.1f} ms"
+        policies = [row["policy"] for row in cell["rows"]]
+        for row in cell["rows"]:
+            label = re.sub(r" (compression=1/8|\w+=.*)", "", row["policy"])
+            label += f" {inner[1]}" if (inner := re.search(r"inner=(\w+)", row["policy"])) else ""
+            label += f" `{row['layout']}`" if policies.count(row["policy"]) > 1 else ""
+            table.setdefault(label, {})[column] = f"{row['speedup']:.2f}x"
+    why = found["not_to_be_quoted"]
+    return in_markdown("", table) + (f"\nNot to be quoted: {why}.\n" if why else "")
+
+
+def in_markdown(corner: str, table: dict[str, dict[str, str]]) -> str:
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
-    lines = [["policy", *columns], ["---", *("---:" for _ in columns)]]
-    lines += [[policy, *(cells[column] for column in columns)] for policy, cells in table.items()]
+    lines = [[corner, *columns], ["---", *("---:" for _ in columns)]]
+    lines += [[name, *(cells.get(column, "") for column in columns)] for name, cells in table.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
