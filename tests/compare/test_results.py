@@ -77,6 +77,21 @@ def test_a_small_sure_loss_is_found_where_the_samples_are_paired():
     assert Results([first, second]).groups[0].difference(second).startswith("+0.02094 (+0.020")
 
 
+def test_a_policy_that_loses_all_of_the_little_that_dense_scores_is_worse():
+    lengths = {"limits": (0, 64), "chance": 0.0, "metric": "characters"}
+    few = [4, 5, 6, 4, 5, 6, 0, 4] * 2
+    found = rows_of(
+        (entry("a", **lengths), records("a", few)),
+        (entry("b", "h2o", **lengths), records("b", [0] * 16)),
+        (entry("c", "sparq", **lengths), records("c", few[::-1])),
+    )
+    assert [row.mark for row in found] == ["", "worse", "indistinguishable"]
+    assert not Results(found).groups[0].at_chance
+    assert found[1].difference_low < 0 < found[1].difference_high  # of what the limits allow
+    nothing = rows_of((entry("a", **lengths), records("a", [0] * 12 + [4] * 4)))
+    assert Results(nothing).groups[0].at_chance
+
+
 def test_every_group_has_its_own_dense_row_and_says_its_parameters():
     pairs = []
     for distractors, score in ((0, 1), (7, 0)):

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from ..errors import UserError
 from . import files
-from .statistics import ALIKE, BETTER, CHANCE, FEW, WORSE
+from .statistics import ALIKE, BETTER, CHANCE, FEW, LEVEL, WORSE
 
 DENSE = "dense"
 MISSING = "\N{EN DASH}"
@@ -58,6 +58,7 @@ class Row(Subject):
     score: float | None = None  # mean over the samples
     score_low: float | None = None  # its 95 % interval
     score_high: float | None = None
+    chance_p: float | None = None  # of a score at chance, for bounded scores; of others the interval says it
     samples: int | None = None
     difference: float | None = None  # score - dense score, over the samples that both have
     difference_low: float | None = None  # its 95 % interval
@@ -155,11 +156,12 @@ class Group:
         """Whether dense attention itself is not shown to do better than a model that knows nothing."""
         if self.dense is None or self.dense.chance is None:
             return False
-        edge = self.dense.score_low if self.higher_is_better else self.dense.score_high
-        if edge is None:
-            edge = self.dense.score
+        dense, chance = self.dense, self.dense.chance
+        edge = dense.score_low if self.higher_is_better else dense.score_high
+        if edge is None or (dense.chance_p is not None and dense.chance_p < 1 - LEVEL):
+            edge = dense.score
         assert edge is not None
-        above = edge - self.dense.chance
+        above = edge - chance
         return (above if self.higher_is_better else -above) <= 1e-9
 
     @property

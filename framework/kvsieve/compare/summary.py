@@ -71,6 +71,7 @@ def _row(entry: Entry, records: Sequence[Record]) -> Row:
         score=float(np.mean(scores)),
         score_low=low,
         score_high=high,
+        chance_p=statistics.chance_p(scores, entry.chance, _limits(entry)),
         samples=len(records),
         bytes_per_step=total["bytes_read"] / steps if steps else None,
         bytes_ratio=total["bytes_read"] / total["bytes_dense"] if total["bytes_dense"] else None,
