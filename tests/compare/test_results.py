@@ -17,6 +17,7 @@ from kvsieve.compare.markdown import markdown
 from kvsieve.compare.results import Results, Row
 from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition
 from kvsieve.entries import Budget
+from kvsieve.specs import PolicySpec
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "benchmarks" / "results" / "quickstart"
@@ -132,7 +133,9 @@ def test_the_sweep_that_ships_makes_groups_of_its_own(model):
 
 
 def cell(policy, budget=None, **task):
-    return Cell("id", Needle(**task), policy, Budget.parse(budget) if budget else None)
+    given = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    asked = PolicySpec(type(policy), given, Budget.parse(budget) if budget else None)
+    return Cell("id", Needle(**task), policy, asked)
 
 
 def test_a_label_says_what_is_not_the_default():
@@ -152,7 +155,7 @@ def test_policies_of_the_same_budget_are_told_apart():
     assert manifest.policy_labels(asked) == [
         "sparq 1/8 layout=single",
         "sparq 1/8 layout=double",
-        "sparq 1/8",
+        "sparq 1/8 layout=double",
     ]
     asked = [cell(single, "tokens 64"), cell(double, "tokens 64"), cell(make_policy("h2o"), "memory 1/4")]
     assert manifest.policy_labels(asked) == [
@@ -160,6 +163,36 @@ def test_policies_of_the_same_budget_are_told_apart():
         "sparq tokens 64 layout=double",
         "h2o memory 1/4",
     ]
+
+
+def test_a_policy_has_one_label_at_every_context(load, model):
+    text = """\
+    tasks: [needle: {context: [250, 500], samples: 1}]
+    policies:
+      - dense
+      - sparq: {compression: 1/4}
+      - sparq: {compression: 1/4, r: 16}
+      - dense_layers: {layers: [0], inner: {sparq: {compression: [1/4, 1/2]}}}
+      - dense_layers: {layers: [0], inner: {sparq: {compression: 1/4, layout: single}}}
+      - twilight: {compression: 1/2, inner: {quest: {page: 8}}}
+      - twilight: {compression: 1/2, inner: quest}
+    """
+    found = cells.expand(load(text), model)
+    first, second = (
+        [
+            label
+            for label, one in zip(manifest.policy_labels(found), found, strict=True)
+            if one.task.context == n
+        ]
+        for n in (250, 500)
+    )
+    assert first == second == [
+        "dense", "sparq 1/4", "sparq 1/4 r=16", "dense_layers layers=[0] inner=sparq(1/4)",
+        "dense_layers layers=[0] inner=sparq(1/2)", "dense_layers layers=[0] inner=sparq(1/4 layout=single)",
+        "twilight 1/2 inner=quest(page=8)", "twilight 1/2 inner=quest",
+    ]  # fmt: skip
+    assert found[3].label == "needle 250, dense_layers layers=[0] inner=sparq(1/4)"
+    assert found[1].parameters != found[9].parameters  # though the label is the same
 
 
 def test_speeds_keep_their_spread():

@@ -73,7 +73,7 @@ def digest_of(*modules: str) -> str:
 
 
 def remote_digest(model: type) -> str:
-    """Of the code that came with a checkpoint, whatever folder it lies in; empty where it is transformers'."""
+    """Of the code that came with a checkpoint, whatever its folder; empty where that is transformers'."""
     files = _files(model.__module__) if model.__module__.startswith("transformers_modules.") else {}
     return _digest(sorted(files.values())) if files else ""
 
