@@ -14,6 +14,7 @@ from kvsieve.compare import cells, config, manifest, results, summary
 from kvsieve.compare.cells import Cell, describe_parameters
 from kvsieve.compare.manifest import Entry
 from kvsieve.compare.markdown import markdown
+from kvsieve.compare.report.pivot import pivot
 from kvsieve.compare.results import Results, Row
 from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition
 from kvsieve.entries import Budget
@@ -63,6 +64,16 @@ def test_a_policy_is_compared_with_dense_on_the_samples_that_both_have():
     assert second.difference == pytest.approx(0)
     assert second.mark == "indistinguishable"
     assert second.score == pytest.approx(0.75)
+    uneven = Results([first, second])
+    assert [pivot_cell(uneven, row)["count"] for row in (0, 1)] == ["n=16", "n=12"]
+    for text in (markdown(uneven, []), shown(uneven.rows, 120)):
+        assert text.count("n=16") == text.count("n=12") == 2  # policies by tasks, and the task's own table
+    alike = Results([first, dataclasses.replace(second, samples=16)])
+    assert "n=" not in markdown(alike, []) + shown(alike.rows, 120)
+
+
+def pivot_cell(results, line):
+    return pivot(results)["lines"][line]["cells"][0]
 
 
 def test_a_small_sure_loss_is_found_where_the_samples_are_paired():

@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def how(self) -> str:
-        """The budget that was asked for, or the parameters that are not the defaults, at every context alike."""
+        """The budget that was asked for, or the parameters that are not the defaults: at any context."""
         if self.asked is not None and self.asked.needs_context:
             return describe_asked(self.asked, only=() if self.budget else None)
         return describe_parameters(self.policy, changed=True)

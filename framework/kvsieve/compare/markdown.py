@@ -74,7 +74,7 @@ def _pivot(results: Results) -> list[str]:
     ]
     lines.append("|---|" + "---:|" * (1 + len(results.groups)))
     for label, rows in results.pivot.items():
-        scores = [_score(rows.get(index)) for index in range(len(results.groups))]
+        scores = [_score(group, rows.get(index)) for index, group in enumerate(results.groups)]
         lines.append(_line([label, bytes_range(rows.values()), *scores]))
     if any(row.symbol for row in results.rows):
         lines += ["", MARKS]
@@ -83,16 +83,18 @@ def _pivot(results: Results) -> list[str]:
     return [*lines, ""]
 
 
-def _score(row: Row | None) -> str:
-    return MISSING if row is None or row.score is None else f"{row.score:.3g} {row.symbol}".strip()
+def _score(group: Group, row: Row | None) -> str:
+    if row is None or row.score is None:
+        return MISSING
+    return " ".join(filter(None, [f"{row.score:.3g}", row.symbol, group.count(row)]))
 
 
 def _cells(group: Group, row: Row) -> list[str]:
     against = "" if row.policy == DENSE else f"{group.difference(row)} {row.mark}".strip() or MISSING
     ratio = MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}"
+    score = f"{group.text(row.score)} {group.count(row)}".strip()
     return [
-        str(row.context), row.policy_label, group.text(row.score), group.interval(row) or MISSING, against,
-        row.changes, ratio, megabytes(row.kv_bytes), slots(row.slots_per_head),
+        str(row.context), row.policy_label, score, group.interval(row) or MISSING, against, row.changes, ratio, megabytes(row.kv_bytes), slots(row.slots_per_head),
         row.speed + " noisy" * row.noisy,
     ]  # fmt: skip
 

@@ -169,6 +169,11 @@ class Group:
         """The rows of which one may be the best: sparse, judged, and not worse than dense."""
         return [row for row in self.rows if row.policy != DENSE and row.mark not in (WORSE, CHANCE)]
 
+    def count(self, row: Row) -> str:
+        """`n=16` where not all rows of the group have as many samples; else empty."""
+        uneven = len({one.samples for one in self.rows if one.samples is not None}) > 1
+        return f"n={row.samples}" if uneven and row.samples is not None else ""
+
     def text(self, score: float | None) -> str:
         """A score with as many decimals as the scores of its group need."""
         return MISSING if score is None else f"{score:.{self._digits}f}"

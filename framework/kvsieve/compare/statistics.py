@@ -3,8 +3,10 @@
 The formulas depend on the scores: 0/1 answers, numbers within known limits, or numbers without. They are
 taken for 0/1 answers where all are 0 or 1 and the task says no other limits. Where it says 0 and 1 that is
 harmless: a difference has the same interval and p either way, and a mean score has Wilson's interval in place
-of a wider one. Arrays may have leading axes (many tables at once, as in the simulations of the tests); samples
-are the last axis.
+of a wider one.
+
+Arrays may have leading axes (many tables at once, as in the simulations of the tests); samples are the last
+axis.
 
 Coverage of the nominal 95 % intervals of a difference with 16, 32 and 64 samples, by enumeration and
 simulation (tests/compare/test_statistics.py): 0/1 and bounded scores above 94 %; unbounded ones 95 % if the
