@@ -77,7 +77,7 @@ class Row(Subject):
     tokens_per_second: float | None = None  # median over the full batches
     tokens_per_second_min: float | None = None
     tokens_per_second_max: float | None = None
-    machine: str = ""  # of runs on several: each one's speed, `NVIDIA H200: 1,200; AMD EPYC: 85`, none above
+    machine: str = ""  # of runs on several: each one's, `NVIDIA H200: 1,200; NVIDIA A100: 700`, none above
     ran_eagerly: str = ""  # on a GPU: why its steps were not one CUDA graph each
 
     @property
@@ -328,6 +328,20 @@ def noise_note(rows: Sequence[Row]) -> str:
         f"Noisy: between the batches of one row, tokens/s differ by more than {NOISY:.0%} of their median; "
         "such speeds compare nothing. `kvsieve bench` measures speed."
     )
+
+
+def load_notes(environment: Mapping[str, Any]) -> list[str]:
+    """Why speeds are not to be quoted, from environment.json, of joined runs for each; empty where they are,
+    and where older runs did not note it.
+    """
+    runs = environment.get("runs")
+    notes = []
+    for name, found in [("", environment), *(runs.items() if isinstance(runs, dict) else ())]:
+        load = found.get("load") if isinstance(found, Mapping) else None
+        during = load.get("run") if isinstance(load, dict) else None
+        if why := during.get("not_to_be_quoted") if isinstance(during, dict) else None:
+            notes.append(f"tokens/s{f' of {name}' if name else ''} are not to be quoted: {why}.")
+    return notes
 
 
 def speed(value: float | None) -> str:
