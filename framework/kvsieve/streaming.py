@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from . import loop, prompts, transfer
 from .compare.cells import describe_parameters, head_size
-from .compare.tasks.text import continuation, encode, in_chat
+from .compare.tasks.text import Growing, encode, in_chat
 from .errors import UserError
 from .reading import cache_for
 from .specs import PolicySpec
@@ -50,24 +50,22 @@ def stream(
     """Print the text as it comes, and then, on standard error, what it took."""
     policy = spec.build(head_size(model), len(ids) + max_new_tokens, model.dtype.itemsize)
     cache = cache_for(model, [ids], policy, max_new_tokens)
-    said: list[int] = []
-    shown = 0
+    said = Growing(model.tokenizer, ids)
+    shown = count = 0
     with transfer.measure() as meter:
         started = 0.0
         for tokens in loop.decode(
             model, [ids], policy, max_new_tokens=max_new_tokens, cache=cache, **options
         ):
             started = started or time.perf_counter()  # the first token is the prefill's
-            said += tokens.tolist()
-            text = continuation(model.tokenizer, ids, said)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of that character is still to come
-                typer.echo(text[shown:], nl=False)
-                sys.stdout.flush()
-                shown = len(text)
+            said.take(int(tokens[0]))
+            typer.echo(said.settled[shown:], nl=False)
+            sys.stdout.flush()
+            shown, count = len(said.settled), count + 1
         seconds = time.perf_counter() - started
-    typer.echo(continuation(model.tokenizer, ids, said)[shown:])
+    typer.echo(said.rest)
     what = f"{spec.name} {describe_parameters(policy)}".strip()
-    facts = [what, f"{len(ids)} + {len(said)} tokens"]
+    facts = [what, f"{len(ids)} + {count} tokens"]
     if meter.steps:
         facts.append(f"{meter.steps / seconds:.0f} tokens/s")
         facts.append(f"{meter.read / meter.dense_read:.3f} of dense attention's bytes read")

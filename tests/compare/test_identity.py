@@ -86,8 +86,8 @@ def test_the_code_of_kvsieve_is_all_that_a_decode_step_runs_through():
         "kvsieve.loop", "kvsieve.scoring", "kvsieve.sampling", "kvsieve.prompts", "kvsieve.attention",
         "kvsieve.policy", "kvsieve.transfer", "kvsieve.graph", "kvsieve.hf.interface", "kvsieve.cache.layer",
         "kvsieve.ops", "kvsieve.ops.reference.select", "kvsieve.ops.cpu", "kvsieve.ops.numba.scores",
-        "kvsieve.ops.triton.attend",
-        "kvsieve.compare.execute.cell", "kvsieve.compare.tasks.base",
+        "kvsieve.ops.triton.attend", "kvsieve.recording", "kvsieve.calibration",
+        "kvsieve.compare.execute.unit", "kvsieve.compare.execute.cell", "kvsieve.compare.tasks.base",
     } <= found  # fmt: skip
     assert not {"kvsieve.cli", "kvsieve.compare.run", "kvsieve.compare.summary", "kvsieve.plugins"} & found
 
@@ -124,6 +124,19 @@ def test_an_edited_helper_of_a_policy_is_another_policy(tmp_path, monkeypatch):
     assert code.class_files(policy) == before
     for name in [name for name in sys.modules if name.startswith("helped_policies")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_what_a_plugins_task_imports_from_kvsieve_is_code_of_the_task(tmp_path, monkeypatch):
+    (tmp_path / "helped_task.py").write_text(
+        "import kvsieve\nfrom kvsieve.compare.tasks import text\nfrom kvsieve.transfer import Meter\n"
+        "class T(kvsieve.Task):\n    name = 't'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    task = importlib.import_module("helped_task").T
+    monkeypatch.delitem(sys.modules, "helped_task")
+    found = set(code.class_files(task))
+    assert {"helped_task", "kvsieve.compare.tasks.text", "kvsieve.corpus"} <= found
+    assert not found & set(code.framework_files())  # in the digest of which a cell's id is made, too
 
 
 def test_a_policy_inherits_the_code_of_its_base():
@@ -166,6 +179,28 @@ def test_another_size_of_batch_uses_the_same_samples(compare):
     found = samples.read(first.folder / "samples.jsonl")
     assert found[:6] == kept
     assert [record["rows"] for record in found[6:]] == [2] * 4
+
+
+def test_the_arithmetic_of_a_step_is_part_of_an_id(load, model, monkeypatch):
+    config = load(CONFIG)
+    with kvsieve.ops.use("reference"):
+        plain = identity.shared_fields(config, model)
+    with kvsieve.ops.use("numba"):
+        compiled = identity.shared_fields(config, model)
+        monkeypatch.setattr(identity, "_version", lambda package: f"other {package}")
+        newer = identity.shared_fields(config, model)
+    assert [line.partition(" (")[0] for line in identity.differences(plain, compiled)] == ["ops", "numba"]
+    assert newer["numba"] == "other numba"
+    assert len({identity.identify(fields) for fields in (plain, compiled, newer)}) == 3
+
+
+def test_a_model_that_moved_keeps_its_results(load, model):
+    config = load(CONFIG)
+    here = identity.shared_fields(config, model)
+    moved = here | {"model": "/elsewhere/reference", "revision": "0123abc"}
+    assert identity.identify(here) == identity.identify(moved)
+    assert identity.differences(here, moved) == []
+    assert identity.identify(here | {"weights digest": "another"}) != identity.identify(here)
 
 
 def test_another_tokenizer_is_another_protocol(load, model, monkeypatch):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from kvsieve import UserError
 from kvsieve.cli import app
-from kvsieve.compare import samples
+from kvsieve.compare import journal, samples
 from kvsieve.compare.execute.cell import Measurement
 from kvsieve.compare.samples import Store
 
@@ -156,3 +156,23 @@ def test_the_load_of_the_machine_is_kept(compare):
     assert len(load["start"]["load_average"]) == len(load["run"]["load_average"]) == 3
     assert load["run"]["seconds"] > 0
     assert all(0 <= load["run"][name] <= 1 for name in ("other_processes", "stolen"))
+
+
+def test_the_machine_and_its_load_stay_those_of_the_run_that_measured(compare, monkeypatch):
+    since, seen = journal.environment.Load.since, ["others had 50%", "others had 70%", None]
+    monkeypatch.setattr(
+        journal.environment.Load, "since", lambda self: since(self) | {"not_to_be_quoted": seen.pop(0)}
+    )
+    folder = compare(CONFIG).folder
+    path = folder / "environment.json"
+    measured = json.loads(path.read_text())
+    text = (folder / "summary.md").read_text()
+    assert "tokens/s are not to be quoted: others had 50%." in text
+    path.write_text(json.dumps(measured | {"cpu": "another machine's"}))
+    compare(CONFIG)  # measures nothing
+    assert json.loads(path.read_text()) == measured | {"cpu": "another machine's"}
+    assert (folder / "summary.md").read_text() == text
+    compare(CONFIG.replace("samples: 4", "samples: 5"))
+    found = json.loads(path.read_text())
+    assert found["cpu"] == measured["cpu"]
+    assert found["load"]["run"]["not_to_be_quoted"] == "others had 50%"

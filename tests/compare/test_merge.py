@@ -92,6 +92,20 @@ def test_speed_stays_that_of_each_machine(runs, tmp_path):
     assert environment["dtype"] == "float32"
 
 
+def test_a_machine_with_smaller_batches_keeps_its_speed(runs, tmp_path):
+    other = changed(runs / "a", tmp_path / "there", environment={"cpu": "Other CPU", "gpu": None})
+    larger = [one | {"rows": 8} for one in samples.read(runs / "a" / "samples.jsonl")]
+    samples.write(other / "samples.jsonl", larger)
+    loads = {"run": {"not_to_be_quoted": "others had 50%"}}
+    changed(other, tmp_path / "busy", environment={"load": loads})
+    rows, _ = joined(runs / "a", tmp_path / "busy", out=tmp_path / "out")
+    here = json.loads((runs / "a" / "environment.json").read_text())["cpu"]
+    for row in rows:
+        assert [part.rpartition(": ")[0] for part in row.machine.split("; ")] == [here, "Other CPU"]
+    said = (tmp_path / "out" / "summary.md").read_text()
+    assert "tokens/s of busy are not to be quoted: others had 50%." in said
+
+
 def test_machines_of_one_name_that_are_not_alike_are_told_apart(runs, tmp_path):
     other = changed(runs / "a", tmp_path / "there", environment={"threads": 64})
     rows, _ = joined(runs / "a", other, out=tmp_path / "out")

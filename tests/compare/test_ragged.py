@@ -8,7 +8,9 @@ import kvsieve
 from kvsieve.compare.cells import Cell
 from kvsieve.compare.execute.cell import Measurement
 from kvsieve.compare.execute.said import Said
+from kvsieve.compare.tasks import text as texts
 from kvsieve.reference_model.tokenizer import EOS, byte_tokenizer
+from kvsieve.testing import tokenizers
 from kvsieve.testing.spy import Spy
 
 TEXT = [*kvsieve.corpus.held_out_text()[:400].encode()]
@@ -120,6 +122,23 @@ def said(tokens, **limits):
 )
 def test_an_answer_ends_where_the_sample_says(limits, text, took):
     assert said(b"one two\nthree", **limits) == (text, took)
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "metaspace"])
+@pytest.mark.parametrize("prompt", ["The secret is", "Zwölf —", "漢字"])
+def test_a_text_that_grows_is_that_of_all_its_tokens(monkeypatch, name, prompt):
+    tokenizer = tokenizers()[name]
+    before, after = (texts.encode(tokenizer, text) for text in (prompt, " naïve — 漢字 🙂 x  =\n\t3" * 4))
+    row = Said(kvsieve.Sample(before, ["x" * 500], stop=["no such"]), tokenizer, [])
+    decode, sizes = texts.decode, []
+    for n, token in enumerate(after, start=1):
+        expected = texts.continuation(tokenizer, before, after[:n])
+        with monkeypatch.context() as patch:
+            patch.setattr(texts, "decode", lambda one, ids: sizes.append(len(ids)) or decode(one, ids))
+            row.take(token)
+        if not expected.endswith(texts.UNFINISHED):  # bytes alone spoil whole characters before them, too
+            assert row.text == expected
+    assert max(sizes) <= 20  # however long the answer
 
 
 def test_the_end_token_ends_an_answer_and_is_no_part_of_it():

@@ -14,9 +14,11 @@ from kvsieve.compare import cells, config, manifest, results, summary
 from kvsieve.compare.cells import Cell, describe_parameters
 from kvsieve.compare.manifest import Entry
 from kvsieve.compare.markdown import markdown
+from kvsieve.compare.report.pivot import pivot
 from kvsieve.compare.results import Results, Row
 from kvsieve.compare.tasks import KeyValue, Needle, Perplexity, Repetition
 from kvsieve.entries import Budget
+from kvsieve.specs import PolicySpec
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "benchmarks" / "results" / "quickstart"
@@ -62,6 +64,16 @@ def test_a_policy_is_compared_with_dense_on_the_samples_that_both_have():
     assert second.difference == pytest.approx(0)
     assert second.mark == "indistinguishable"
     assert second.score == pytest.approx(0.75)
+    uneven = Results([first, second])
+    assert [pivot_cell(uneven, row)["count"] for row in (0, 1)] == ["n=16", "n=12"]
+    for text in (markdown(uneven, []), shown(uneven.rows, 120)):
+        assert text.count("n=16") == text.count("n=12") == 2  # policies by tasks, and the task's own table
+    alike = Results([first, dataclasses.replace(second, samples=16)])
+    assert "n=" not in markdown(alike, []) + shown(alike.rows, 120)
+
+
+def pivot_cell(results, line):
+    return pivot(results)["lines"][line]["cells"][0]
 
 
 def test_a_small_sure_loss_is_found_where_the_samples_are_paired():
@@ -75,6 +87,21 @@ def test_a_small_sure_loss_is_found_where_the_samples_are_paired():
     assert second.mark == "worse"
     assert (second.lost, second.won) == (None, None)
     assert Results([first, second]).groups[0].difference(second).startswith("+0.02094 (+0.020")
+
+
+def test_a_policy_that_loses_all_of_the_little_that_dense_scores_is_worse():
+    lengths = {"limits": (0, 64), "chance": 0.0, "metric": "characters"}
+    few = [4, 5, 6, 4, 5, 6, 0, 4] * 2
+    found = rows_of(
+        (entry("a", **lengths), records("a", few)),
+        (entry("b", "h2o", **lengths), records("b", [0] * 16)),
+        (entry("c", "sparq", **lengths), records("c", few[::-1])),
+    )
+    assert [row.mark for row in found] == ["", "worse", "indistinguishable"]
+    assert not Results(found).groups[0].at_chance
+    assert found[1].difference_low < 0 < found[1].difference_high  # of what the limits allow
+    nothing = rows_of((entry("a", **lengths), records("a", [0] * 12 + [4] * 4)))
+    assert Results(nothing).groups[0].at_chance
 
 
 def test_every_group_has_its_own_dense_row_and_says_its_parameters():
@@ -117,7 +144,9 @@ def test_the_sweep_that_ships_makes_groups_of_its_own(model):
 
 
 def cell(policy, budget=None, **task):
-    return Cell("id", Needle(**task), policy, Budget.parse(budget) if budget else None)
+    given = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    asked = PolicySpec(type(policy), given, Budget.parse(budget) if budget else None)
+    return Cell("id", Needle(**task), policy, asked)
 
 
 def test_a_label_says_what_is_not_the_default():
@@ -137,7 +166,7 @@ def test_policies_of_the_same_budget_are_told_apart():
     assert manifest.policy_labels(asked) == [
         "sparq 1/8 layout=single",
         "sparq 1/8 layout=double",
-        "sparq 1/8",
+        "sparq 1/8 layout=double",
     ]
     asked = [cell(single, "tokens 64"), cell(double, "tokens 64"), cell(make_policy("h2o"), "memory 1/4")]
     assert manifest.policy_labels(asked) == [
@@ -145,6 +174,36 @@ def test_policies_of_the_same_budget_are_told_apart():
         "sparq tokens 64 layout=double",
         "h2o memory 1/4",
     ]
+
+
+def test_a_policy_has_one_label_at_every_context(load, model):
+    text = """\
+    tasks: [needle: {context: [250, 500], samples: 1}]
+    policies:
+      - dense
+      - sparq: {compression: 1/4}
+      - sparq: {compression: 1/4, r: 16}
+      - dense_layers: {layers: [0], inner: {sparq: {compression: [1/4, 1/2]}}}
+      - dense_layers: {layers: [0], inner: {sparq: {compression: 1/4, layout: single}}}
+      - twilight: {compression: 1/2, inner: {quest: {page: 8}}}
+      - twilight: {compression: 1/2, inner: quest}
+    """
+    found = cells.expand(load(text), model)
+    first, second = (
+        [
+            label
+            for label, one in zip(manifest.policy_labels(found), found, strict=True)
+            if one.task.context == n
+        ]
+        for n in (250, 500)
+    )
+    assert first == second == [
+        "dense", "sparq 1/4", "sparq 1/4 r=16", "dense_layers layers=[0] inner=sparq(1/4)",
+        "dense_layers layers=[0] inner=sparq(1/2)", "dense_layers layers=[0] inner=sparq(1/4 layout=single)",
+        "twilight 1/2 inner=quest(page=8)", "twilight 1/2 inner=quest",
+    ]  # fmt: skip
+    assert found[3].label == "needle 250, dense_layers layers=[0] inner=sparq(1/4)"
+    assert found[1].parameters != found[9].parameters  # though the label is the same
 
 
 def test_speeds_keep_their_spread():

@@ -168,6 +168,29 @@ def test_the_test_of_answers_is_mcnemars():
         np.testing.assert_allclose(found.p, expected)
 
 
+def test_of_answers_that_are_right_or_wrong_flipping_signs_is_mcnemars_test():
+    lost, won, policy, dense = every_outcome(11)
+    expected = statistics.difference(policy, dense, (0, 1), higher_is_better=True).p
+    halves = statistics.difference(policy / 2, dense / 2, (0, 0.5), higher_is_better=True).p
+    np.testing.assert_allclose(halves, expected)
+    assert lost.max() == won.max() == 11
+
+
+def test_flipping_signs_is_exact_where_few_scores_differ_and_close_to_it_elsewhere():
+    rng = np.random.default_rng(2)
+    for size, near in ((12, 1e-9), (16, 0.02)):
+        changes = np.zeros(40)
+        changes[rng.choice(40, size, replace=False)] = rng.normal(4, 10, size)
+        exact = scipy.stats.permutation_test(
+            (changes[changes != 0],), lambda x, axis: x.mean(axis), permutation_type="samples",
+            n_resamples=2**size, vectorized=True,
+        ).pvalue  # fmt: skip
+        dense = np.full(40, 32.0)
+        found = statistics.difference(dense + changes, dense, (0, 64), True)
+        assert found.p == pytest.approx(exact, abs=near)
+        assert found.p == statistics.difference(dense + changes, dense, (0, 64), True).p  # no dice
+
+
 def test_lower_is_better_turns_lost_and_won_round():
     found = statistics.difference([2.0, 1.0, 1.0], [1.0, 1.5, 1.0], None, higher_is_better=False)
     assert (found.lost, found.won) == (1, 1)

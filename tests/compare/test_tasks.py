@@ -24,6 +24,7 @@ from kvsieve.compare.tasks import text as texts
 from kvsieve.compare.tasks.needle import NAMES
 from kvsieve.reference_model.tokenizer import BOS, byte_tokenizer
 from kvsieve.reference_model.words import SYLLABLES
+from kvsieve.testing import tokenizers
 
 TASKS = [Needle(300), Needle(400, distractors=3), Repetition(300), Perplexity(300, tokens=40), KeyValue(300),
          Conversation(700, turns=8, told=3)]  # fmt: skip
@@ -135,6 +136,26 @@ def test_perplexity_is_in_bits_per_byte(tokenizer):
     assert tokenizer.decode(sample.forced) == sample.reference
     half = [math.log(0.5)] * 40
     assert task.score(sample, Answer(log_probabilities=half)) == pytest.approx(40 / len(sample.reference))
+
+
+MIXED = "Zwölf Boxkämpfer — 漢字仮名交じり文、 x = 3 # ключ 🙂\n"
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "metaspace"])
+def test_perplexity_counts_the_bytes_of_what_was_predicted(tmp_path, name):
+    tokenizer, path = tokenizers()[name], tmp_path / "own.txt"
+    path.write_text(MIXED * 40, encoding="utf-8")
+    task = Perplexity(150, tokens=40, text=str(path))
+    for i in range(12):
+        sample = task.sample(tokenizer, 0, i)
+        assert sample.reference in MIXED * 3
+        assert sample.reference.encode("utf-8", "strict")
+        assert 37 <= len(sample.forced) <= 43
+        assert len(sample.prompt) in range(147, 151)
+        if name == "bytes":
+            assert bytes(sample.forced) == sample.reference.encode()
+            continuing = bytes(sample.prompt[1:]).decode() + sample.reference
+            assert continuing in MIXED * 5
 
 
 def test_key_value_asks_for_one_of_the_pairs(tokenizer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..entries import Budget
 from ..errors import UserError
 from ..policy import Policy
+from ..specs import PolicySpec
 from ..values import Mistake
 from . import identity
 from .config import Config
@@ -24,7 +25,13 @@ class Cell:
     id: str
     task: Task
     policy: Policy
-    budget: Budget | None  # what was asked for, if that is how the policy got its parameters
+    # What the file asks for, where one does: the same at every context.
+    asked: PolicySpec | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What was asked for, if that is how the policy got its parameters."""
+        return None if self.asked is None else self.asked.budget
 
     @property
     def policy_name(self) -> str:
@@ -38,8 +45,14 @@ class Cell:
     @property
     def label(self) -> str:
         """A name that tells it from its neighbours: `needle 512, sparq 1/8`."""
-        how = str(self.budget or describe_parameters(self.policy, changed=True))
-        return f"{self.task.title} {self.task.context}, {self.policy_name} {how}".rstrip()
+        return f"{self.task.title} {self.task.context}, {self.policy_name} {self.how}".rstrip()
+
+    @property
+    def how(self) -> str:
+        """The budget that was asked for, or the parameters that are not the defaults: at any context."""
+        if self.asked is not None and self.asked.needs_context:
+            return describe_asked(self.asked, only=() if self.budget else None)
+        return describe_parameters(self.policy, changed=True)
 
     def record(self) -> dict[str, Any]:
         """The fields of a sample's record that name its cell, as plain data."""
@@ -51,23 +64,50 @@ class Cell:
         }
 
 
-def describe_parameters(policy: Policy, *, changed: bool = False, only: Iterable[str] | None = None) -> str:
-    """`r=8 k=64 local=16`: all parameters, those that are not the defaults, or those in `only`."""
+def describe_parameters(policy: Policy, *, changed: bool = False) -> str:
+    """`r=8 k=64 local=16`: all parameters, or those that are not the defaults."""
 
     def plain(value: Any) -> str:
-        if isinstance(value, Policy):
-            inner = describe_parameters(value, changed=changed)
-            return f"{next(iter(value.spec()))}({inner})" if inner else next(iter(value.spec()))
-        if isinstance(value, list | tuple):
-            return "[" + ",".join(map(plain, value)) + "]"
-        return str(value).lower() if isinstance(value, bool) else str(value)
+        if not isinstance(value, Policy):
+            return _plain(value, plain)
+        return _nested(next(iter(value.spec())), describe_parameters(value, changed=changed))
 
     fields = dataclasses.fields(policy)
-    if only is not None:
-        fields = tuple(field for field in fields if field.name in set(only))
     if changed:
         fields = tuple(field for field in fields if getattr(policy, field.name) != _default(field))
     return " ".join(f"{field.name}={plain(getattr(policy, field.name))}" for field in fields)
+
+
+def describe_asked(asked: PolicySpec, *, only: Collection[str] | None = None) -> str:
+    """`1/8 layout=double`, `layers=[0] inner=sparq(1/8)`: the budget, and of the parameters beside it those
+    that are not the defaults, or those in `only`; not what follows from a budget, and so from the context.
+    """
+
+    def plain(value: Any) -> str:
+        if isinstance(value, PolicySpec):
+            return _nested(value.name, describe_asked(value))
+        if isinstance(value, Policy):
+            return _nested(next(iter(value.spec())), describe_parameters(value, changed=True))
+        return _plain(value, plain)
+
+    given = asked.parameters
+    told = [
+        f"{field.name}={plain(given[field.name])}"
+        for field in dataclasses.fields(asked.cls)
+        if field.name in given
+        and (given[field.name] != _default(field) if only is None else field.name in only)
+    ]
+    return " ".join([*([str(asked.budget)] if asked.budget else []), *told])
+
+
+def _plain(value: Any, plain: Callable[[Any], str]) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(plain, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _nested(name: str, how: str) -> str:
+    return f"{name}({how})" if how else name
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -108,7 +148,7 @@ def expand(config: Config, model: PreTrainedModel, shared: identity.Fields | Non
                 mistakes.append(Mistake(choice.loc, str(error)))
                 continue
             found = identity.identify(identity.fields(task, policy, shared))
-            cells.append(Cell(found, task, policy, choice.budget))
+            cells.append(Cell(found, task, policy, choice))
     config.source.refuse(mistakes)
     return cells
 

@@ -18,6 +18,8 @@ _ROOTS = (
     "kvsieve.loop",
     "kvsieve.scoring",
     "kvsieve.attention",
+    "kvsieve.recording",
+    "kvsieve.calibration",
     "kvsieve.hf.interface",
     "kvsieve.hf.models",
     "kvsieve.ops.reference",
@@ -26,7 +28,12 @@ _ROOTS = (
     "kvsieve.ops.triton",
 )
 # These, without what they import.
-_ALONE = ("kvsieve.compare.execute.cell", "kvsieve.compare.execute.said", "kvsieve.compare.tasks.base")
+_ALONE = (
+    "kvsieve.compare.execute.unit",
+    "kvsieve.compare.execute.cell",
+    "kvsieve.compare.execute.said",
+    "kvsieve.compare.tasks.base",
+)
 _IRRELEVANT = {
     "kvsieve",
     "kvsieve.errors",
@@ -41,6 +48,7 @@ _BASES = {
     "abc",
     "typing",
     "kvsieve.policy",
+    "kvsieve.wrapper",
     "kvsieve.compare.tasks.base",
 }
 
@@ -64,9 +72,15 @@ def digest_of(*modules: str) -> str:
     return _digest(_files(name)[name] for name in modules)
 
 
+def remote_digest(model: type) -> str:
+    """Of the code that came with a checkpoint, whatever its folder; empty where that is transformers'."""
+    files = _files(model.__module__) if model.__module__.startswith("transformers_modules.") else {}
+    return _digest(sorted(files.values())) if files else ""
+
+
 def class_files(*classes: type) -> dict[str, str]:
-    """A digest for each file that these classes are written in, and for each that it imports from its
-    package.
+    """A digest for each file that these classes are written in, and for each that it imports from its package
+    or, where that is another one, from kvsieve; but for those of `framework_files`.
 
     A class that was typed into an interpreter has no file: its name stands for it.
     """
@@ -79,13 +93,17 @@ def class_files(*classes: type) -> dict[str, str]:
 
 
 def _files(root: str) -> dict[str, str]:
-    """A digest for the file of a module, and for each that it imports in turn from its top-level package."""
+    """A digest for the file of a module, and for each that it imports in turn from its top-level package.
+
+    A package that is not kvsieve may import from kvsieve, too: what all results depend on is left out there.
+    """
     package = root.partition(".")[0]
+    known = frozenset() if package == "kvsieve" else _framework()
     found: dict[str, str] = {}
     waiting = [root]
     while waiting:
         name = waiting.pop()
-        if name in found or name in _IRRELEVANT:
+        if name in found or name in _IRRELEVANT or name in known:
             continue
         path = _path(name)
         if path is None:
@@ -96,8 +114,13 @@ def _files(root: str) -> dict[str, str]:
             imported = _imports(name, path, (stat.st_mtime_ns, stat.st_size))
         except (OSError, SyntaxError, ValueError):
             continue
-        waiting += [other for other in imported if other == package or other.startswith(package + ".")]
+        waiting += [other for other in imported if other.partition(".")[0] in (package, "kvsieve")]
     return found
+
+
+@functools.cache
+def _framework() -> frozenset[str]:
+    return frozenset(framework_files())
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .. import __version__, processes
+from .. import __version__, ops, processes
 from ..errors import UserError
 from ..hf import parallel
 from ..policy import Policy
@@ -24,6 +24,8 @@ from .tasks import Task
 from .weights import weights_digest
 
 PROTOCOL = "protocol.json"
+# Where a model was read from: no part of an id, because its weights, configuration, tokenizer and code are.
+_ORIGIN = ("model", "revision")
 Fields = dict[str, Any]  # plain data
 
 
@@ -34,6 +36,11 @@ def shared_fields(config: Config, model: PreTrainedModel) -> Fields:
         rare["eager"] = True
     if model.device.type == "cuda":
         rare["triton"] = _version("triton")
+    implementation = ops.chosen(model.device)
+    if implementation == "numba":
+        rare["numba"] = _version("numba")
+    if own := code.remote_digest(type(model)):
+        rare["code of the model"] = own
     return {
         "kvsieve": __version__,
         "torch": _version("torch"),
@@ -45,6 +52,7 @@ def shared_fields(config: Config, model: PreTrainedModel) -> Fields:
         "tokenizer": _hash(_tokenizer(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        "ops": implementation,
         "seed": config.settings.seed,
         "code of kvsieve": code.framework_digest(),
         **rare,
@@ -66,7 +74,7 @@ def fields(task: Task, policy: Policy, shared: Fields) -> Fields:
 
 def identify(fields: Fields) -> str:
     """Sixteen hexadecimal digits."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_hashed(fields), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def task_parameters(task: Task) -> Fields:
@@ -75,17 +83,25 @@ def task_parameters(task: Task) -> Fields:
 
 
 def differences(old: Fields, new: Fields) -> list[str]:
-    """`weights digest (abc -> def)` for each field that differs."""
+    """`weights digest (abc -> def)` for each field of an id that differs."""
+    return _differences(_hashed(old), _hashed(new))
+
+
+def _differences(old: Fields, new: Fields) -> list[str]:
     found = []
     for name in dict.fromkeys([*new, *old]):
         before, now = old.get(name), new.get(name)
         if before == now:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
-            found += [f"{name}: {change}" for change in differences(before, now)]
+            found += [f"{name}: {change}" for change in _differences(before, now)]
         else:
             found.append(f"{name} ({_short(before)} -> {_short(now)})")
     return found
+
+
+def _hashed(fields: Fields) -> Fields:
+    return {name: value for name, value in fields.items() if name not in _ORIGIN}
 
 
 def read(folder: Path) -> dict[str, Fields]:

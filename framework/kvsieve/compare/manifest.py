@@ -15,6 +15,7 @@ from .results import Subject
 from .statistics import Limits
 
 if TYPE_CHECKING:
+    from ..specs import PolicySpec
     from .cells import Cell
 
 NAME = "cells.json"
@@ -72,25 +73,25 @@ def entries(cells: Sequence[Cell], model: str, failures: Mapping[str, str]) -> l
 
 
 def policy_labels(cells: Sequence[Cell]) -> list[str]:
-    """A short name for the policy of each cell, unlike those of the other policies on the same task.
+    """A short name for the policy of each cell, unlike those of the others, and the same on every task.
 
     The budget that was asked for, or the parameters that are not the defaults; policies of the same budget
-    get those parameters in which they differ.
+    get those parameters in which they differ, as far as they were given.
     """
-    from .cells import describe_parameters
+    from .cells import describe_asked
 
-    rivals: dict[tuple[object, ...], list[Cell]] = {}
+    rivals: dict[tuple[object, ...], list[PolicySpec]] = {}
     for cell in cells:
-        rivals.setdefault((cell.task, cell.policy_name, cell.budget), []).append(cell)
+        if cell.asked is not None and cell.budget is not None:
+            rivals.setdefault((cell.policy_name, cell.budget), []).append(cell.asked)
     labels = []
     for cell in cells:
-        same = [one.policy for one in rivals[cell.task, cell.policy_name, cell.budget]]
-        if cell.budget is None:
-            how = describe_parameters(cell.policy, changed=True)
-        else:
-            names = [field.name for field in dataclasses.fields(cell.policy)]
-            differ = [n for n in names if any(getattr(p, n) != getattr(same[0], n) for p in same[1:])]
-            how = f"{cell.budget} {describe_parameters(cell.policy, only=differ)}"
+        how = cell.how
+        if cell.asked is not None and cell.budget is not None:
+            same = [asked.parameters for asked in rivals[cell.policy_name, cell.budget]]
+            names = dict.fromkeys(name for given in same for name in given)
+            differ = [n for n in names if any(given.get(n, ...) != same[0].get(n, ...) for given in same[1:])]
+            how = describe_asked(cell.asked, only=differ)
         labels.append(f"{cell.policy_name} {how}".strip())
     return labels
 
@@ -154,7 +155,7 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
 
     from .. import plugins
     from ..entries import Budget
-    from ..specs import make_policy
+    from ..specs import PolicySpec, make_policy
     from .cells import Cell
 
     by_cell: dict[str, list[Record]] = {}
@@ -170,7 +171,9 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
             task = plugins.tasks()[name].cls(**parameters, samples=samples)
             asked = first.get("budget") or first.get("compression")  # its name in version 0.1
             policy = make_policy(first["policy"])
-            cells.append(Cell(id, task, policy, None if asked is None else Budget.parse(asked)))
+            budget = None if asked is None else Budget.parse(asked)
+            given = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+            cells.append(Cell(id, task, policy, PolicySpec(type(policy), given, budget)))
             recorded[id] = parameters
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
@@ -181,13 +184,16 @@ def _recovered(folder: Path, records: Sequence[Record]) -> dict[str, Entry]:
         model = str(yaml.safe_load(files.read(folder / "config.yaml"))["model"])
     except (UserError, yaml.YAMLError, TypeError, KeyError):
         model = ""
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    # What was given beside a budget is not known, and what follows from it differs from task to task.
+    found = [one for task in tasks for one in entries([c for c in cells if c.task == task], model, {})]
     # The parameters that a task had then.
     return {
         entry.cell: dataclasses.replace(
             entry,
             task_parameters={k: v for k, v in entry.task_parameters.items() if k in recorded[entry.cell]},
         )
-        for entry in entries(cells, model, {})
+        for entry in found
     }
 
 

@@ -32,8 +32,8 @@ _HEADINGS = ["context", "policy", "score", "95 % interval", "against dense", "an
              "KV MB", "slots a head", "tokens/s"]  # fmt: skip
 
 
-def markdown(results: Results, failures: Sequence[str]) -> str:
-    """Policies by tasks, then a table for every task, and what failed."""
+def markdown(results: Results, failures: Sequence[str], loads: Sequence[str] = ()) -> str:
+    """Policies by tasks, then a table for every task, and what failed; `loads`: see load_notes."""
     lines = _pivot(results)
     for task in dict.fromkeys(group.task for group in results.groups):
         groups = [group for group in results.groups if group.task == task]
@@ -54,7 +54,10 @@ def markdown(results: Results, failures: Sequence[str]) -> str:
     if any(row.difference is not None for row in results.rows):
         lines += [MEANING, ""]
     lines += [
-        line for note in [noise_note(results.rows), *eager_notes(results.rows)] if note for line in (note, "")
+        line
+        for note in [noise_note(results.rows), *eager_notes(results.rows), *loads]
+        if note
+        for line in (note, "")
     ]
     if known := paper.beside(results.rows):
         rule = "|" + "---|" * len(paper.HEADINGS)
@@ -74,7 +77,7 @@ def _pivot(results: Results) -> list[str]:
     ]
     lines.append("|---|" + "---:|" * (1 + len(results.groups)))
     for label, rows in results.pivot.items():
-        scores = [_score(rows.get(index)) for index in range(len(results.groups))]
+        scores = [_score(group, rows.get(index)) for index, group in enumerate(results.groups)]
         lines.append(_line([label, bytes_range(rows.values()), *scores]))
     if any(row.symbol for row in results.rows):
         lines += ["", MARKS]
@@ -83,17 +86,19 @@ def _pivot(results: Results) -> list[str]:
     return [*lines, ""]
 
 
-def _score(row: Row | None) -> str:
-    return MISSING if row is None or row.score is None else f"{row.score:.3g} {row.symbol}".strip()
+def _score(group: Group, row: Row | None) -> str:
+    if row is None or row.score is None:
+        return MISSING
+    return " ".join(filter(None, [f"{row.score:.3g}", row.symbol, group.count(row)]))
 
 
 def _cells(group: Group, row: Row) -> list[str]:
     against = "" if row.policy == DENSE else f"{group.difference(row)} {row.mark}".strip() or MISSING
     ratio = MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}"
+    score = f"{group.text(row.score)} {group.count(row)}".strip()
     return [
-        str(row.context), row.policy_label, group.text(row.score), group.interval(row) or MISSING, against,
-        row.changes, ratio, megabytes(row.kv_bytes), slots(row.slots_per_head),
-        row.speed + " noisy" * row.noisy,
+        str(row.context), row.policy_label, score, group.interval(row) or MISSING, against, row.changes,
+        ratio, megabytes(row.kv_bytes), slots(row.slots_per_head), row.speed + " noisy" * row.noisy,
     ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from ..errors import UserError
 from . import files
-from .statistics import ALIKE, BETTER, CHANCE, FEW, WORSE
+from .statistics import ALIKE, BETTER, CHANCE, FEW, LEVEL, WORSE
 
 DENSE = "dense"
 MISSING = "\N{EN DASH}"
@@ -58,6 +58,7 @@ class Row(Subject):
     score: float | None = None  # mean over the samples
     score_low: float | None = None  # its 95 % interval
     score_high: float | None = None
+    chance_p: float | None = None  # of a score at chance, for bounded scores; of others the interval says it
     samples: int | None = None
     difference: float | None = None  # score - dense score, over the samples that both have
     difference_low: float | None = None  # its 95 % interval
@@ -76,7 +77,7 @@ class Row(Subject):
     tokens_per_second: float | None = None  # median over the full batches
     tokens_per_second_min: float | None = None
     tokens_per_second_max: float | None = None
-    machine: str = ""  # of runs on several: each one's speed, `NVIDIA H200: 1,200; AMD EPYC: 85`, none above
+    machine: str = ""  # of runs on several: each one's, `NVIDIA H200: 1,200; NVIDIA A100: 700`, none above
     ran_eagerly: str = ""  # on a GPU: why its steps were not one CUDA graph each
 
     @property
@@ -155,17 +156,23 @@ class Group:
         """Whether dense attention itself is not shown to do better than a model that knows nothing."""
         if self.dense is None or self.dense.chance is None:
             return False
-        edge = self.dense.score_low if self.higher_is_better else self.dense.score_high
-        if edge is None:
-            edge = self.dense.score
+        dense, chance = self.dense, self.dense.chance
+        edge = dense.score_low if self.higher_is_better else dense.score_high
+        if edge is None or (dense.chance_p is not None and dense.chance_p < 1 - LEVEL):
+            edge = dense.score
         assert edge is not None
-        above = edge - self.dense.chance
+        above = edge - chance
         return (above if self.higher_is_better else -above) <= 1e-9
 
     @property
     def contenders(self) -> list[Row]:
         """The rows of which one may be the best: sparse, judged, and not worse than dense."""
         return [row for row in self.rows if row.policy != DENSE and row.mark not in (WORSE, CHANCE)]
+
+    def count(self, row: Row) -> str:
+        """`n=16` where not all rows of the group have as many samples; else empty."""
+        uneven = len({one.samples for one in self.rows if one.samples is not None}) > 1
+        return f"n={row.samples}" if uneven and row.samples is not None else ""
 
     def text(self, score: float | None) -> str:
         """A score with as many decimals as the scores of its group need."""
@@ -321,6 +328,20 @@ def noise_note(rows: Sequence[Row]) -> str:
         f"Noisy: between the batches of one row, tokens/s differ by more than {NOISY:.0%} of their median; "
         "such speeds compare nothing. `kvsieve bench` measures speed."
     )
+
+
+def load_notes(environment: Mapping[str, Any]) -> list[str]:
+    """Why speeds are not to be quoted, from environment.json, of joined runs for each; empty where they are,
+    and where older runs did not note it.
+    """
+    runs = environment.get("runs")
+    notes = []
+    for name, found in [("", environment), *(runs.items() if isinstance(runs, dict) else ())]:
+        load = found.get("load") if isinstance(found, Mapping) else None
+        during = load.get("run") if isinstance(load, dict) else None
+        if why := during.get("not_to_be_quoted") if isinstance(during, dict) else None:
+            notes.append(f"tokens/s{f' of {name}' if name else ''} are not to be quoted: {why}.")
+    return notes
 
 
 def speed(value: float | None) -> str:

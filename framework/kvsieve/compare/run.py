@@ -74,8 +74,7 @@ def compare(
         return _take_part(executor, itertools.chain([first], models), folder)
     with Store(folder / "samples.jsonl") as store:
         # The workers of another executor are other processes, and maybe elsewhere.
-        journal = Journal(config, folder, here=isinstance(executor, Local))
-        before = len(store.records)
+        journal = Journal(config, store, here=isinstance(executor, Local))
         for one, prepared in itertools.chain([first], models):
             if isinstance(prepared, UserError):
                 journal.cannot(one.settings.model, prepared)
@@ -90,7 +89,7 @@ def compare(
             store.restore()
             rows = summary.write(folder, store.records.values())
             _diagnose(executor, one, measured, journal, console)
-        if len(store.records) > before and journal.disturbed:
+        if journal.measured and journal.disturbed:
             note = f"tokens/s are not to be quoted: {journal.disturbed}"
             console.print(note, style="yellow", soft_wrap=True)
         _tell(console, "run_finished", folder=folder, summary=list(rows))

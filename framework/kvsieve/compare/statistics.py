@@ -1,7 +1,12 @@
 """Intervals of a score and of its difference from dense on the same samples, and which differences count.
 
-The formulas depend on the scores: 0/1 answers, numbers within known limits, or numbers without. Arrays may
-have leading axes (many tables at once, as in the simulations of the tests); samples are the last axis.
+The formulas depend on the scores: 0/1 answers, numbers within known limits, or numbers without. They are
+taken for 0/1 answers where all are 0 or 1 and the task says no other limits. Where it says 0 and 1 that is
+harmless: a difference has the same interval and p either way, and a mean score has Wilson's interval in place
+of a wider one.
+
+Arrays may have leading axes (many tables at once, as in the simulations of the tests); samples are the last
+axis.
 
 Coverage of the nominal 95 % intervals of a difference with 16, 32 and 64 samples, by enumeration and
 simulation (tests/compare/test_statistics.py): 0/1 and bounded scores above 94 %; unbounded ones 95 % if the
@@ -11,6 +16,7 @@ rare outliers: take at least 32 samples of a perplexity.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -20,6 +26,8 @@ import numpy as np
 import scipy.stats
 
 LEVEL = 0.95
+_EXACT = 12  # differences that are not 0: of up to so many all signs are tried
+_DRAWN = 10_000  # signs that are drawn for more
 Limits = tuple[float, float] | None  # the lowest and the highest score that a task can give
 Array = Any  # of numpy; a float where there is one table
 
@@ -65,9 +73,11 @@ def score_interval(scores: Sequence[float], limits: Limits) -> tuple[float, floa
 def difference(policy: Array, dense: Array, limits: Limits, higher_is_better: bool) -> Difference:
     """The paired difference policy - dense, `[..., n]` scores each, on the same n samples.
 
-    0/1 and within limits: t with two pseudo samples, at minus and plus the width of the limits. Otherwise: t.
-    p is that of McNemar's exact test for 0/1 scores, and that of the interval otherwise; NaN where no test
-    could tell: fewer than 6 samples, and fewer than 16 of scores without limits.
+    The interval of 0/1 scores and of those within limits: t with two pseudo samples, at minus and plus the
+    width of the limits. Otherwise: t. p of scores without limits is that of the interval. Of the others it is
+    that of the test that flips signs, which for 0/1 scores is McNemar's: pseudo samples, which make an
+    interval wide enough, would hide a policy that loses all of the little that dense scores. NaN where no
+    test could tell: fewer than 6 samples, and fewer than 16 of scores without limits.
     """
     policy, dense = np.asarray(policy, dtype=float), np.asarray(dense, dtype=float)
     binary = limits in (None, (0, 1)) and is_binary(policy) and is_binary(dense)
@@ -84,10 +94,21 @@ def difference(policy: Array, dense: Array, limits: Limits, higher_is_better: bo
         widened = np.concatenate([found, ends], axis=-1)
         low, high = _t_interval(widened)
         low, high = np.maximum(low, -width), np.minimum(high, width)
-        p = _mcnemar(lost, won) if binary else _t_p(widened)
+        p = _mcnemar(lost, won) if binary else _sign_flip_p(found)
     if count < (16 if width is None else 6):
         p = np.full(found.shape[:-1], math.nan)
     return Difference(found.mean(-1), low, high, lost, won, p)
+
+
+def chance_p(scores: Sequence[float], chance: float | None, limits: Limits) -> float | None:
+    """p of a mean that is `chance`, by the test that flips signs.
+
+    None: chance is not known, or `score_interval` says it: of 0/1 answers, and of scores without limits.
+    """
+    values = np.asarray(scores, dtype=float)
+    if chance is None or limits is None or (limits == (0, 1) and is_binary(values)):
+        return None
+    return float(_sign_flip_p(values - chance))
 
 
 def marks(p: Array, mean: Array, higher_is_better: Array, policies: Sequence[str]) -> list[str]:
@@ -143,6 +164,35 @@ def _t_p(values: Array) -> Array:
         p = scipy.stats.ttest_1samp(values, 0, axis=-1).pvalue
     equal = np.ptp(values, axis=-1) == 0
     return np.where(equal, np.where(values[..., 0] == 0, 1.0, 0.0), p)
+
+
+def _sign_flip_p(values: Array) -> Array:
+    """Two-sided: how often the mean is as far from 0 if every value might as well have the other sign.
+
+    Exact where few values are not 0. Otherwise of signs that are drawn, the same in every call, and the given
+    ones.
+    """
+    count = values.shape[-1]
+    sizes = -np.sort(-np.abs(values), axis=-1).reshape(-1, count)  # zeros last: their signs change nothing
+    least = np.abs(values.sum(-1)).reshape(-1) * (1 - 1e-9)  # sums of the same numbers may differ by rounding
+    few = (sizes[:, _EXACT:] == 0).all(-1)
+    every = np.array(list(itertools.product([1.0, -1.0], repeat=min(count, _EXACT))))
+    p = np.empty(len(sizes))
+    p[few] = _as_far(sizes[few, :_EXACT], least[few], every) / len(every)
+    if not few.all():
+        drawn = np.random.default_rng(0).choice([1.0, -1.0], (_DRAWN, count))
+        p[~few] = (1 + _as_far(sizes[~few], least[~few], drawn)) / (1 + _DRAWN)
+    return p.reshape(values.shape[:-1])[()]
+
+
+def _as_far(sizes: Array, least: Array, signs: Array) -> Array:
+    """For each of the tables `[tables, n]` how many of the signs `[m, n]` make a sum of at least `least`."""
+    tables = 1000  # at a time, which bounds the memory
+    found = [
+        (np.abs(signs @ sizes[i : i + tables].T) >= least[i : i + tables]).sum(0)
+        for i in range(0, len(sizes), tables)
+    ]
+    return np.concatenate(found) if found else np.zeros(0, int)
 
 
 def _mcnemar(lost: Array, won: Array) -> Array:

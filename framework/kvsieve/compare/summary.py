@@ -13,7 +13,7 @@ from ..errors import UserError
 from . import files, manifest, samples, statistics
 from .manifest import Entry, Record
 from .markdown import markdown
-from .results import DENSE, Results, Row, Subject, group_key, speed, write_csv
+from .results import DENSE, Results, Row, Subject, group_key, load_notes, speed, write_csv
 
 
 def write(folder: Path, records: Iterable[Record] | None = None) -> list[Row]:
@@ -28,9 +28,10 @@ def write(folder: Path, records: Iterable[Record] | None = None) -> list[Row]:
     entries = manifest.read(folder, found)
     rows = summarize(entries, found)
     failures = [f"{entry.label}: {entry.error}" for entry in entries if entry.error]
+    loads = load_notes(files.read_object(folder / "environment.json"))
     try:
         write_csv(folder / "summary.csv", rows)
-        files.write(folder / "summary.md", markdown(Results(rows), failures))
+        files.write(folder / "summary.md", markdown(Results(rows), failures, loads))
     except UserError as error:
         raise UserError(f"{error}; the samples are safe") from None
     return rows
@@ -71,6 +72,7 @@ def _row(entry: Entry, records: Sequence[Record]) -> Row:
         score=float(np.mean(scores)),
         score_low=low,
         score_high=high,
+        chance_p=statistics.chance_p(scores, entry.chance, _limits(entry)),
         samples=len(records),
         bytes_per_step=total["bytes_read"] / steps if steps else None,
         bytes_ratio=total["bytes_read"] / total["bytes_dense"] if total["bytes_dense"] else None,
@@ -121,17 +123,21 @@ def _marked(rows: Sequence[Row]) -> list[Row]:
 
 
 def _speeds(records: Sequence[Record]) -> dict[str, Any]:
-    """The fields of a row about tokens per second: of its full batches; of several machines, each one's."""
+    """The fields of a row about tokens per second: of its full batches; of several machines, each one's, and
+    of the batches that are full there.
+    """
     # A sample was measured once on this machine, or as `merge` has it.
     measured = [
         (machine, batch)
         for record in records
         for machine, batch in record.get("machines", {"": record}).items()
     ]
-    full = max(batch.get("rows", 1) for _, batch in measured)
+    full: dict[str, int] = {}
+    for machine, batch in measured:
+        full[machine] = max(full.get(machine, 1), batch.get("rows", 1))
     found: dict[str, list[float]] = {}
     for machine, batch in measured:
-        if batch.get("rows", 1) == full:
+        if batch.get("rows", 1) == full[machine]:
             found.setdefault(machine, []).extend(_repetitions(batch))
     here = found.pop("", [])
     medians = {machine: float(np.median(speeds)) for machine, speeds in found.items() if speeds}

@@ -88,14 +88,19 @@ def _overview(results: Results, shown: Sequence[int]) -> Table:
         heading = results.groups[index].column.replace(" ", "\n")
         table.add_column(escape(heading), justify="right", no_wrap=True)
     for label, rows in results.pivot.items():
-        table.add_row(escape(label), bytes_range(rows.values()), *(_short(rows.get(i)) for i in shown))
+        table.add_row(
+            escape(label),
+            bytes_range(rows.values()),
+            *(_short(results.groups[i], rows.get(i)) for i in shown),
+        )
     return table
 
 
-def _short(row: Row | None) -> str:
+def _short(group: Group, row: Row | None) -> str:
     if row is None or row.score is None:
         return MISSING
-    return _coloured(row, f"{row.score:.3g} {row.symbol or ' '}")
+    score = _coloured(row, f"{row.score:.3g} {row.symbol or ' '}")
+    return f"{group.count(row)} {score}".lstrip()
 
 
 def _task_table(groups: Sequence[Group], columns: Sequence[str]) -> Table:
@@ -116,7 +121,7 @@ def _task_table(groups: Sequence[Group], columns: Sequence[str]) -> Table:
 
 
 def _cells(group: Group, row: Row, best: float | None) -> dict[str, str]:
-    score = group.text(row.score)
+    score = f"{group.count(row)} {group.text(row.score)}".lstrip()
     against = MISSING if row.policy == DENSE else group.difference(row) or MISSING
     return {
         "policy": escape(row.policy_label),

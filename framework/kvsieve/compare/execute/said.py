@@ -18,6 +18,8 @@ class Said:
         self.tokens: list[int] = []
         self.text = ""
         self.complete = False
+        self._growing = texts.Growing(tokenizer, sample.prompt)
+        self._longest = max(map(len, sample.stop), default=0)
 
     def take(self, token: int) -> None:
         """Add a token; a complete answer takes no more."""
@@ -27,9 +29,11 @@ class Said:
             self.complete = True
             return
         self.tokens.append(token)
-        sample = self.sample
-        text = texts.continuation(self.tokenizer, list(sample.prompt), self.tokens)
-        stops = [place for stop in sample.stop if (place := text.find(stop)) >= 0]
+        sample, seen = self.sample, len(self._growing.settled)
+        self._growing.take(token)
+        text = self._growing.text
+        # A stop text that is new ends in what is new.
+        stops = [at for stop in sample.stop if (at := text.find(stop, max(0, seen - self._longest))) >= 0]
         self.text = text[: min(stops, default=len(text))]
         enough = sample.characters is not None and len(self.text) >= sample.characters
         self.complete = bool(stops) or enough or len(self.tokens) >= sample.limit

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from .. import paper
-from ..results import Results, csv_lines, eager_notes, noise_note
+from ..results import Results, csv_lines, eager_notes, load_notes, noise_note
 from . import chart
 from .again import commands, protocol
 from .answers import answers
@@ -105,6 +105,7 @@ def _page(run: RunFolder, shown: Sequence[Section], left_out: Sequence[Section])
 def _sections(run: RunFolder) -> list[Section]:
     """All that this run has, in their order on the page."""
     results = run.results
+    loads = load_notes(run.environment)
     groups = [table(group, results) for group in results.groups]
     axes = chart.measured(results) or chart.AXES[:1]
     drawings = [(axis.name, axis.label, _drawings(results, axis)) for axis in axes]
@@ -115,9 +116,9 @@ def _sections(run: RunFolder) -> list[Section]:
         "width": chart.WIDTH,
         "height": chart.HEIGHT,
         "groups": groups,
-        "disturbed": _disturbed(run),
+        "disturbed": " ".join(loads),
     }
-    notes = [noise_note(results.rows), *eager_notes(results.rows), _disturbed(run)]
+    notes = [noise_note(results.rows), *eager_notes(results.rows), *loads]
     again = {
         "commands": commands(run),
         "config": run.config,
@@ -165,14 +166,6 @@ def _template(name: str) -> jinja2.Template:
         loader=jinja2.FileSystemLoader(_PARTS), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template(f"{name}.html.jinja")
-
-
-def _disturbed(run: RunFolder) -> str:
-    """Why the speeds are not to be quoted; empty if they are, or if older runs did not note it."""
-    load = run.environment.get("load")
-    during = load.get("run") if isinstance(load, dict) else None
-    why = during.get("not_to_be_quoted") if isinstance(during, dict) else None
-    return f"tokens/s are not to be quoted: {why}." if why else ""
 
 
 def _labels(results: Results) -> list[str]:

@@ -31,11 +31,14 @@ def pivot(results: Results) -> dict[str, Any]:
 
 def _cell(group: Group, row: Row | None) -> dict[str, Any]:
     if row is None or row.score is None:
-        return {"text": MISSING, "value": None, "symbol": "", "mark": "", "title": "not measured"}
+        unknown = {"text": MISSING, "value": None, "title": "not measured"}
+        return unknown | dict.fromkeys(("count", "symbol", "mark"), "")
     against = "" if row.policy == DENSE else f"against dense {group.difference(row)}"
-    told = [f"95% interval {group.interval(row)}" if group.interval(row) else "", against, row.changes]
+    interval = f"95% interval {group.interval(row)}" if group.interval(row) else ""
+    told = [group.count(row), interval, against, row.changes]
     return {
         "text": group.text(row.score),
+        "count": group.count(row),
         "value": row.score,
         "symbol": row.symbol,
         "mark": row.mark if row.symbol else "",

@@ -14,7 +14,10 @@ from .base import MOST_TOKENS, Answer, Sample, Task, check_range
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity(Task):
-    """Bits per byte of what follows a passage: the first token from the prefill, others fed one by one."""
+    """Bits per byte of what follows a passage: the first token from the prefill, others fed one by one.
+
+    Both end with a whole character, up to three tokens earlier than asked for where a tokenizer splits some.
+    """
 
     name = "perplexity"
     metric = "bits per byte"
@@ -39,8 +42,13 @@ class Perplexity(Task):
         before = text.beginning(tokenizer)
         room = self.context - len(before)
         ids = text.passage(tokenizer, self.text, room + self.tokens, self.random(seed, index))
-        reference = text.continuation(tokenizer, ids[:room], ids[room:])
-        return Sample(before + ids[:room], [reference], forced=ids[room:])
+        # Where a character ends: its bytes count with all of its tokens, or not at all.
+        start, end = (text.whole_characters(tokenizer, ids, number) for number in (room, len(ids)))
+        if end - start < 2:
+            start, end = room, len(ids)
+        known = text.decode(tokenizer, ids[:start])
+        reference = text.decode(tokenizer, ids[:end])[len(known) :]
+        return Sample(before + ids[:start], [reference], forced=ids[start:end])
 
     def score(self, sample: Sample, answer: Answer) -> float:
         return -sum(answer.log_probabilities) / math.log(2) / len(sample.reference.encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy as np
 from ... import corpus, user_files
 from ...errors import UserError
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how the first bytes of a character read without the others
+_CONTEXT = 8  # ids of a prompt that are decoded with what follows it
+_BYTES = 4  # of a character, at most: so many tokens may share one
 _MARK = "0xFACADE"  # stands for a message in a chat template
 MOST_BYTES_OF_TEXT = 64 * 1024 * 1024
 
@@ -119,5 +123,45 @@ def uuid(rng: np.random.Generator) -> str:
 
 def continuation(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
     """The text of `ids` as it reads after the prompt: decoded alone it may lose a leading space."""
-    context = prompt[-8:]
+    context = prompt[-_CONTEXT:]
     return decode(tokenizer, context + ids)[len(decode(tokenizer, context)) :]
+
+
+class Growing:
+    """The text of token ids that come one by one after a prompt: what `continuation` makes of all of them, at
+    every whole character; each is decoded with the few before it.
+
+    `settled` is the text up to the last whole character, `rest` the start of one that is still to come.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.settled = self.rest = ""
+        self._window = list(prompt[-_CONTEXT:])
+        self._known = len(self._window)  # ids of the window that are settled
+        self._before = decode(tokenizer, self._window)  # their text
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.settled + self.rest
+
+    def take(self, token: int) -> None:
+        """Add a token."""
+        self._window.append(token)
+        self.rest = decode(self.tokenizer, self._window)[len(self._before) :]
+        if self.rest and not self.rest.endswith(UNFINISHED):
+            self.settled += self.rest
+            self.rest = ""
+            # What is settled now begins and ends with a whole character.
+            self._window = self._window[self._known :]
+            self._known = len(self._window)
+            self._before = decode(self.tokenizer, self._window)
+
+
+def whole_characters(tokenizer: Any, ids: list[int], end: int) -> int:
+    """The largest number of ids, at most `end`, that do not end within a character."""
+    for number in range(end, max(0, end - _BYTES), -1):
+        if not decode(tokenizer, ids[:number]).endswith(UNFINISHED):
+            return number
+    return end  # the text itself says so
