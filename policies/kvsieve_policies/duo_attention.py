@@ -86,6 +86,8 @@ class DuoAttention(Policy):
                 "duo_attention.full_heads is needed: the KV heads of each layer that keep everything, as "
                 "[[0], [], [1, 3]], or a file of scores: make one with kvsieve calibrate duo_attention"
             )
+        if isinstance(self.full_heads, str):
+            calibration.read(self._path).check_contents("retrieval", head_size, 1)
 
     def check_model(self, model: PreTrainedModel) -> None:
         if isinstance(self.full_heads, str):
