@@ -67,9 +67,11 @@ class Calibration(NamedTuple):
         return found[heads.start : heads.stop, :r].to(device)
 
     def check_contents(self, what: str, head_size: int, r: int) -> None:
-        """Raise UserError if the file is another method's, or not for the first `r` of `what` of such heads."""
+        """Raise UserError if the file is another method's, or lacks the first `r` of `what` of such heads."""
         parts = [name.split(".") for name in self.tensors if name.startswith("layers.")]
-        layers = [int(part[1]) for part in parts if len(part) == 3 and part[2] == what and part[1].isdecimal()]
+        layers = [
+            int(part[1]) for part in parts if len(part) == 3 and part[2] == what and part[1].isdecimal()
+        ]
         if not layers:
             held = ", ".join(dict.fromkeys(part[-1] for part in parts)) or "no layers"
             raise UserError(f"calibration {self.path} holds {held}, and not {what}: it is for another method")

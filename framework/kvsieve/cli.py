@@ -171,8 +171,8 @@ def validate(
 ) -> None:
     """Check a comparison without running it: all mistakes at once, each with its place in the file.
 
-    Contexts and policies are checked against the model's config.json, where it is on this machine. What was not
-    checked is said.
+    Contexts and policies are checked against the model's config.json, where it is on this machine. What was
+    not checked is said.
     """
     from .compare import fit
 
@@ -184,8 +184,9 @@ def validate(
     not_checked = fit.unchecked(checked)
     for line in not_checked:
         _say(f"not checked: {line}")
+    found = "no mistake was found" if not_checked else "right"
     typer.echo(
-        f"{config}: {'no mistake was found' if not_checked else 'right'}. {len(checked.tasks)} tasks x {len(checked.policies)} policies = {cells} cells, "
+        f"{config}: {found}. {len(checked.tasks)} tasks x {len(checked.policies)} policies = {cells} cells, "
         f"{samples} samples, on {on}"
     )
 

@@ -49,7 +49,7 @@ class Calibrated(Policy):
     def _found(self) -> kvsieve.calibration.Calibration:
         if not self.calibration:
             raise UserError(
-                f"{self.name}.calibration is needed: the path of a file that kvsieve calibrate {self.name} makes; "
-                "for the model that ships, `reference`"
+                f"{self.name}.calibration is needed: the path of a file that kvsieve calibrate {self.name} "
+                "makes; for the model that ships, `reference`"
             )
         return kvsieve.calibration.read(kvsieve.calibration.path(self.calibration, self.name))

@@ -90,8 +90,8 @@ class SparQ(Policy):
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
         """Spend half of the bytes on the guess and half on the tokens, as the authors do.
 
-        So r = D * ratio and k = T * ratio / 2. Where a channel or a token is more than its half, the other half
-        is what that leaves.
+        So r = D * ratio and k = T * ratio / 2. Where a channel or a token is more than its half, the other
+        half is what that leaves.
         """
         r, k = round(head_size * ratio), round(context * ratio / 2)
         if min(head_size * ratio, context * ratio / 2) < 1:

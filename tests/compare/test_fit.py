@@ -64,7 +64,7 @@ def test_mistakes_in_the_file_hide_none_that_the_model_shows(write, tmp_path):
         "5:5: tasks.1: unknown task 'nedle'",
         "7:5: policies.0.sparq: compression 1/1000 at context 512: sparq reads",
         "8:16: policies.1.sparq.K: unknown parameter of sparq 'K'; did you mean 'k'?",
-        "9:5: policies.2.loki: loki.calibration is needed: the path of a file that kvsieve calibrate loki makes",
+        "9:5: policies.2.loki: loki.calibration is needed: the path of a file that kvsieve calibrate loki",
         "10:5: policies.3.loki: calibration ",
         "11:5: policies.4.double_sparsity: there is no calibration file ",
         "12:5: policies.5.duo_attention: calibration ",

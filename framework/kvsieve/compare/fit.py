@@ -64,8 +64,8 @@ def unchecked(config: Config) -> list[str]:
         facts = read_facts(model, config.settings.revision)
         if facts is None:
             lines.append(
-                f"model {model}: its config.json is not on this machine, so neither that there is such a model, "
-                "nor contexts and policies against it"
+                f"model {model}: its config.json is not on this machine, so neither that there is such a "
+                "model, nor contexts and policies against it"
             )
             continue
         if facts.positions is None:
