@@ -266,6 +266,60 @@ def test_a_broken_policy_is_caught_by_its_law(cls, law):
         found(tight=made(k=8), loose=made(k=64))
 
 
+def named(cls, law, **sizes):
+    """The complaint of a law about a policy."""
+    made = cls if "__dataclass_fields__" in vars(cls) else dataclass(frozen=True)(cls)
+    (found,) = [known for known in testing.LAWS if known.__name__ == law]
+    with pytest.raises((AssertionError, ValueError)) as caught:
+        found(tight=made(k=sizes.get("tight", 8)), loose=made(k=64))
+    return str(caught.value)
+
+
+class Nameless(Policy):
+    pass
+
+
+def test_a_class_that_cannot_be_registered_is_caught():
+    (law,) = [known for known in testing.LAWS if known.__name__ == "it_can_be_registered"]
+    with pytest.raises(AssertionError, match="Nameless cannot be registered: Nameless must be a frozen dat"):
+        law(Nameless(), Nameless())
+    frozen = dataclass(frozen=True)(Nameless)
+    with pytest.raises(AssertionError, match="needs a class attribute name: ClassVar.str., an identifier"):
+        law(frozen(), frozen())
+
+
+def test_a_tight_one_that_leaves_nothing_out_is_caught():
+    for cls in (Base, Evicting):
+        assert "`tight` must leave something out" in named(cls, "tight_leaves_something_out", tight=64)
+
+
+class IndexesTooFar(Base):
+    def select(self, query, kv):
+        return [0, 1, 2][self.k]
+
+
+class TakesTooLittle(Base):
+    def on_append(self, kv):
+        pass
+
+
+class AnswersAList(Base):
+    def select(self, query, kv):
+        return [0]
+
+
+def test_a_complaint_names_the_policy_the_law_and_the_hook():
+    law = "questions_change_nothing"  # one that looks through a spy
+    assert f"{law}: broken raised IndexError, in IndexesTooFar.select (line " in named(IndexesTooFar, law)
+    said = named(TakesTooLittle, law)
+    assert f"{law}: broken raised TypeError" in said
+    assert "TakesTooLittle.on_append() takes 2 positional arguments but 3 were given" in said
+    assert named(AnswersAList, law).startswith("policy broken, layer 0: select must return a kvsieve.Selecti")
+    made = AnswersAList(k=8)
+    with pytest.raises(AssertionError, match="^tight_leaves_something_out: policy broken, layer 0: select"):
+        testing.check_policy(made, made)
+
+
 @pytest.mark.parametrize("cls", [Base, Evicting])
 @pytest.mark.parametrize("law", testing.LAWS, ids=lambda law: law.__name__)
 def test_what_they_are_made_from_breaks_none(cls, law):

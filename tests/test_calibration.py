@@ -156,7 +156,11 @@ def test_a_file_without_a_digest_serves_any_model_of_its_shape(tmp_path):
         ("loki", {"layers.0.basis": torch.zeros(1, 16, 16)}, "for 1 KV heads, and this model has 2"),
         ("loki", {"layers.0.basis": torch.zeros(2, 3, 16)}, "holds 3 basis a head, and r is 4"),
         ("loki", {"layers.7.basis": torch.zeros(2, 16, 16)}, "has no layers.0.basis"),
-        ("loki", {"layers.0.channels": torch.zeros(2, 16)}, "has no layers.0.basis"),
+        (
+            "loki",
+            {"layers.0.channels": torch.zeros(2, 16)},
+            "holds channels, and not basis: it is for another",
+        ),
         ("double_sparsity", {"layers.0.channels": torch.full((2, 16), 16).short()}, "channels from 16 to 16"),
         ("double_sparsity", {"layers.0.channels": torch.zeros(2, 3).short()}, "holds 3 channels a head"),
     ],

@@ -194,6 +194,13 @@ def test_validate(kvsieve, config):
     result = kvsieve("validate", config, "--set", "tasks.0.needle.context=[64, 96]")
     assert result.exit_code == 0
     assert "right. 2 tasks x 2 policies = 4 cells, 8 samples" in result.stdout
+    unknown = kvsieve("validate", config, "--set", "model=nobody/nothing")
+    assert unknown.exit_code == 0
+    assert "no mistake was found. 1 tasks" in unknown.stdout
+    assert "not checked: model nobody/nothing: its config.json is not on this machine" in unknown.stderr
+    wrong = kvsieve("validate", config, "--set", "tasks.0.needle.context=512", "--set", "polices=1")
+    assert "unknown key 'polices'" in wrong.stderr
+    assert "context 512 needs at least 513 positions" in wrong.stderr
 
 
 def test_policies_and_tasks_are_listed_with_origin_parameters_and_paper(kvsieve, monkeypatch):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from kvsieve import Policy, UserError, Wrapper, make_policy, plugins, transfer
 from kvsieve.compare import config, fit, run
-from kvsieve.entries import COMPRESSION, budgets, fields
+from kvsieve.entries import COMPRESSION, MEMORY, budgets, fields
 from kvsieve.specs import read_policy, with_parameters
 from kvsieve.testing import rollout
 
@@ -121,13 +121,55 @@ def test_the_share_is_that_of_wider_numbers_and_more_rows_too(name, calibration)
     assert share(policy, rows=2) <= 1 / 8
 
 
-@pytest.mark.parametrize("name", ["quest", "double_sparsity", "loki", "hip", "infllm", "refresh"])
+@pytest.mark.parametrize("name", [name for name in reading() if name != "twilight"])
 def test_the_smallest_compression_that_an_error_names_can_be_had(name, calibration):
     given = {"inner": "quest"} if name == "refresh" else {}
     with pytest.raises(UserError, match="of dense attention's .* bytes at least") as error:
-        asked(name, Fraction(1, 500), calibration, **given)
+        asked(name, Fraction(1, 5000), calibration, **given)
     smallest = Fraction(re.search(r"the smallest compression here is (1/\d+)$", str(error.value))[1])
     assert share(asked(name, smallest, calibration, **given)) <= smallest
+
+
+@pytest.mark.parametrize("kind", [COMPRESSION, MEMORY])
+@pytest.mark.parametrize("name", plugins.policies())
+def test_less_than_a_token_is_refused_with_the_smallest_that_can_be_had(name, kind, calibration):
+    """By every policy that can be asked: and that one it gives."""
+    cls = plugins.policy_class(name)
+    if kind not in budgets(cls) or name == "dense":
+        return
+    beside = BESIDE.get(name, {}) | ({"calibration": calibration} if "calibration" in fields(cls) else {})
+
+    says = {"refresh": "sparq"}.get(name, name)  # gives it all to the policy inside
+
+    def made(ratio):
+        return make_policy(name, **{kind: ratio}, head_size=SIZE, context=128, **beside)
+
+    with pytest.raises(UserError, match=f"^{kind} 1/100000 at context 128: {says}") as error:
+        made("1/100000")
+    smallest = re.search(rf"the smallest {kind} here is (1/\d+)$", str(error.value))
+    if name != "twilight":  # what it names is the smallest of what is inside
+        made(smallest[1])
+        with pytest.raises(UserError):
+            made(Fraction(smallest[1]) * Fraction(9, 20))
+
+
+@pytest.mark.parametrize(("ratio", "parameters"), [
+    (Fraction(1, 8), (8, 64, 16)),
+    (Fraction(1, 64), (1, 8, 2)),
+    (Fraction(1, 100), (1, 2, 0)),  # a channel takes 1/128
+    (Fraction(3, 1000), None),
+])  # fmt: skip
+def test_sparq_reads_no_more_where_a_channel_is_more_than_half(ratio, parameters):
+    def sparq():
+        return make_policy("sparq", compression=ratio, head_size=SIZE, context=CONTEXT)
+
+    if parameters is None:
+        with pytest.raises(UserError, match="the smallest compression here is 1/113$"):
+            sparq()
+        return
+    made = sparq()
+    assert (made.r, made.k, made.local) == parameters
+    assert share(made) <= ratio
 
 
 def test_a_compression_stands_with_the_whole_or_with_a_part_of_it():

@@ -136,6 +136,12 @@ def test_the_python_of_a_document_runs(document, space, capsys):
     for reason, code in PYTHON.findall(INCLUDE.sub("", document.read_text())):
         if not reason:
             exec(compile(code, document.name, "exec"), space)
+    if document.name == "policy.md":
+        prompts = [kvsieve.corpus.held_out_text()[:2500], "def main("]  # in one segment each
+        for kind in (space["LastWordsVote"], space["AsksOften"]):
+            cache = kvsieve.KVCache(model := space["model"], kind())
+            assert len([*kvsieve.decode(model, prompts, cache=cache, max_new_tokens=3)]) == 3
+            assert cache.slots_by_row()[0] < 550
     if document.name == "README.md":
         ratio = re.search(r"(0\.\d+) of dense attention's bytes", capsys.readouterr().out)
         assert float(ratio[1]) < 0.15

@@ -113,8 +113,8 @@ def test_a_compression_within_a_nested_policy_is_of_the_same_context():
         ({"head_size": True, "context": 9}, "head_size: must be an integer of at least 1 (got True)"),
         ({"head_size": 64, "context": 0}, "context: must be an integer of at least 1 (got 0)"),
         (
-            {"head_size": 64, "context": 8, "local": 9},
-            "compression 1/8 at context 8: sparq.local must be from 0 to k",
+            {"head_size": 64, "context": 16, "local": 9},
+            "compression 1/8 at context 16: sparq.local must be from 0 to k",
         ),
     ],
 )

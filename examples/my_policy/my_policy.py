@@ -31,7 +31,7 @@ class KeyNorm(kvsieve.Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> "KeyNorm":
-        budget = max(1, round(ratio * context))
+        budget = round(ratio * context)
         return cls(budget=budget, recent=max(1, budget // 8))
 
 

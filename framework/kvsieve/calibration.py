@@ -66,6 +66,23 @@ class Calibration(NamedTuple):
             raise UserError(f"calibration {self.path} holds {found.shape[1]} {what} a head, and r is {r}")
         return found[heads.start : heads.stop, :r].to(device)
 
+    def check_contents(self, what: str, head_size: int, r: int) -> None:
+        """Raise UserError if the file is another method's, or lacks the first `r` of `what` of such heads."""
+        parts = [name.split(".") for name in self.tensors if name.startswith("layers.")]
+        layers = [
+            int(part[1]) for part in parts if len(part) == 3 and part[2] == what and part[1].isdecimal()
+        ]
+        if not layers:
+            held = ", ".join(dict.fromkeys(part[-1] for part in parts)) or "no layers"
+            raise UserError(f"calibration {self.path} holds {held}, and not {what}: it is for another method")
+        for layer in layers:
+            try:
+                self.take(what, layer, range(0), head_size, r, torch.device("cpu"))
+            except UserError:
+                if "digest" in self.metadata and self.tensors[f"layers.{layer}.{what}"].shape[1] >= r:
+                    raise self._of_another_model() from None
+                raise
+
     def check(self, model: PreTrainedModel, what: str, r: int) -> None:
         """Raise UserError if the file was made for another model, or, without a digest, for another shape.
 
@@ -74,11 +91,7 @@ class Calibration(NamedTuple):
         wanted = self.metadata.get("digest")
         if wanted is not None:
             if not same(wanted, fingerprint(model)):
-                name = self.metadata.get("model", "another model")
-                raise UserError(
-                    f"calibration {self.path} was made for {name}, whose configuration or weights are not "
-                    "this model's: make one for it with kvsieve calibrate"
-                )
+                raise self._of_another_model()
             return
         config = model.config.get_text_config(decoder=True)
         layers = config.num_hidden_layers
@@ -95,6 +108,12 @@ class Calibration(NamedTuple):
                 f"has {layers} of {heads}"
             )
 
+    def _of_another_model(self) -> UserError:
+        return UserError(
+            f"calibration {self.path} was made for {self.metadata.get('model', 'another model')}, whose "
+            "configuration or weights are not this model's: make one for it with kvsieve calibrate"
+        )
+
 
 def path(name: str, method: str) -> str:
     """The file that a method's `calibration` means: a path, or `reference` for the one that ships."""
@@ -107,11 +126,6 @@ def read(path: str) -> Calibration:
     Raises:
         UserError: there is no such file, or it is none.
     """
-    if not path:
-        raise UserError(
-            "a calibration is needed: make one with kvsieve calibrate, and give its path as `calibration`; "
-            "for the model that ships, `calibration: reference`"
-        )
     if not Path(path).is_file():
         raise UserError(f"there is no calibration file {path}: make one with kvsieve calibrate")
     return _read(path, Path(path).stat().st_mtime_ns)

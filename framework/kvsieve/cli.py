@@ -27,7 +27,8 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            _say(f"error: {error}")
+            for line in str(error).splitlines():  # of several mistakes, one each
+                _say(line if line.startswith((" ", "...")) else f"error: {line}")
             raise typer.Exit(2) from None
 
 
@@ -170,15 +171,22 @@ def validate(
 ) -> None:
     """Check a comparison without running it: all mistakes at once, each with its place in the file.
 
-    Contexts and policies are checked against the model's config.json, where it is on this machine.
+    Contexts and policies are checked against the model's config.json, where it is on this machine. What was
+    not checked is said.
     """
+    from .compare import fit
+
     checked = _load(config, overrides, trust_remote_code=trust_remote_code, trust_task_code=trust_task_code)
     models = checked.models
     on = f"the model {models[0]}" if len(models) == 1 else f"the {len(models)} models {', '.join(models)}"
     cells = len(checked.tasks) * len(checked.policies) * len(models)
     samples = sum(task.samples for task, _ in checked.tasks) * len(checked.policies) * len(models)
+    not_checked = fit.unchecked(checked)
+    for line in not_checked:
+        _say(f"not checked: {line}")
+    found = "no mistake was found" if not_checked else "right"
     typer.echo(
-        f"{config}: right. {len(checked.tasks)} tasks x {len(checked.policies)} policies = {cells} cells, "
+        f"{config}: {found}. {len(checked.tasks)} tasks x {len(checked.policies)} policies = {cells} cells, "
         f"{samples} samples, on {on}"
     )
 
@@ -189,8 +197,7 @@ def _load(path: Path, overrides: list[str] | None, **trusted: bool) -> Config:
     from .compare import config as configuration
     from .compare import fit
 
-    checked = configuration.load(path, overrides, **trusted)
-    fit.check(checked)
+    checked = configuration.load(path, overrides, also=fit.mistakes, **trusted)
     for remark in checked.remarks:
         _say(f"note: {remark}")
     for problem in plugins.problems():

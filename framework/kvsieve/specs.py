@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -137,11 +138,18 @@ class PolicySpec:
             plain = int(amount) if kind == TOKENS else float(amount)
             policy = _make(functools.partial(make, plain, head_size, context, **told | shares))
             rest = {name: value for name, value in given.items() if name not in shares}
-            return _make(functools.partial(dataclasses.replace, policy, **rest))
+            made = _make(functools.partial(dataclasses.replace, policy, **rest))
+            if kind != TOKENS and amount * context < 1:
+                raise UserError(
+                    f"{self.name} {'reads' if kind == COMPRESSION else 'holds'} a token at least: the "
+                    f"smallest {kind} here is 1/{context}"
+                )
+            return made
         except UserError as error:
-            raise UserError(
-                f"{kind} {amount.limit_denominator(10_000)} at context {context}: {error}"
-            ) from None
+            # A share of a nested policy comes from a float, and has digits without end.
+            shown = amount.limit_denominator(max(10_000, math.ceil(10 / amount)))
+            where, reason = f"{kind} {shown} at context {context}: ", str(error)
+            raise UserError(where + reason.removeprefix(where)) from None  # as a nested policy has said it
 
     def _share(self, name: str, head_size: int, context: int, itemsize: int) -> Callable[[float], Policy]:
         """A nested policy as a function of its part of this budget.

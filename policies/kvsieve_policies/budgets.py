@@ -42,6 +42,20 @@ def tokens(
     return found
 
 
+def kept(
+    method: str, ratio: float, head_size: int, context: int, *, fewest: int = 1, budget: str = "compression"
+) -> int:
+    """The part `ratio` of a context, in tokens, for methods that read all that they hold.
+
+    Raises:
+        UserError: fewer than `fewest`; it names the smallest ratio.
+    """
+    if ratio * context < fewest * (1 - 1e-9):  # a ratio is a float
+        does = "reads" if budget == "compression" else "holds"
+        raise too_small(method, fewest * dense(head_size, 1), dense(head_size, context), does, budget)
+    return round(ratio * context)
+
+
 def held(
     method: str,
     share: float,

@@ -33,7 +33,7 @@ class Calibrated(Policy):
     def check(self, head_size: int) -> None:
         if self.r > head_size:
             raise UserError(f"{self.name}.r is {self.r}, but this model's heads have {head_size} channels")
-        self._found()
+        self._found().check_contents(self._what, head_size, self.r)
 
     def check_model(self, model: PreTrainedModel) -> None:
         self._found().check(model, self._what, self.r)
@@ -47,4 +47,9 @@ class Calibrated(Policy):
         return self._found().take(self._what, layer, heads, head_size, self.r, device)
 
     def _found(self) -> kvsieve.calibration.Calibration:
+        if not self.calibration:
+            raise UserError(
+                f"{self.name}.calibration is needed: the path of a file that kvsieve calibrate {self.name} "
+                "makes; for the model that ships, `reference`"
+            )
         return kvsieve.calibration.read(kvsieve.calibration.path(self.calibration, self.name))

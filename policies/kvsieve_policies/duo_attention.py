@@ -24,6 +24,10 @@ from transformers import PreTrainedModel
 
 from kvsieve import KVView, Policy, Ranking, UserError, calibration
 
+from . import budgets
+
+_FEWEST = 2  # tokens in a head, where a budget says so: the current one, and one before it
+
 
 @dataclass(frozen=True)
 class DuoAttention(Policy):
@@ -82,6 +86,8 @@ class DuoAttention(Policy):
                 "duo_attention.full_heads is needed: the KV heads of each layer that keep everything, as "
                 "[[0], [], [1, 3]], or a file of scores: make one with kvsieve calibrate duo_attention"
             )
+        if isinstance(self.full_heads, str):
+            calibration.read(self._path).check_contents("retrieval", head_size, 1)
 
     def check_model(self, model: PreTrainedModel) -> None:
         if isinstance(self.full_heads, str):
@@ -132,7 +138,8 @@ class DuoAttention(Policy):
 
         That is rounded to whole heads of the model. A file of scores stands beside the compression.
         """
-        window = max(2, round(ratio * context / 8))  # the current token counted
+        budgets.kept("duo_attention", ratio, head_size, context, fewest=_FEWEST)
+        window = max(_FEWEST, round(ratio * context / 8))  # the current token counted
         sinks = min(64, window // 4)
         rest = 1 - window / context
         share = min(1.0, max(0.0, (ratio - window / context) / rest)) if rest > 0 else 1.0
@@ -141,4 +148,5 @@ class DuoAttention(Policy):
     @classmethod
     def for_memory(cls, share: float, head_size: int, context: int) -> Self:
         """Hold what is read: see for_compression."""
+        budgets.kept("duo_attention", share, head_size, context, fewest=_FEWEST, budget="memory")
         return cls.for_compression(share, head_size, context)

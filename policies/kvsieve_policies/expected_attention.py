@@ -119,7 +119,8 @@ class ExpectedAttention(Policy):
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
         """Keep `ratio * context` tokens of the prompt; what is generated comes on top."""
-        return cls.for_tokens(max(1, round(ratio * context)), head_size, context)
+        tokens = budgets.kept("expected_attention", ratio, head_size, context)
+        return cls.for_tokens(tokens, head_size, context)
 
     @classmethod
     def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:

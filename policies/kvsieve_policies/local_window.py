@@ -41,7 +41,8 @@ class LocalWindow(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        return cls.for_tokens(max(1, round(ratio * context)), head_size, context)
+        tokens = budgets.kept("local_window", ratio, head_size, context)
+        return cls.for_tokens(tokens, head_size, context)
 
     @classmethod
     def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:

@@ -74,13 +74,15 @@ class Loki(Calibrated):
     ) -> Self:
         """Spend half of the bytes on the guess, the basis counted apart, and the rest on tokens.
 
-        So r = D * ratio. The calibration stands beside the compression.
+        So r = D * ratio, or fewer where the rest would be less than two tokens. The calibration stands beside
+        the compression.
         """
-        r = r or max(1, round(head_size * ratio))
 
         def beside(r: int) -> int:
             return context * r * itemsize + 4 * head_size * r
 
+        two, whole = budgets.dense(head_size, 2, itemsize), budgets.dense(head_size, context, itemsize)
+        r = r or max(1, min(round(head_size * ratio), int((ratio * whole - two) / beside(1))))
         # A k of 1 would be a share.
         given = {"beside": beside(r), "least": beside(1), "fewest": 2}
         return cls(r=r, k=budgets.tokens("loki", ratio, head_size, context, itemsize, **given))

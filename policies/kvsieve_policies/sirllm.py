@@ -79,7 +79,8 @@ class SirLLM(Policy):
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
         """Hold `ratio * context` tokens of a conversation; what is generated comes on top."""
-        return cls.for_tokens(max(2, round(ratio * context)), head_size, context)
+        tokens = budgets.kept("sirllm", ratio, head_size, context, fewest=2)
+        return cls.for_tokens(tokens, head_size, context)
 
     @classmethod
     def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:

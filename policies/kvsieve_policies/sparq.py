@@ -21,6 +21,8 @@ import torch
 
 from kvsieve import KeyLayout, KVView, NewTokens, Policy, Selection, Shape, Tail, UserError, ops
 
+from . import budgets
+
 
 @dataclass(frozen=True)
 class SparQ(Policy):
@@ -88,10 +90,15 @@ class SparQ(Policy):
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
         """Spend half of the bytes on the guess and half on the tokens, as the authors do.
 
-        So r = D * ratio and k = T * ratio / 2.
+        So r = D * ratio and k = T * ratio / 2. Where a channel or a token is more than its half, the other
+        half is what that leaves.
         """
-        k = max(1, round(context * ratio / 2))
-        return cls(r=max(1, round(head_size * ratio)), k=k, local=k // 4)
+        r, k = round(head_size * ratio), round(context * ratio / 2)
+        if min(head_size * ratio, context * ratio / 2) < 1:
+            whole, channel = budgets.dense(head_size, context), budgets.vector(context)
+            r = max(1, min(r, int((ratio * whole - budgets.dense(head_size, 1)) / channel)))
+            k = budgets.tokens("sparq", ratio, head_size, context, beside=r * channel, least=channel)
+        return cls(r=r, k=k, local=k // 4)
 
     @classmethod
     def for_tokens(cls, tokens: int, head_size: int, context: int) -> Self:

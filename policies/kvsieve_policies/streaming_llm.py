@@ -71,7 +71,8 @@ class StreamingLLM(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        return cls.for_tokens(max(1, round(ratio * context)), head_size, context)
+        tokens = budgets.kept("streaming_llm", ratio, head_size, context)
+        return cls.for_tokens(tokens, head_size, context)
 
     @classmethod
     def for_memory(

@@ -49,7 +49,8 @@ class TOVA(Policy):
 
     @classmethod
     def for_compression(cls, ratio: float, head_size: int, context: int) -> Self:
-        return cls.for_tokens(max(1, round(ratio * context)), head_size, context)
+        tokens = budgets.kept("tova", ratio, head_size, context)
+        return cls.for_tokens(tokens, head_size, context)
 
     @classmethod
     def for_memory(cls, share: float, head_size: int, context: int, itemsize: int = 2) -> Self:

@@ -60,6 +60,17 @@ def run(arguments, out):
     return json.loads(path.read_text()), result.output, path
 
 
+def test_numbers_go_where_they_are_said_to_go(tmp_path, monkeypatch):
+    """Into a folder of their own: nobody has asked for `benchmarks/results`."""
+    monkeypatch.chdir(tmp_path)
+    short = [*DECODE, "--policy", "dense", "--layout", "single", "--no-plot"]
+    result = CliRunner().invoke(app, short)
+    assert result.exit_code == 0, result.output
+    (path,) = (tmp_path / "kvsieve-bench").glob("decode-*.json")
+    assert f"numbers will be in kvsieve-bench/{path.name}" in result.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["kvsieve-bench"]
+
+
 @pytest.fixture(scope="module")
 def attention_run(tmp_path_factory):
     return run([*ATTENTION, *POLICIES, "--policy", "dense"], tmp_path_factory.mktemp("attention"))

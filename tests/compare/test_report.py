@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -324,6 +325,16 @@ def test_the_picture(run_folder, tmp_path, suffix):
         for words in ("needle, 2,048 tokens", "repetition, 1,024 tokens", "SparQ", "H2O", ">1/8<"):
             assert words in text
         assert "perplexity" not in text
+
+
+def test_a_picture_without_words_is_told(run_folder, tmp_path, monkeypatch):
+    draw = pytest.importorskip("resvg_py").svg_to_bytes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_picture(run_folder, tmp_path / "x.png")
+    monkeypatch.setattr("resvg_py.svg_to_bytes", lambda **how: draw(**how, skip_system_fonts=True))
+    with pytest.warns(UserWarning, match="x.png has no words: this machine has no font.*DejaVu Sans.*.svg"):
+        write_picture(run_folder, tmp_path / "x.png")
 
 
 def test_bad_input_is_answered_with_a_message(tmp_path, capsys):

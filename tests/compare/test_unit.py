@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kvsieve
+from kvsieve import contract
 from kvsieve.compare import cells
 from kvsieve.compare.cells import Cell
 from kvsieve.compare.execute import Failed, Measured, Unit, batch, units
@@ -123,6 +124,63 @@ def test_a_policy_that_fails_spoils_its_own_rows_alone(load, model):
     together, failures = measured(model, settings, unit_of(Broken(), kvsieve.Policy(), sparq))
     assert failures == {"broken": "RuntimeError: no luck"}
     assert {name: len(records) for name, records in together.items()} == {"broken": 0, "dense": 3, "sparq": 3}
+
+
+class Nonsense(kvsieve.Policy):
+    """Shapes and types are right; `answer(kv)` gives slots and counts."""
+
+    name: ClassVar[str] = "nonsense"
+
+    def select(self, query, kv):
+        return kvsieve.Selection(*self.answer(kv))
+
+
+class OutOfRange(Nonsense):
+    def answer(self, kv):
+        return torch.full((*kv.lengths.shape, 2), 10_000), torch.ones_like(kv.lengths)
+
+
+class CountsTooFar(Nonsense):
+    def answer(self, kv):
+        return torch.zeros((*kv.lengths.shape, 2), dtype=torch.long), torch.full_like(kv.lengths, 3)
+
+
+class RanksAtTheEndAlone(kvsieve.Policy):
+    """Ranks the prompt, and then no more."""
+
+    name: ClassVar[str] = "nonsense"
+    keeps = 8
+
+    def priority(self, kv):
+        ended = kv.seen[:, None, None] > 120
+        return kv.positions.masked_fill(ended, 0) / ~ended  # 0 / 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (OutOfRange, "layer 0: select chose slot 10000 in row 0, KV head 0, whose live slots are 0 to 120"),
+        (CountsTooFar, "layer 0: select counts 3 slots in row 0, KV head 0, expected 0 to S = 2"),
+        (RanksAtTheEndAlone, "layer 0: priority is NaN in row 0, KV head 0, slot 0; a number is needed"),
+    ],
+)
+def test_a_policy_that_answers_nonsense_fails_with_what_is_wrong(load, model, kind, message):
+    settings = load("batch_size: 2\ntasks: [needle]\npolicies: [dense]\n").settings
+    broken = dataclasses.dataclass(frozen=True)(kind)()
+    found, failures = measured(model, settings, unit_of(broken, kvsieve.Policy()))
+    assert failures.keys() == {"nonsense"}
+    assert f"policy nonsense, {message}" in failures["nonsense"]
+    assert len(found["dense"]) == 3
+    assert not found["nonsense"]
+
+
+def test_only_first_answers_are_looked_at(load, model, monkeypatch):
+    settings = load("batch_size: 2\ntasks: [needle]\npolicies: [dense]\n").settings
+    looks, look = [], contract._check_chosen
+    monkeypatch.setattr(contract, "_check_chosen", lambda *given: (looks.append(given[0]), look(*given)))
+    sparq = kvsieve.make_policy("sparq", r=4, k=16, local=4)
+    measured(model, settings, unit_of(sparq, samples=4))
+    assert looks == [f"policy sparq, layer {n}: select" for n in range(model.config.num_hidden_layers)]
 
 
 def test_where_the_shared_prefill_fails_every_cell_reads_by_itself(load, model, monkeypatch):

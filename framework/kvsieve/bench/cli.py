@@ -38,10 +38,15 @@ Threads = Annotated[int | None, typer.Option(min=1, help="of torch on the CPU; d
 Seconds = Annotated[float, typer.Option(min=0, help="of timing for each row; at least 7 rounds in any case")]
 Eager = Annotated[bool, typer.Option("--eager", help="no CUDA graphs")]
 Ops = Annotated[str | None, typer.Option(help="implementation of the ops; default: the device's")]
-Out = Annotated[Path, typer.Option(help="folder for the JSON file and the plot")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="folder for the JSON file and the plot; default: kvsieve-bench, in kvsieve's own checkout "
+        "benchmarks/results"
+    ),
+]
 Plot = Annotated[bool, typer.Option(help="draw speed against context")]
 
-RESULTS = Path("benchmarks/results")
 HEADS = "32x8x128"
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -65,7 +70,7 @@ def attention(
     seconds: Seconds = 2.0,
     eager: Eager = False,
     ops: Ops = None,
-    out: Out = RESULTS,
+    out: Out = None,
     plot: Plot = True,
 ) -> None:
     """One layer's decode step (append, select, attend) by policy, against the best dense attention."""
@@ -112,7 +117,7 @@ def growth(
     seconds: Seconds = 1.0,
     eager: Eager = False,
     ops: Ops = None,
-    out: Out = RESULTS,
+    out: Out = None,
     plot: Plot = True,
 ) -> None:
     """Measure a layer's decode step as it grows: by context and by batch, beside the time its bytes take.
@@ -171,7 +176,7 @@ def decode(
     seconds: Seconds = 10.0,
     eager: Eager = False,
     ops: Ops = None,
-    out: Out = RESULTS,
+    out: Out = None,
     plot: Plot = True,
 ) -> None:
     """Tokens a second of a whole model, against dense and transformers' own generate."""
@@ -254,7 +259,7 @@ def _names(given: str | None) -> list[str]:
     return [name.strip() for name in (given or "").split(",") if name.strip()]
 
 
-def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
+def _run(benchmark: str, run: Any, plan: Any, out: Path | None, plot: bool) -> None:
     """Measure; print the table of each cell and write it to the file as it comes; say where the files are."""
     from rich.console import Console
 
@@ -267,7 +272,8 @@ def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
 
     console = Console(highlight=False)
     with ops.use(plan.implementation) if plan.implementation else contextlib.nullcontext():
-        record = Record(out, benchmark, plan.device, _settings(plan))
+        record = Record(out or _default_folder(), benchmark, plan.device, _settings(plan))
+        say(f"numbers will be in {record.path}")
         if record.cells:
             say(f"continuing {record.path}, which holds {len(record.cells)} cells")
         if missing := missing_compiler(record.machine):
@@ -294,6 +300,11 @@ def _run(benchmark: str, run: Any, plan: Any, out: Path, plot: bool) -> None:
             typer.echo(f"no plot: {error}")
     if len(measured) < len(cells):
         raise typer.Exit(1)
+
+
+def _default_folder() -> Path:
+    ours = Path("benchmarks/results")
+    return ours if ours.is_dir() and Path("framework/kvsieve").is_dir() else Path("kvsieve-bench")
 
 
 def _settings(plan: Any) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 import yaml
@@ -87,6 +88,19 @@ class Settings(_Section):
         return self.batch_size
 
 
+class Found(NamedTuple):
+    """What is right of a configuration; what is not is a mistake already, and left out."""
+
+    models: list[str]
+    revision: str | None
+    tasks: list[tuple[Task, Loc]]
+    policies: list[PolicySpec]
+
+
+# Finds more that is wrong.
+Check = Callable[[Found], list[Mistake]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A checked configuration: every task (one context each) meets every policy, on every model."""
@@ -105,6 +119,11 @@ class Config:
     @property
     def name(self) -> str:
         return self.source.path.stem
+
+    @property
+    def found(self) -> Found:
+        """All that there is to check."""
+        return Found(self.models, self.settings.revision, self.tasks, self.policies)
 
     def each(self) -> list[Config]:
         """This comparison on each of its models alone."""
@@ -170,6 +189,7 @@ def load(
     path: Path,
     overrides: list[str] | None = None,
     *,
+    also: Check | None = None,
     trust_remote_code: bool = False,
     trust_task_code: bool = False,
 ) -> Config:
@@ -178,6 +198,8 @@ def load(
     Args:
         path: of the YAML file.
         overrides: `path.to.key=value`, which replace or add one value each.
+        also: what else is checked, of the parts that are right by themselves, so that all mistakes are shown
+            at once: such as `fit.mistakes`.
         trust_remote_code: the file may ask for code that comes with the checkpoint.
         trust_task_code: the file may name folders with tasks, whose code runs (lm_eval's include_path).
 
@@ -211,6 +233,11 @@ def load(
         mistakes.append(Mistake((), what))
     for task, loc in tasks:
         mistakes += _files(task, loc, trust_task_code=trust_task_code)
+    if also is not None:
+        revision = source.data.get("revision")
+        named = [name for name in models if wrong_name(name) is None]
+        right = Found(named, revision if isinstance(revision, str) else None, tasks, [s for s, _ in policies])
+        mistakes += also(right)
     source.refuse(mistakes)
     # Without them there was a mistake.
     assert settings is not None

@@ -9,6 +9,7 @@ from .answers import (
     checked_sees,
     checked_selection,
     checked_static,
+    first_answers,
     strict,
 )
 from .declarations import check_class, check_declarations, mass_column, packs
@@ -24,6 +25,7 @@ __all__ = [
     "checked_sees",
     "checked_selection",
     "checked_static",
+    "first_answers",
     "mass_column",
     "packs",
     "strict",

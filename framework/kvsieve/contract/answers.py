@@ -2,7 +2,8 @@
 
 Of every answer shape, type and device are checked, which costs nothing on the device. The values are checked
 in `strict` mode only, because that waits for the device: in the laws of kvsieve.testing, with
-KVSIEVE_STRICT=1 in the environment, or inside `strict()`.
+KVSIEVE_STRICT=1 in the environment, or inside `strict()`. A comparison checks the first ones:
+`first_answers`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 class _Switch(threading.local):
     strict = os.environ.get("KVSIEVE_STRICT", "") not in ("", "0")
+    checked: set[str] | None = None  # the questions whose first answer was checked, inside `first_answers`
 
 
 _switch = _Switch()
@@ -37,6 +39,28 @@ def strict(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _switch.strict = before
+
+
+@contextlib.contextmanager
+def first_answers(checked: set[str]) -> Iterator[None]:
+    """Check the values of the first answers inside, in this thread: one for each question, layer by layer.
+
+    `checked`: the questions that were checked already, and from now on those that are. A step that is
+    captured as a CUDA graph was made before, and so is never the first one.
+    """
+    before, _switch.checked = _switch.checked, checked
+    try:
+        yield
+    finally:
+        _switch.checked = before
+
+
+def _strictly(question: str) -> bool:
+    """Whether the values of this answer are to be checked."""
+    if _switch.strict or _switch.checked is None or question in _switch.checked:
+        return _switch.strict
+    _switch.checked.add(question)
+    return True
 
 
 def checked_static(
@@ -103,7 +127,7 @@ def checked_selection(
         _check_tensor(f"{who}, far.counts", far.counts, (b, k), "[B, K]", (torch.int64, torch.int32), device)
         shape = tuple(query.shape)
         _check_tensor(f"{who}, far.query", far.query, shape, "[B, K, G, D]", (query.dtype,), device)
-    if _switch.strict:
+    if _strictly(who):
         _check_chosen(who, answer, slots)
     return answer
 
@@ -124,7 +148,9 @@ def checked_priority(answer: Any, policy: Policy, layer: int, slots: Slots) -> R
                 raise UserError(f"{who}: {what} must be a number of tokens, 0 or more, not {count!r}")
     ranking = answer if isinstance(answer, Ranking) else Ranking(answer)
     found = _check_tensor(who, ranking.by, shape, "[B, K, T]", types, slots.lengths.device)
-    if _switch.strict and bool((found.isnan() & slots.live()).any()):
+    # Who stays of a prompt is one question, which slot a step overwrites another.
+    checks = _strictly(who if slots.coming is None else f"{who} in a step")
+    if checks and bool((found.isnan() & slots.live()).any()):
         b, k, t = (found.isnan() & slots.live()).nonzero()[0].tolist()
         raise UserError(
             f"{who} is NaN in row {b}, KV head {k}, slot {t}; a number is needed for every live slot"
@@ -145,7 +171,7 @@ def checked_sees(
     who = f"policy {policy.name}, layer {layer}: sees"
     shape = (at.shape[0], at.shape[2], slots.used)
     found = _check_tensor(who, answer, shape, "[B, Q, T]", (torch.bool,), at.device)
-    if _switch.strict:
+    if _strictly(who):
         blind = ~found.gather(2, at[:, 0, :, None].clamp(max=slots.used - 1))[..., 0]
         blind &= torch.arange(at.shape[2], device=at.device) < counts[:, None]
         if bool(blind.any()):
@@ -252,11 +278,45 @@ def _check_tensor(
     return found
 
 
+_ROUNDING = 1e-4  # of a sum of weights
+
+
 def _check_chosen(who: str, answer: Selection, slots: Slots) -> None:
     """Raise UserError for slots that hold no token or are chosen twice, and for counts beyond them."""
-    lengths, parts = slots.lengths, [("S", answer.slots, answer.counts)]
+    parts = [("S", answer.slots, answer.counts)]
     if answer.far is not None:
         parts.append(("F", answer.far.slots, answer.far.counts))
+    if not _is_sound([part[1:] for part in parts], slots.lengths):
+        _refuse_chosen(who, parts, slots.lengths)
+    if answer.far is not None and not bool(answer.far.query.isfinite().all()):
+        raise UserError(f"{who}, far.query is not finite")
+    if answer.tail is not None:
+        weight, value = answer.tail
+        if not bool(((weight >= -_ROUNDING) & (weight <= 1 + _ROUNDING)).all()):
+            low, high = weight.aminmax()
+            raise UserError(f"{who}, tail.weight goes from {low:g} to {high:g}, expected 0 to 1")
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{who}, tail.value is not finite")
+
+
+def _is_sound(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], lengths: torch.Tensor) -> bool:
+    """Whether the counted slots `[B, K, S]` of all parts are live and distinct: one look at the device."""
+    wrong, taken = [], []
+    for chosen, counts in parts:
+        most = chosen.shape[2]
+        counted = torch.arange(most, device=chosen.device) < counts[..., None]
+        wrong.append(((counts < 0) | (counts > most)).any())
+        wrong.append((counted & ((chosen < 0) | (chosen >= lengths[..., None]))).any())
+        taken.append(chosen.masked_fill(~counted, -1))
+    order = torch.cat(taken, 2).sort(2).values
+    wrong.append(((order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)).any())
+    return not bool(torch.stack(wrong).any())
+
+
+def _refuse_chosen(
+    who: str, parts: Sequence[tuple[str, torch.Tensor, torch.Tensor]], lengths: torch.Tensor
+) -> None:
+    """Raise UserError for the first slot or count that is wrong."""
     for b in range(lengths.shape[0]):
         for k in range(lengths.shape[1]):
             where, taken = f"in row {b}, KV head {k}", []
@@ -273,12 +333,3 @@ def _check_chosen(who: str, answer: Selection, slots: Slots) -> None:
             if len(set(taken)) < len(taken):
                 twice = next(slot for slot in taken if taken.count(slot) > 1)
                 raise UserError(f"{who} chose slot {twice} twice {where}; each is read at most once")
-    if answer.far is not None and not bool(answer.far.query.isfinite().all()):
-        raise UserError(f"{who}, far.query is not finite")
-    if answer.tail is not None:
-        weight, value = answer.tail
-        if not bool(((weight >= 0) & (weight <= 1)).all()):
-            low, high = weight.aminmax()
-            raise UserError(f"{who}, tail.weight goes from {low:g} to {high:g}, expected 0 to 1")
-        if not bool(value.isfinite().all()):
-            raise UserError(f"{who}, tail.value is not finite")

@@ -102,9 +102,10 @@ def _manager(names: Sequence[str], include_path: Path | None, metadata: dict[str
     missing = [name for name in names if name not in known]
     if missing:
         near = difflib.get_close_matches(missing[0], known, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise UserError(
-            f"lm_eval has no task {missing[0]!r} among its {len(known)}{hint} `lm_eval ls tasks` lists them"
+            f"lm_eval has no task {missing[0]!r} among its {len(known)}{hint} "
+            "They are listed by: lm_eval ls tasks"
         )
     return manager
 

@@ -6,13 +6,16 @@ Each takes a policy that leaves something out of 40 tokens (tight), and one that
 from __future__ import annotations
 
 import dataclasses
+import functools
+import traceback
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import contract, specs, transfer
+from .. import contract, registration, specs, transfer
 from ..attention import decode_step
 from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
@@ -25,6 +28,8 @@ from .rollout import Inputs, one_step, read_prompts
 from .rollout import rollout as plain_rollout
 from .spy import Spy, parts
 from .waits import FindsWaits
+
+Law = Callable[[Policy, Policy], None]
 
 _THETA = 10_000.0  # random keys may as well be rotated ones
 _ROTARY = Rotary.of_theta(_THETA, 16)
@@ -68,6 +73,62 @@ def _read(layer: LayerCache, inputs: Inputs, pad_left: bool = False) -> None:
     )
 
 
+def _law(check: Law) -> Law:
+    """Make a law of a check: what a policy raises in it is told with the law and the hook that raised it."""
+
+    @functools.wraps(check)
+    def law(tight: Policy, loose: Policy) -> None:
+        try:
+            check(tight, loose)
+        except (AssertionError, UserError):
+            raise
+        except Exception as error:
+            where = f", in {hook}" if (hook := _raised_in(error)) else ""
+            raise AssertionError(
+                f"{check.__name__}: {tight.name} raised {type(error).__name__}{where}: {error}"
+            ) from error
+
+    return law
+
+
+def _raised_in(error: Exception) -> str:
+    """The innermost method of a policy of somebody's that an error came through; empty: none."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        policy, method = frame.f_locals.get("self"), frame.f_code.co_name
+        if isinstance(policy, Policy) and not isinstance(policy, Spy) and hasattr(Policy, method):
+            file = Path(frame.f_code.co_filename).name
+            found = f"{type(policy).__name__}.{method} (line {line} of {file})"
+    return found
+
+
+@_law
+def it_can_be_registered(tight: Policy, loose: Policy) -> None:
+    """The class is a frozen dataclass of plain data with a name, whose methods fit together."""
+    for policy in (tight, loose):
+        try:
+            registration.check("policies", type(policy))
+        except (TypeError, ValueError) as error:
+            raise AssertionError(f"{type(policy).__name__} cannot be registered: {error}") from error
+
+
+@_law
+def tight_leaves_something_out(tight: Policy, loose: Policy) -> None:
+    """Of 40 tokens `tight` reads fewer than all: else no other law has anything to test."""
+    policy, inputs = tight.for_layer(0, 1), Inputs.random()
+    if type(policy) is Policy or policy.plan([inputs.prefill_queries.shape[2]]) is not None:
+        return  # dense attention itself; or one that may drop between turns, and here is one
+    spy = Spy(policy)
+    rollout(spy, *inputs)
+    steps, heads = inputs.step_queries.shape[2], inputs.keys.shape[1]
+    seen = heads * sum(int(inputs.lengths.sum()) + len(inputs.lengths) * (step + 1) for step in range(steps))
+    assert _tokens_read(spy) < seen, (
+        f"{tight} reads all of 40 tokens and those that follow: `tight` must leave something out, so give it "
+        "a smaller budget"
+    )
+
+
+@_law
 def answers_fit_the_contract(tight: Policy, loose: Policy) -> None:
     """`select`, `priority` and `cut` answer with the right shapes and types, with live slots, each once, and
     with numbers.
@@ -77,12 +138,14 @@ def answers_fit_the_contract(tight: Policy, loose: Policy) -> None:
             rollout(policy, *Inputs.random())
 
 
+@_law
 def a_loose_budget_is_dense(tight: Policy, loose: Policy) -> None:
     """A policy that leaves nothing out computes dense attention."""
     inputs = Inputs.random()
     _same(rollout(loose, *inputs), rollout(Policy(), *inputs), f"{loose} differs from dense attention")
 
 
+@_law
 def the_budget_is_respected(tight: Policy, loose: Policy) -> None:
     """Storage never exceeds the budget after the prompt; chosen slots are live, distinct and as counted."""
     spy = Spy(tight.for_layer(0, 1))
@@ -109,6 +172,7 @@ def the_budget_is_respected(tight: Policy, loose: Policy) -> None:
             )
 
 
+@_law
 def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
     """After the prompt the cache holds the tokens that `cut` chose, or as many as the policy keeps, with
     their own keys, and no storage for others.
@@ -144,6 +208,7 @@ def the_cut_is_what_is_held(tight: Policy, loose: Policy) -> None:
         assert layer.slots.capacity == largest, f"{policy} has storage for {layer.slots.capacity} tokens"
 
 
+@_law
 def memory_is_for_what_is_held(tight: Policy, loose: Policy) -> None:
     """After the prompt a layer has storage for the tokens that stay, and for what is declared beside them.
 
@@ -172,6 +237,7 @@ def memory_is_for_what_is_held(tight: Policy, loose: Policy) -> None:
         assert held <= most, f"{given} holds {held} bytes for tokens (and what goes with them) of {most}"
 
 
+@_law
 def questions_change_nothing(tight: Policy, loose: Policy) -> None:
     """`select`, `priority` and `cut` do not modify the cache."""
     spy = Spy(tight.for_layer(0, 1))
@@ -179,6 +245,7 @@ def questions_change_nothing(tight: Policy, loose: Policy) -> None:
     assert not spy.notes.changes, f"{tight}: {spy.notes.changes[0]}"
 
 
+@_law
 def same_run_same_result(tight: Policy, loose: Policy) -> None:
     """Nothing is remembered outside the cache: a second run gives the same numbers, bit for bit."""
     inputs = Inputs.random()
@@ -187,6 +254,7 @@ def same_run_same_result(tight: Policy, loose: Policy) -> None:
     )
 
 
+@_law
 def rows_do_not_meet(tight: Policy, loose: Policy) -> None:
     """A row of a ragged batch gets what it gets alone."""
     inputs = Inputs.random()
@@ -197,6 +265,7 @@ def rows_do_not_meet(tight: Policy, loose: Policy) -> None:
         )
 
 
+@_law
 def padding_side_does_not_matter(tight: Policy, loose: Policy) -> None:
     """Left-padded and right-padded prompts give the same."""
     inputs = Inputs.random()
@@ -211,6 +280,7 @@ def padding_side_does_not_matter(tight: Policy, loose: Policy) -> None:
     _same(output, rollout(tight, *inputs)[:, :, 0], f"{tight} depends on the side of the padding")
 
 
+@_law
 def pieces_of_a_prompt_change_nothing(tight: Policy, loose: Policy) -> None:
     """A prompt that is fed in pieces gives what it gives as a whole."""
     inputs = Inputs.random()
@@ -221,6 +291,7 @@ def pieces_of_a_prompt_change_nothing(tight: Policy, loose: Policy) -> None:
         )
 
 
+@_law
 def traffic_is_what_was_read(tight: Policy, loose: Policy) -> None:
     """The meter charges each chosen slot's key and value once, and nothing else is read by attention."""
     inputs = Inputs.random()
@@ -228,16 +299,14 @@ def traffic_is_what_was_read(tight: Policy, loose: Policy) -> None:
     with transfer.measure() as meter:
         rollout(spy, *inputs)
     size = inputs.values.shape[3] * inputs.values.element_size()
-    read = sum(
-        int(lengths.sum()) if selection is None else sum(int(part.counts.sum()) for part in parts(selection))
-        for selection, lengths in zip(spy.notes.selections, spy.notes.lengths, strict=True)
-    )
+    read = _tokens_read(spy)
     assert meter.by_kind.get("values", 0) >= read * size, f"{tight} read {read} values, the meter has fewer"
     counted = meter.by_kind.get("values", 0) + meter.by_kind.get("keys", 0)
     assert counted == 2 * read * size + spy.notes.direct_reads, f"{tight}: traffic is off"
     assert not spy.notes.leaks, f"{tight}: {spy.notes.leaks[0]}"
 
 
+@_law
 def nothing_is_read_behind_the_meter(tight: Policy, loose: Policy) -> None:
     """Keys, values, columns and summaries are touched through the view and the ops alone, which count."""
     for policy in (tight, loose):
@@ -247,6 +316,7 @@ def nothing_is_read_behind_the_meter(tight: Policy, loose: Policy) -> None:
         assert not spy.notes.unmetered, f"{policy}: {spy.notes.unmetered[0]}"
 
 
+@_law
 def leaving_out_saves_bytes(tight: Policy, loose: Policy) -> None:
     """A policy that leaves tokens out reads no more than dense attention does, its own columns included."""
     with transfer.measure() as meter:
@@ -255,6 +325,7 @@ def leaving_out_saves_bytes(tight: Policy, loose: Policy) -> None:
     assert share <= 1, f"{tight} reads {share:.2f} of dense attention's bytes: {meter.by_kind}"
 
 
+@_law
 def a_step_never_waits_for_the_device(tight: Policy, loose: Policy) -> None:
     """No `.item()`, no shape that depends on data, unless the policy declares that it is not `capturable`."""
     policy = tight.for_layer(0, 1)
@@ -272,6 +343,7 @@ def a_step_never_waits_for_the_device(tight: Policy, loose: Policy) -> None:
     )
 
 
+@_law
 def a_budget_is_what_it_promises(tight: Policy, loose: Policy) -> None:
     """Asked for a share of the memory or for tokens, a policy holds or reads no more, columns included.
 
@@ -312,6 +384,7 @@ def _beside(policy: Policy) -> dict[str, Any]:
     return dict(policy.files())
 
 
+@_law
 def odd_inputs_stay_finite(tight: Policy, loose: Policy) -> None:
     """Zero queries (as of a pad token), equal keys and prompts of one token give finite outputs."""
     inputs = Inputs.random((5, 1, 40))
@@ -321,6 +394,7 @@ def odd_inputs_stay_finite(tight: Policy, loose: Policy) -> None:
         assert rollout(tight, *odd).isfinite().all(), f"{tight} gave NaN or infinity"
 
 
+@_law
 def the_spec_round_trips(tight: Policy, loose: Policy) -> None:
     """`spec()` is plain data from which an equal policy is made; policies are frozen and hashable."""
     for policy in (tight, loose):
@@ -330,6 +404,7 @@ def the_spec_round_trips(tight: Policy, loose: Policy) -> None:
         assert hash(policy) == hash(dataclasses.replace(policy))
 
 
+@_law
 def a_misspelt_parameter_is_named(tight: Policy, loose: Policy) -> None:
     """A wrong key is answered with the legal ones."""
     ((_, parameters),) = tight.spec().items()
@@ -343,7 +418,9 @@ def a_misspelt_parameter_is_named(tight: Policy, loose: Policy) -> None:
         raise AssertionError(f"{type(tight).__name__} accepts a parameter that it does not have")
 
 
-LAWS: list[Callable[[Policy, Policy], None]] = [
+LAWS: list[Law] = [
+    it_can_be_registered,
+    tight_leaves_something_out,
     answers_fit_the_contract,
     a_loose_budget_is_dense,
     the_budget_is_respected,
@@ -366,14 +443,26 @@ LAWS: list[Callable[[Policy, Policy], None]] = [
 
 
 def check_policy(tight: Policy, loose: Policy) -> None:
-    """All laws at once; raises AssertionError with the first that is broken."""
+    """All laws at once; raises AssertionError with the first that is broken, and why."""
     for law in LAWS:
-        law(tight, loose)
+        try:
+            law(tight, loose)
+        except (AssertionError, UserError) as error:
+            reason = str(error).removeprefix(f"{law.__name__}: ")
+            raise AssertionError(f"{law.__name__}: {reason}") from error
 
 
 def _same(got: torch.Tensor, wanted: torch.Tensor, complaint: str) -> None:
     worst = (got - wanted).abs().max().item()
     assert worst < 1e-4, f"{complaint} (by {worst:.2g})"
+
+
+def _tokens_read(spy: Spy) -> int:
+    """By attention, over all steps, rows and KV heads."""
+    return sum(
+        int(lengths.sum()) if selection is None else sum(int(part.counts.sum()) for part in parts(selection))
+        for selection, lengths in zip(spy.notes.selections, spy.notes.lengths, strict=True)
+    )
 
 
 def _heads(lengths: torch.Tensor) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import ops
+from .. import contract, ops
 from ..cache.kv import KVView
 from ..cache.layouts import KEY_STORES, by_token
 from ..cache.new_tokens import NewTokens
@@ -42,8 +42,15 @@ class Spy(Wrapper):
     inner: Policy
     notes: Notes = dataclasses.field(default_factory=Notes, compare=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.inner.name)  # in messages it is the author's policy
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
     def select(self, query: torch.Tensor, kv: KVView) -> Selection | None:
-        selection = self._watched(kv, "select", lambda: self.inner.select(query, kv), question=True)
+        answer = self._watched(kv, "select", lambda: self.inner.select(query, kv), question=True)
+        selection = contract.checked_selection(answer, self.inner, 0, kv._slots, query)
         self.notes.selections.append(selection)
         self.notes.lengths.append(kv.lengths.clone())
         if selection is not None:
@@ -62,6 +69,7 @@ class Spy(Wrapper):
         answers = self._watched(
             layers[0], "cut_together", lambda: self.inner.cut_together(layers), question=True
         )
+        contract.check_answers(answers, self.inner, len(layers))
         self.notes.cuts += [_chosen(kv, stays) for kv, stays in zip(layers, answers, strict=True)]
         return answers
 
@@ -129,9 +137,9 @@ def parts(selection: Selection) -> list[Selection | Far]:
 
 
 def _chosen(kv: KVView, stays: torch.Tensor | None) -> list[list[list[int]]] | None:
-    """The positions that a cut chose, by row and head."""
+    """The positions that a cut chose, by row and head; None: it chose none, or is not one."""
     held = kv.positions
-    if stays is None:
+    if not isinstance(stays, torch.Tensor) or stays.dtype != torch.bool or stays.shape != held.shape:
         return None
     return [[held[b, k][stays[b, k]].tolist() for k in range(held.shape[1])] for b in range(len(held))]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from ... import graph, processes, transfer
+from ... import contract, graph, processes, transfer
 from ...attention import ChangedKeys
 from ...cache.kv_cache import KVCache
 from ...hf import parallel
@@ -41,6 +41,9 @@ class Measurement:
         self.capacity = 0
         self.warm = False  # kernels are compiled, and the step is captured
         self.changes_keys = False  # its policy was found to do so
+        self.checked: set[str] = (
+            set()
+        )  # questions to the policy whose first answer was checked, value by value
         self.rows: int | None = None  # that fit into memory; None: no more were asked for than did
 
     def release(self) -> None:
@@ -69,6 +72,7 @@ class Measurement:
 
         Raises:
             ArithmeticError: a score or a log-probability is not a number.
+            UserError: the policy's first answers are none that the contract allows, say.
         """
         try:
             return self._batch(indexes, samples, recording)
@@ -81,7 +85,7 @@ class Measurement:
     ) -> list[Record]:
         model, cell = self.model, self.cell
         self.meter.reset()
-        with graph.capturing(not self.eager):
+        with graph.capturing(not self.eager), contract.first_answers(self.checked):
             why_eager = graph.why_not(KVCache(model, cell.policy), model)
             with transfer.measure(self.meter):
                 own = cell.task.answer(model, cell.policy, samples)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -130,6 +131,8 @@ def drawing(contents: Iterable[str], across: float, down: float, paper: str) -> 
 def image(drawn: str, file: Path) -> bytes:
     """A drawing as the .svg or .png file that the name of `file` asks for.
 
+    Warns where this machine has no font to draw the words of a .png with.
+
     Raises:
         UserError: another ending; or .png without the extra `report`.
     """
@@ -141,7 +144,21 @@ def image(drawn: str, file: Path) -> bytes:
         import resvg_py
     except ModuleNotFoundError:
         raise UserError("a .png needs resvg_py; pip install 'kvsieve[report]', or ask for .svg") from None
+    if not _has_font(resvg_py.svg_to_bytes):
+        warnings.warn(
+            f"{file} has no words: this machine has no font to draw them with. Install one of {FONT} "
+            "(Debian: fonts-dejavu-core), or ask for .svg, whose words whoever looks at it draws",
+            stacklevel=3,
+        )
     return bytes(resvg_py.svg_to_bytes(svg_string=drawn, zoom=2))
+
+
+def _has_font(draw: Callable[..., bytes]) -> bool:
+    """Whether a word is drawn: `draw` leaves it out without a word of its own where it finds no font."""
+    with_word, without = (
+        draw(svg_string=drawing([text(4, 14, word, "black")], 20, 20, "white")) for word in ("a", "")
+    )
+    return with_word != without
 
 
 def _short(value: Attribute) -> str:
