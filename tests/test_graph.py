@@ -226,6 +226,34 @@ def test_a_cache_that_is_reset_replays_its_step(recorded, name, temperature):
     assert recorded.captured == 1
 
 
+@pytest.mark.parametrize("name", ["dense", "sparq", "h2o", "snapkv"])
+def test_another_turn_follows_a_captured_decode(recorded, name):
+    model, policy, made = tiny_llama(), POLICIES[name], []
+    for eager in (False, True):
+        cache = KVCache(model, policy)
+        answer = kvsieve.decode(model, random_prompts(24), policy, max_new_tokens=5, cache=cache, eager=eager)
+        said = torch.tensor([[*random_prompts(24)[0], *map(int, answer), *random_prompts(7, seed=3)[0]]])
+        given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        made.append(model.generate(said, past_key_values=cache, **given))
+        assert [layer.kv.steps for layer in cache.kv_layers] == [7, 7]
+    assert torch.equal(*made)
+    cache.reset()
+    tokens = kvsieve.decode(model, random_prompts(24), policy, max_new_tokens=STEPS, cache=cache)
+    assert torch.equal(torch.stack(list(tokens)), decoded((24,), policy, eager=True))
+
+
+def test_rows_that_ended_go_on_in_another_turn():
+    made = generation(None, ends=[60])
+    made.end_rows([0])
+    made.step()
+    cache = made.runner.cache
+    before = cache.kv_layers[0].kv.seen.tolist()
+    assert before == [24, 18]
+    made.end()
+    made.runner.model(torch.tensor([[5], [6]]), past_key_values=cache)
+    assert cache.kv_layers[0].kv.seen.tolist() == [n + 1 for n in before]
+
+
 def test_another_batch_or_another_way_to_choose_is_captured_anew(recorded):
     cache = KVCache(model := tiny_llama(), capacity=50)
     for prompts, temperature in [((24, 17), None), ((24, 17), 0.5), ((9,), 0.5), ((12,), 0.5)]:

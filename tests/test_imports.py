@@ -77,7 +77,7 @@ ORDER = [
     "ops",
     "transfer",
     "cache.layouts cache.packing cache.slots cache.traffic cache.forward cache.rotary",
-    "cache.new_tokens cache.kv",
+    "cache.new_tokens cache.prompt cache.kv",
     "policy",
     "wrapper",
     "contract",

@@ -6,6 +6,7 @@ import torch
 import kvsieve
 from kvsieve import make_policy, transfer
 from kvsieve.testing import rollout
+from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
 
 B, H, K, D, P = 3, 4, 2, 16, 50  # one step over P + 1 tokens
@@ -90,9 +91,11 @@ def test_a_decode_counts_all_layers_and_rows_but_not_the_prefill():
     assert meter.steps == 2 * 3
 
 
-def test_rows_that_have_ended_move_nothing():
-    model, prompts = tiny_llama(), random_prompts(9, 5)
-    tokens = torch.stack(list(kvsieve.decode(model, prompts, max_new_tokens=6)), 1)
+@pytest.mark.parametrize("family", ["llama (GQA)", "qwen3_next"])  # the latter is told of padding at every step
+def test_rows_that_have_ended_move_nothing(family):
+    model = kvsieve.prepare(next(each for each in FAMILIES if each.name == family).build())
+    prompts = random_prompts(9, 5)
+    tokens = torch.stack(list(kvsieve.decode(model, prompts, max_new_tokens=6, eos_token_id=())), 1)
     end = next(token for token in tokens[0].tolist()[1:5] if token not in tokens[1].tolist())
     with transfer.measure() as both:
         list(kvsieve.decode(model, prompts, max_new_tokens=6, eos_token_id=end))

@@ -221,7 +221,8 @@ class Runner:
         self.cache.set_active(active)
         mask = None
         if self.tells_padding:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], 1)
+            told = self.mask.new_ones(len(self.rows)) if active is None else active
+            self.mask = torch.cat([self.mask, told[:, None]], 1)
             mask = self.mask.long()
         logits = self.model(
             input_ids=tokens[:, None],

@@ -76,6 +76,7 @@ class KVCache(Cache):
                 layer.turn_by(rotary_of(model, layer.index, layer.policy.name))
             if layer.policy.cuts_together:
                 layer.together = [each for each in self.policy_layers if each.policy == layer.policy]
+            layer.waits = any(each.lends for each in layer.together or [layer])
         if self.counts_places:
             self._check_places(model)
         if self.counts_places or self.wants:
@@ -185,9 +186,11 @@ class KVCache(Cache):
             )
 
     def release(self, claim: object) -> None:
-        """End a claim, if it still holds; the tokens stay."""
+        """End a claim, if it still holds; the tokens stay, and others may follow them."""
         if self._claim is claim:
             self._claim = None
+            for layer in self.kv_layers:
+                layer.end_decode()
 
     def reset(self) -> None:
         """Forget all tokens, and end any claim.
@@ -325,9 +328,6 @@ class KVCache(Cache):
         """The prompts are complete, between two forwards: every layer decides who stays."""
         for layer in self.kv_layers:
             layer.end_prompt()
-        for layer in self.kv_layers:
-            if layer.must_drop:  # it lends, and nobody reads now
-                layer.drop_beyond_budget()
 
     def end_reading(self, columns: int, leave: int, trim: bool) -> None:
         """All was read but the last `leave` columns of the prompts: as if in so many columns of tokens.
@@ -337,7 +337,7 @@ class KVCache(Cache):
         self._read = 0
         for layer in self.kv_layers:
             layer.fed = columns
-            layer.kv._end_reading()
+            layer.kv._prompt.end_passes()
             if trim:
                 layer.slots.trim()
         if leave:

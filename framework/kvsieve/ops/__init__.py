@@ -220,7 +220,7 @@ def window_weights(kv: KVView) -> torch.Tensor:
     Raises:
         UserError: no prompt has just been completed, or the policy declares no `last_queries`.
     """
-    last, slots = kv._last_queries, kv._slots
+    last, slots = kv._prompt.last_queries, kv._slots
     if last is None:
         raise UserError(
             "ops.window_weights(kv) is for on_prefill and cut of a policy that declares `last_queries`, the "
