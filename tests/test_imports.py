@@ -69,7 +69,7 @@ def test_the_framework_never_imports_the_policies():
 # the part of cache/ that knows no policy; types for annotations alone do not count.)
 ORDER = [
     "errors",
-    "hooks",
+    "arguments hooks",
     "processes",
     "corpus",
     "user_files values",

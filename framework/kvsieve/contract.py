@@ -46,6 +46,11 @@ def strict(wanted: bool = True) -> Iterator[None]:
         _switch.strict = before
 
 
+def is_strict() -> bool:
+    """Whether the values of every answer are checked, in this thread."""
+    return _switch.strict
+
+
 # -------------------------------------------------------------------- declarations
 @functools.cache
 def check_class(cls: Any) -> None:
@@ -401,6 +406,22 @@ class Cut(NamedTuple):
     def heads_differ(self) -> bool:
         """Whether heads of one row keep different numbers."""
         return any(min(row) < max(row) for row in self.counts)
+
+
+def checked_policy(policy: object) -> Policy:
+    """Return a policy that a user gave; for None, dense.
+
+    Raises:
+        UserError: it is none: its name, or its class.
+    """
+    if policy is None or isinstance(policy, Policy):
+        return policy or Policy()
+    how = "what kvsieve.make_policy makes"
+    if isinstance(policy, type):
+        how = "an object of it, with its parameters"
+    elif isinstance(policy, str):
+        how = f"kvsieve.make_policy({policy!r}, ...)"
+    raise UserError(f"policy must be a kvsieve.Policy, or None for dense, not {policy!r}: give {how}")
 
 
 def check_answers(answers: Any, policy: Policy, layers: int) -> None:

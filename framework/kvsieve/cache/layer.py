@@ -97,7 +97,8 @@ class LayerCache(CacheLayerMixin):
         self.together: list[LayerCache] = []
         self.before_probe: BeforeProbe | None = None  # while one runs
         self.lends = False  # other layers attend to these slots too (gemma3n)
-        self.waits = False  # a prompt ends when its last forward is over: this layer lends, or one cut with it
+        # A prompt ends when its last forward is over, because this layer lends, or one that is cut with it.
+        self.waits = False
         self.waiting = False  # for that
         self.model_heads: int | None = None  # KV heads of the layer in all processes, where that is known
         self.group: int | None = None  # query heads per KV head, where that is known
@@ -237,7 +238,7 @@ class LayerCache(CacheLayerMixin):
             self.end_prompt()
 
     def complete_prompt(self) -> None:
-        """The last forward of a prompt has passed this layer: the prompt ends, here or when all have read it."""
+        """A prompt's last forward has passed this layer: the prompt ends, now or when all have read it."""
         self.waiting = self.waits
         if not self.waiting:
             self.end_prompt()

@@ -1,15 +1,13 @@
-"""What a layer knows of a prompt while it is read: all of it by row, so that it moves with the rows.
+"""The state of a prompt while a layer reads it: all of it by row, so that it moves with the rows.
 
 Letters: B rows, K KV heads, G query heads of each, T slots in use, D head size, Q new tokens, W last queries.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-
-_Tensors = TypeVar("_Tensors", bound=NamedTuple)
 
 
 class LastQueries(NamedTuple):
@@ -79,13 +77,12 @@ class PromptState:
     def reorder(self, indices: torch.Tensor) -> None:
         """Make row i what row `indices[i]` was."""
 
-        def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.index_select(0, indices.to(tensor.device))
+        def rows(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(0, indices.to(tensor.device))
 
-        def each(tensors: _Tensors | None) -> _Tensors | None:
-            return None if tensors is None else type(tensors)._make(map(rows, tensors))
-
-        self.notes = {name: note.index_select(0, indices.to(note.device)) for name, note in self.notes.items()}
-        self.last_queries, self.written = each(self.last_queries), each(self.written)
-        self.span, self.room, self.pass_starts = rows(self.span), rows(self.room), rows(self.pass_starts)
-        self.visible = rows(self.visible)
+        self.notes = {name: rows(note) for name, note in self.notes.items()}
+        if self.last_queries is not None:
+            self.last_queries = LastQueries(*map(rows, self.last_queries))
+        # Of a forward or a pass, which is over: rows are moved between them.
+        self.written, self.visible, self.room = None, None, None
+        self.end_passes()

@@ -353,7 +353,7 @@ class Slots:
         self.used, self.fixed = self.capacity, True
 
     def unfix(self) -> None:
-        """Let it grow again; what stands in it stays, where a captured step finds it. Waits for the device."""
+        """Let it grow again; the stores stay where a captured step finds them. Waits for the device."""
         if self.fixed:
             self.used, self.fixed = int(self.lengths.max()), False
 
