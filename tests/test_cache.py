@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,7 +204,14 @@ def test_a_full_cache_says_what_it_holds_and_what_is_needed():
     model = tiny_llama()
     cache = KVCache(model, capacity=6)
     with pytest.raises(UserError, match="holds 6 tokens a row .capacity., and 7 are needed"):
-        kvsieve.decode(model, random_prompts(5), max_new_tokens=2, cache=cache)
+        kvsieve.decode(model, random_prompts(5), max_new_tokens=3, cache=cache)
+    for capacity in (0, 2.5, "6"):
+        with pytest.raises(
+            UserError, match="capacity must be a whole number of tokens a row, at least 1, not"
+        ):
+            KVCache(model, capacity=capacity)
+    with pytest.raises(UserError, match="cache must be a kvsieve.KVCache, not 'DynamicCache'"):
+        kvsieve.read(model, random_prompts(5), transformers.DynamicCache())
 
 
 def test_a_cache_needs_a_prepared_model():
@@ -360,7 +368,7 @@ def test_the_mask_of_a_prompt_is_let_go_once_the_prompt_is_read():
     model, policy = tiny_llama(), TIGHT["anllm"]
     cache = KVCache(model, policy)
     list(kvsieve.decode(model, random_prompts(20), policy, max_new_tokens=1, cache=cache))
-    assert [layer.visible for layer in cache.policy_layers] == [None, None]
+    assert [layer.kv._prompt.visible for layer in cache.policy_layers] == [None, None]
 
 
 @pytest.mark.parametrize("name", ["dense", "h2o", "sirllm"])

@@ -250,7 +250,7 @@ def test_questions_are_asked_of_what_the_policy_has_kept_of_each_prompt():
 
 @pytest.mark.parametrize("steps", [0, True, 2.5])
 def test_steps_are_a_number_of_at_least_one(steps):
-    with pytest.raises(UserError, match="steps must be a whole number of at least 1"):
+    with pytest.raises(UserError, match="steps must be a whole number, at least 1"):
         diagnose(tiny_llama(), PROMPTS, steps=steps)
 
 

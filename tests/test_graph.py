@@ -1,6 +1,7 @@
 """A decode step can become one CUDA graph: it never looks at the device, and traces into one graph over
 growing steps."""
 
+import contextlib
 import gc
 import weakref
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from kvsieve import KVCache, Policy, graph, make_policy
 from kvsieve.attention import decode_step
 from kvsieve.loop import Decoding, Runner
 from kvsieve.sampling import Sampler
-from kvsieve.testing import FindsWaits, Inputs, LayerCache, rollout
+from kvsieve.testing import FindsWaits, Inputs, LayerCache, rollout, strict
 from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
 from tests.policies import FIRST_LAYER_DENSE, TIGHT
@@ -172,6 +173,8 @@ def test_what_cannot_be_captured_says_why():
     assert graph.why_not(KVCache(model), gpu) is None
     assert "graphs need a GPU" in graph.why_not(KVCache(model), model)
     assert "policy peeking declares" in graph.why_not(KVCache(model, Peeking()), gpu)
+    with strict():
+        assert "strict mode" in graph.why_not(KVCache(model), gpu)
     gpu.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     assert "on several devices" in graph.why_not(KVCache(model), gpu)
 
@@ -226,6 +229,34 @@ def test_a_cache_that_is_reset_replays_its_step(recorded, name, temperature):
     assert recorded.captured == 1
 
 
+@pytest.mark.parametrize("name", ["dense", "sparq", "h2o", "snapkv"])
+def test_another_turn_follows_a_captured_decode(recorded, name):
+    model, policy, made = tiny_llama(), POLICIES[name], []
+    for eager in (False, True):
+        cache = KVCache(model, policy)
+        answer = kvsieve.decode(model, random_prompts(24), policy, max_new_tokens=5, cache=cache, eager=eager)
+        said = torch.tensor([[*random_prompts(24)[0], *map(int, answer), *random_prompts(7, seed=3)[0]]])
+        given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        made.append(model.generate(said, past_key_values=cache, **given))
+        assert [layer.kv.steps for layer in cache.kv_layers] == [7, 7]
+    assert torch.equal(*made)
+    cache.reset()
+    tokens = kvsieve.decode(model, random_prompts(24), policy, max_new_tokens=STEPS, cache=cache)
+    assert torch.equal(torch.stack(list(tokens)), decoded((24,), policy, eager=True))
+
+
+def test_rows_that_ended_go_on_in_another_turn():
+    made = generation(None, ends=[60])
+    made.end_rows([0])
+    made.step()
+    cache = made.runner.cache
+    before = cache.kv_layers[0].kv.seen.tolist()
+    assert before == [24, 18]
+    made.end()
+    made.runner.model(torch.tensor([[5], [6]]), past_key_values=cache)
+    assert cache.kv_layers[0].kv.seen.tolist() == [n + 1 for n in before]
+
+
 def test_another_batch_or_another_way_to_choose_is_captured_anew(recorded):
     cache = KVCache(model := tiny_llama(), capacity=50)
     for prompts, temperature in [((24, 17), None), ((24, 17), 0.5), ((9,), 0.5), ((12,), 0.5)]:
@@ -234,6 +265,40 @@ def test_another_batch_or_another_way_to_choose_is_captured_anew(recorded):
         got = torch.stack(list(kvsieve.decode(model, random_prompts(*prompts), cache=cache, **given)))
         assert torch.equal(got, decoded(prompts, None, temperature=temperature))
     assert recorded.captured == 3 + 4  # those of `decoded`, each in a cache of its own
+
+
+def test_a_step_is_replayed_by_the_ops_that_it_was_captured_with(recorded):
+    cache = KVCache(model := tiny_llama(), POLICIES["sparq"], capacity=50)
+    for ops in ("cpu", "reference", "reference"):
+        cache.reset()
+        with kvsieve.ops.use(ops):
+            list(kvsieve.decode(model, random_prompts(24), max_new_tokens=5, cache=cache))
+    assert recorded.captured == 2
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_out_of_memory_in_a_capture_is_out_of_memory(monkeypatch, ends):
+    @contextlib.contextmanager
+    def capture(graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # other threads go on
+        try:
+            yield
+        finally:
+            if not ends:
+                raise RuntimeError("the capture cannot be ended")
+
+    def step():
+        raise errors.pop(0)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    errors = [torch.OutOfMemoryError("no room"), RuntimeError("it waits")]
+    run = object.__new__(graph.StepGraph)
+    run.generators = ()
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        run._capture(step)
+    with pytest.raises(kvsieve.UserError, match="cannot be captured as a CUDA graph; pass eager=True"):
+        run._capture(step)
 
 
 def test_scores_are_those_of_eager_steps(recorded):

@@ -1,11 +1,13 @@
 """The decode loop: tokens, stops, sampling, chunks, ragged batches, and errors before any work."""
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 import kvsieve
 from kvsieve import KVCache, Policy, UserError, make_policy
@@ -109,6 +111,19 @@ def test_logits_processors_of_transformers_apply():
     assert not set(run(prompt, logits_processor=processors)[0].tolist()) & set(banned)
 
 
+@pytest.mark.parametrize("sizes", [(9, 5, 5), (7, 7)])
+def test_a_logits_processor_sees_each_rows_own_tokens(sizes):
+    class Reads(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids.tolist())
+            return scores
+
+    seen, prompts = [], random_prompts(*sizes)
+    tokens = run(prompts, logits_processor=[Reads()], max_new_tokens=3, top_k=1).tolist()
+    wanted = [prompts[b] + tokens[b][:step] for step in range(3) for b in range(len(sizes))]
+    assert list(itertools.chain(*seen)) == wanted
+
+
 def test_it_is_a_generator_and_can_be_left():
     steps = kvsieve.decode(tiny_llama(), random_prompts(5), max_new_tokens=200)
     assert next(steps).shape == (1,)
@@ -128,9 +143,19 @@ def test_a_tensor_of_prompts_and_text_for_a_model_without_tokenizer():
         ({"prompts": []}, "no prompt was given"),
         ({"prompts": [[1, 2], []]}, "prompt 1 is empty"),
         ({"prompts": [[1, 61]]}, r"prompt 0 has a token id outside the vocabulary \(0 to 60\)"),
-        ({"prompts": [[1] * 250]}, "need 262 positions; LlamaForCausalLM has 256"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1 token, not 0"),
+        ({"prompts": [[1] * 250]}, "need 261 positions; LlamaForCausalLM has 256"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1, not 0"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, at least 1, not True"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be a whole number of tokens, at least 1, not 0"),
+        ({"prefill_chunk": 2.5}, "prefill_chunk must be a whole number of tokens, at least 1, not 2.5"),
+        ({"prefill_chunk": "8"}, "prefill_chunk must be a whole number of tokens, at least 1, not '8'"),
+        ({"policy": "sparq"}, r"not 'sparq': give kvsieve.make_policy\('sparq', ...\)"),
+        (
+            {"policy": Policy},
+            "not <class 'kvsieve.policy.Policy'>: give an object of it, with its parameters",
+        ),
+        ({"cache": 5}, "cache must be a kvsieve.KVCache, not 5"),
+        ({"cache": DynamicCache()}, "cache must be a kvsieve.KVCache, not 'DynamicCache'"),
         ({"temperature": -1.0}, "sampling: .*temperature"),
         ({"top_p": 1.5}, "sampling: .*top_p"),
         (
@@ -148,6 +173,19 @@ def test_a_mistake_is_named_before_any_work(options, message):
     options = {"prompts": [[1, 2, 3]], "max_new_tokens": 12, **options}
     with pytest.raises(UserError, match=message):
         kvsieve.decode(tiny_llama(), options.pop("prompts"), options.pop("policy", None), **options)
+
+
+def test_whole_numbers_may_be_numpys():
+    given = {"max_new_tokens": np.int64(3), "prefill_chunk": np.int32(2), "top_k": np.int64(1)}
+    assert torch.equal(run(random_prompts(5), **given), run(random_prompts(5), max_new_tokens=3))
+
+
+def test_the_last_token_takes_no_position_and_no_slot():
+    assert run([[1] * 245], cache=KVCache(tiny_llama(), capacity=256)).shape == (1, 12)
+    with pytest.raises(UserError, match="a prompt of 246 tokens and 12 new ones need 257 positions"):
+        run([[1] * 246])
+    with pytest.raises(UserError, match=r"holds 255 tokens a row \(capacity\), and 256 are needed"):
+        run([[1] * 245], cache=KVCache(tiny_llama(), capacity=255))
 
 
 def test_a_used_cache_is_refused():

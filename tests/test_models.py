@@ -1,5 +1,6 @@
 """load(): what it reads, from where, and why it refuses; nothing here needs a network."""
 
+import copy
 import http.server
 import importlib.util
 import json
@@ -364,6 +365,15 @@ def test_a_model_without_numbers_is_not_prepared():
 def test_trust_is_given_by_true_alone(folder, trust):
     with pytest.raises(UserError, match="trust_remote_code must be True or False"):
         kvsieve.load(str(folder), trust_remote_code=trust)
+
+
+def test_float64_is_computed_by_torch_and_by_no_compiled_loop():
+    model = copy.deepcopy(tiny_llama()).double()
+    with kvsieve.ops.use("numba"), pytest.raises(UserError, match=r"float32, bfloat16, float16, .* float64"):
+        kvsieve.decode(model, [[5, 6, 7]], max_new_tokens=4)
+    with kvsieve.ops.use("reference"):
+        tokens = list(kvsieve.decode(model, [[5, 6, 7]], max_new_tokens=4))
+    assert tokens == list(kvsieve.decode(tiny_llama(), [[5, 6, 7]], max_new_tokens=4))
 
 
 # ---------------------------------------------------------------- several devices

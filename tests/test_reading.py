@@ -13,6 +13,7 @@ from kvsieve import KVCache, Observe, Pass, Policy, Positions, UserError, make_p
 from kvsieve.loop import Runner
 from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
+from tests.policies import TIGHT, of_two_layers
 
 PROMPTS = random_prompts(30, 17, 9)
 
@@ -317,6 +318,65 @@ def test_generate_follows_what_was_read(policy):
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False, pad_token_id=0
     )
     assert torch.equal(got[:, longest:], run(PROMPTS, policy))
+
+
+@pytest.mark.parametrize("name", ["snapkv", "tova", "expected_attention"])
+def test_what_is_known_of_a_prompt_moves_with_its_rows(name):
+    model, policy, rows = tiny_llama(), of_two_layers(name), [1, 0, 0]
+    cache = KVCache(model, policy)
+    kvsieve.read(model, PROMPTS[:2], cache, leave=2)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    cache.batch_select_indices(torch.tensor([0, 1, 1]))
+    prompts, longest = [PROMPTS[row] for row in rows], len(PROMPTS[0])
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+    given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    got = model.generate(ids, attention_mask=mask, past_key_values=cache, **given)
+    assert torch.equal(got[:, longest:], run(prompts, policy))
+
+
+@dataclass(frozen=True)
+class CutsByMass(Policy):
+    """Keeps the tokens that received most attention, the others' layers counted."""
+
+    name: ClassVar[str] = "cuts_by_mass"
+    keeps = 5
+    overwrites = False
+    observes = Observe.MASS
+    columns = {"mass": torch.float32}
+
+    def on_attend(self, kv, mass):
+        kv["mass"] += mass
+
+    def cut(self, kv):
+        best = kv["mass"].topk(min(5, kv.slots_in_use), 2).indices
+        return kv.live() & torch.zeros_like(kv.live()).scatter_(2, best, True)
+
+
+@pytest.mark.parametrize("policy", [CutsByMass(), TIGHT["h2o"]], ids=lambda policy: policy.name)
+def test_borrowed_slots_are_cut_when_all_have_read_them(policy):
+    model = kvsieve.prepare(next(family for family in FAMILIES if family.name == "gemma3n").build())
+    held = []
+    for chunk in (None, 4):
+        cache = KVCache(model, policy)
+        kvsieve.read(model, [PROMPTS[0]], cache, leave=0, prefill_chunk=chunk)
+        (layer,) = cache.policy_layers
+        assert layer.kv.lengths.tolist() == [[policy.keeps] * 2]
+        held.append(layer.kv.positions.tolist())
+        by_hand = KVCache(model, policy)
+        by_hand.expect_prompt(30)
+        for first in range(0, 30, chunk or 30):
+            model(torch.tensor([PROMPTS[0][first : first + (chunk or 30)]]), past_key_values=by_hand)
+        # By hand, the prompt ends when the next forward begins; that is not counted either.
+        assert one_step(model, cache).read == one_step(model, by_hand).read
+        assert by_hand.policy_layers[0].kv.positions.tolist() == layer.kv.positions.tolist()
+    assert held[0] == held[1]
+
+
+def one_step(model, cache):
+    with kvsieve.transfer.measure() as meter:
+        model(torch.tensor([[5]]), past_key_values=cache)
+    return meter
 
 
 def test_a_document_is_read_once_and_asked_often():

@@ -97,15 +97,15 @@ def test_junk_is_a_user_error_or_a_sampler_that_can_choose(temperature, top_k, t
 
 # ---------------------------------------------------------------- logits from which no token can be chosen
 class Fill(LogitsProcessor):
-    """Replaces the logits of one row from its third token on."""
+    """Replaces the logits of one row from its second new token on."""
 
     def __init__(self, value, row=1):
-        self.value, self.row = value, row
+        self.value, self.begins = value, PROMPTS[row][0]
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
-        if input_ids.shape[1] >= 4:
-            scores[self.row] = self.value
+        if input_ids.shape[1] >= 3:
+            scores[input_ids[:, 0] == self.begins] = self.value
         return scores
 
 

@@ -1,12 +1,17 @@
 """The meter equals the SparQ paper's formulas (section 4 and appendix G), to the element."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import kvsieve
 from kvsieve import make_policy, transfer
-from kvsieve.testing import rollout
+from kvsieve.cache.traffic import Traffic
+from kvsieve.testing import Inputs, rollout
+from tests.families.zoo import FAMILIES
 from tests.models import random_prompts, tiny_llama
+from tests.policies import TIGHT
 
 B, H, K, D, P = 3, 4, 2, 16, 50  # one step over P + 1 tokens
 
@@ -90,9 +95,11 @@ def test_a_decode_counts_all_layers_and_rows_but_not_the_prefill():
     assert meter.steps == 2 * 3
 
 
-def test_rows_that_have_ended_move_nothing():
-    model, prompts = tiny_llama(), random_prompts(9, 5)
-    tokens = torch.stack(list(kvsieve.decode(model, prompts, max_new_tokens=6)), 1)
+@pytest.mark.parametrize("family", ["llama (GQA)", "qwen3_next"])  # one is told of padding at every step
+def test_rows_that_have_ended_move_nothing(family):
+    model = kvsieve.prepare(next(each for each in FAMILIES if each.name == family).build())
+    prompts = random_prompts(9, 5)
+    tokens = torch.stack(list(kvsieve.decode(model, prompts, max_new_tokens=6, eos_token_id=())), 1)
     end = next(token for token in tokens[0].tolist()[1:5] if token not in tokens[1].tolist())
     with transfer.measure() as both:
         list(kvsieve.decode(model, prompts, max_new_tokens=6, eos_token_id=end))
@@ -100,6 +107,25 @@ def test_rows_that_have_ended_move_nothing():
         for prompt in prompts:
             list(kvsieve.decode(model, [prompt], max_new_tokens=6, eos_token_id=end))
     assert (both.read, both.written, both.steps) == (alone.read, alone.written, alone.steps)
+
+
+def test_a_share_of_the_row_is_charged_as_it_is_read():
+    policy = dataclasses.replace(TIGHT["loki"], k=0.29)
+    with transfer.measure() as meter:
+        rollout(policy, *Inputs.random((99,), steps=1))
+    # In float64; in float32, 0.29 of 100 tokens would be 29.
+    assert meter.by_kind["values"] == int(0.29 * 100) * 16 * 4 * 2
+
+
+def test_static_data_is_counted_where_it_lies():
+    # On the device, as all else: a captured step adds it at every replay.
+    with transfer.measure() as meter:
+        traffic = Traffic()
+        traffic.begin(meter, None)
+        traffic.read_static("basis", torch.empty(3, 5, device="meta"))
+    assert {(name, amount.device.type) for (name, _), amount in meter._sums.items()} == {
+        ("read/static", "meta")
+    }
 
 
 def test_without_a_meter_nothing_is_counted():

@@ -9,9 +9,9 @@ import torch
 from . import contract, ops
 from .cache import layouts
 from .cache.forward import Forward
-from .cache.kv import LastQueries
 from .cache.layer import LayerCache
 from .cache.new_tokens import NewTokens
+from .cache.prompt import LastQueries
 from .policy import Observe
 
 
@@ -61,14 +61,16 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
 
     The output is zero where not `valid [B, Q]`.
     """
-    policy, kv, owner = layer.policy, layer.kv, layer.incoming is not None
+    policy, kv, owner, prompt = layer.policy, layer.kv, layer.incoming is not None, layer.kv._prompt
     if owner:
         new = layer.append_prompt(valid)
         policy.on_append(kv, new)
         answer = policy.sees(kv, new)
-        layer.visible = contract.checked_sees(answer, policy, layer.index, layer.slots, new.slots, new.counts)
-    assert layer.prompt is not None
-    starts, counts, order = layer.prompt
+        prompt.visible = contract.checked_sees(
+            answer, policy, layer.index, layer.slots, new.slots, new.counts
+        )
+    assert prompt.written is not None
+    starts, counts, order = prompt.written
     if order is not None:
         query = query.gather(3, order[:, None, None, :, None].expand(query.shape))
     if owner:
@@ -82,18 +84,18 @@ def prefill(layer: LayerCache, query: torch.Tensor, valid: torch.Tensor | None =
         counts,
         fresh=slots.used == query.shape[3],
         since=layer.since(query.shape[3]),
-        visible=layer.visible,
+        visible=prompt.visible,
         want_mass=policy.observes in (Observe.MASS, Observe.HEADS),
         by_head=policy.observes is Observe.HEADS,
         **layer.scoring._asdict(),
     )
     if not layer.lends:
-        layer.visible = None  # as large as the prompt squared
+        prompt.visible = None  # as large as the prompt squared
     if mass is not None:
         policy.on_attend(kv, mass)
     # Surprise is known once the model has read the tokens; then the prompt ends.
     if owner and layer.forward is Forward.PROMPT and layer.arrived is None:
-        layer.end_prompt()
+        layer.complete_prompt()
     if order is not None:  # back to the places they came from
         index = order[:, None, None, :, None].expand(output.shape)
         output = torch.empty_like(output).scatter_(3, index, output)
@@ -138,4 +140,4 @@ def _take_queries(layer: LayerCache, query: torch.Tensor, counts: torch.Tensor, 
     policy, kv = layer.policy, layer.kv
     policy.on_queries(kv, query, new)
     if policy.last_queries:
-        kv._last_queries = LastQueries.joined(kv._last_queries, query, counts, policy.last_queries)
+        kv._prompt.take_queries(query, counts, policy.last_queries)

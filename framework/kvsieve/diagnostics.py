@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from . import transfer
+from .arguments import whole
 from .cache.forward import Forward
 from .cache.kv_cache import KVCache
 from .cache.layer import LayerCache
@@ -85,8 +86,7 @@ def diagnose(
         UserError: as `decode`; where the answers are so short that no step is made; a model with layers that
             borrow the keys of others (gemma3n), or one that several processes share.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise UserError(f"steps must be a whole number of at least 1, not {steps!r}")
+    steps = whole("steps", steps, 1)
     rows = token_lists(model, prompts)
     asked = [[] for _ in rows] if questions is None else token_lists(model, questions, "question")
     if len(asked) != len(rows):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from transformers import PreTrainedModel
 
-from . import transfer
+from . import contract, ops, transfer
 from .cache.kv_cache import KVCache
 from .errors import UserError
 from .hf.parallel import is_split
@@ -49,19 +49,25 @@ def capturing(wanted: bool) -> Iterator[None]:
 
 def why_not(cache: KVCache, model: PreTrainedModel) -> str | None:
     """Say why a decode step of this model with this cache is not captured; None if it is."""
+    return next(_hindrances(cache, model), None)
+
+
+def _hindrances(cache: KVCache, model: PreTrainedModel) -> Iterator[str]:
     if not _wanted.capture:
-        return EAGER
+        yield EAGER
+    if contract.is_strict():
+        yield "strict mode checks every answer, which waits for the device"
     if model.device.type != "cuda":
-        return f"graphs need a GPU, the model is on {model.device.type}"
+        yield f"graphs need a GPU, the model is on {model.device.type}"
     if is_split(model):
-        return "the model is split over processes, and what they send each other is not captured"
+        yield "the model is split over processes, and what they send each other is not captured"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        return "the model's layers are on several devices"
-    if cache.other_layers:
-        kind = type(cache.other_layers[0]).__name__
-        return f"the model has layers of its own kind ({kind}), which are not captured"
-    refusing = [layer.policy.name for layer in cache.kv_layers if not layer.policy.capturable]
-    return f"policy {refusing[0]} declares that it cannot be captured" if refusing else None
+        yield "the model's layers are on several devices"
+    for layer in cache.other_layers:
+        yield f"the model has layers of its own kind ({type(layer).__name__}), which are not captured"
+    for layer in cache.kv_layers:
+        if not layer.policy.capturable:
+            yield f"policy {layer.policy.name} declares that it cannot be captured"
 
 
 # -------------------------------------------------------------------- the step of a decode
@@ -109,7 +115,7 @@ class Replay:
 
     def __init__(self, cache: KVCache, model: PreTrainedModel, choice: Any, state: State) -> None:
         self.cache = cache
-        self.key = choice.kind, model, transfer.current(), cache.places()
+        self.key = choice.kind, model, transfer.current(), ops.chosen(model.device), cache.places()
         self.choice, self.state = choice, state
         known = cache.captured if cache.captured is not None and cache.captured.key == self.key else None
         if known is not None:
@@ -170,9 +176,13 @@ class StepGraph:
         for generator in self.generators:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph):
+            # Other threads may decode meanwhile: what they do is no part of this capture.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step()  # recorded, not run
         except RuntimeError as error:
+            for each in (error, error.__context__):  # a capture that fails may fail to end, too
+                if isinstance(each, torch.OutOfMemoryError):
+                    raise each from None  # as anywhere else: fewer rows may have room
             raise UserError(
                 f"the decode step cannot be captured as a CUDA graph; pass eager=True (--eager): {error}"
             ) from error

@@ -14,7 +14,9 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from . import graph
-from .cache.kv_cache import KVCache
+from .arguments import whole
+from .cache.kv_cache import KVCache, checked_cache
+from .contract import checked_policy
 from .errors import UserError
 from .plans import Segments
 from .policy import Policy
@@ -53,7 +55,8 @@ def decode(
         max_new_tokens: at most this many per row.
         temperature, top_k, top_p: given any of these, sample; else take the most likely token.
         seed: of the sampling, from 0 to 2**64 - B; row b draws from a stream of its own, `seed + b`.
-        logits_processor: transformers' processors, applied before sampling.
+        logits_processor: transformers' processors, applied before sampling. Each row is shown its own tokens
+            without padding: prompts of different lengths one by one, as `[1, n]`.
         eos_token_id: the tokens that end a row. None: as the model says; an empty sequence: none.
         prefill_chunk: read the prompt in pieces of this many tokens (less memory, same result).
         segments: of each row, numbers of tokens that add up to its prompt: its context and its question,
@@ -70,8 +73,7 @@ def decode(
             NaN or a logits_processor leaves a row no token.
     """
     rows = token_lists(model, prompts)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens!r}")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     check_positions(model, rows, max_new_tokens, policy_of(policy, cache))
     ends = end_tokens(model, eos_token_id)
     pad = pad_token(model, ends)
@@ -198,7 +200,7 @@ class Runner:
         self.reading.check_cache(self.cache, max_new_tokens)
         # Token columns of the prompts, and with those that follow.
         columns = self.cache.get_seq_length() + self.reading.columns
-        self.room = columns + max_new_tokens
+        self.room = columns + max_new_tokens - 1  # the last one is never fed
         # [B], tokens of the rows so far.
         self.sizes = torch.tensor(self.reading.ends, device=model.device)
         # A layer that transformers manages needs the padding at every step; ours know it from the prompt on.
@@ -221,7 +223,8 @@ class Runner:
         self.cache.set_active(active)
         mask = None
         if self.tells_padding:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], 1)
+            told = self.mask.new_ones(len(self.rows)) if active is None else active
+            self.mask = torch.cat([self.mask, told[:, None]], 1)
             mask = self.mask.long()
         logits = self.model(
             input_ids=tokens[:, None],
@@ -234,8 +237,13 @@ class Runner:
 
 
 def policy_of(policy: Policy | None, cache: KVCache | None) -> Policy:
-    """Return the policy of a decode that was given these."""
-    return policy or (Policy() if cache is None else cache.policy)
+    """Return the policy of a decode that was given these.
+
+    Raises:
+        UserError: they are no policy or no cache.
+    """
+    of_cache = None if cache is None else checked_cache(cache).policy
+    return checked_policy(of_cache if policy is None else policy)
 
 
 def _check_continuation(rows: list[list[int]], before: list[int], segments: Segments | None) -> None:

@@ -172,14 +172,15 @@ def _special_ids(model: PreTrainedModel, name: str) -> set[int]:
 
 
 def check_lengths(model: PreTrainedModel, rows: list[list[int]], new_tokens: int, before: int = 0) -> None:
-    """Raise UserError if a prompt, `before` tokens that it continues and its new tokens need more positions
-    than the model has.
+    """Raise UserError if a prompt, `before` tokens that it continues and its new tokens, of which the last is
+    never fed, need more positions than the model has.
     """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = before + max(map(len, rows))
-    if limit is not None and longest + new_tokens > limit:
+    needed = longest + max(0, new_tokens - 1)
+    if limit is not None and needed > limit:
         raise UserError(
-            f"a prompt of {longest} tokens and {new_tokens} new ones need {longest + new_tokens} positions; "
+            f"a prompt of {longest} tokens and {new_tokens} new ones need {needed} positions; "
             f"{type(model).__name__} has {limit} (max_position_embeddings)"
         )
 

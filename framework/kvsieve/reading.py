@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from transformers import PreTrainedModel
 
+from .arguments import whole
 from .cache.forward import Forward
-from .cache.kv_cache import KVCache
+from .cache.kv_cache import KVCache, checked_cache
 from .errors import UserError
 from .plans import Segments, Stage, checked_plan, checked_segments, schedule, slots_needed
 from .policy import Policy, Positions
@@ -48,9 +49,8 @@ def read(
         UserError: before anything is computed, as `decode`; or where a prompt has no more than `leave`
             tokens.
     """
-    rows = token_lists(model, prompts)
-    if isinstance(leave, bool) or not isinstance(leave, int) or leave < 0:
-        raise UserError(f"leave must be a number of tokens, 0 or more, not {leave!r}")
+    checked_cache(cache)
+    rows, leave = token_lists(model, prompts), whole("leave", leave, 0, "tokens")
     for b, row in enumerate(rows):
         if len(row) <= leave:
             raise UserError(f"prompt {b} has {len(row)} tokens: with leave={leave} nothing is left to read")
@@ -126,8 +126,8 @@ class Reading:
         leave: int = 0,
         before: list[int] | None = None,
     ) -> None:
-        if chunk is not None and chunk < 1:
-            raise UserError(f"prefill_chunk must be at least 1 token, not {chunk}")
+        if chunk is not None:
+            chunk = whole("prefill_chunk", chunk, 1, "tokens")
         self.begun = model if isinstance(model, Begun) else None
         self.model = model = model.model if isinstance(model, Begun) else model
         self.chunk, self.policy = chunk, policy
@@ -146,8 +146,10 @@ class Reading:
         self.ragged = any(size < self.columns for size in self.sizes)
 
     def room(self, new_tokens: int) -> int:
-        """The slots that a row needs for its prompt, beside what was held before, and so many new tokens."""
-        return max(self.peak, self.held + new_tokens)
+        """The slots that a row needs for its prompt, beside what was held before, and so many new tokens, of
+        which the last is never fed.
+        """
+        return max(self.peak, self.held + max(0, new_tokens - 1))
 
     def check_cache(self, cache: KVCache, new_tokens: int = 0) -> None:
         """Raise UserError if this cache cannot be read into so, or not hold as many new tokens then."""

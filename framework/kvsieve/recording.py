@@ -28,10 +28,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import attention
-from .cache.kv import KVView, LastQueries
+from .cache.kv import KVView
 from .cache.kv_cache import KVCache
 from .cache.layer import LayerCache
 from .cache.new_tokens import NewTokens
+from .cache.prompt import LastQueries
 from .plans import Segments, read_alike
 from .policy import Observe, Policy, Wants
 from .reading import Begun, Reading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .arguments import is_whole
 from .errors import UserError
 
 
@@ -26,7 +27,8 @@ class Sampler:
     Args:
         temperature, top_k, top_p: given any of these, draw; else take the most likely token.
         seed: row b draws from a stream of its own, `seed + b`.
-        processors: transformers' processors, applied before the temperature.
+        processors: transformers' processors, applied before the temperature: to all rows at once where their
+            prompts are of one length, else row by row.
         rows: the token ids of the prompts, which processors may look at.
         rows_end: rows may be ended from outside too (`Decoding.end_rows`).
 
@@ -52,19 +54,20 @@ class Sampler:
         rows_end: bool = False,
     ) -> None:
         _check_options(temperature, top_k, top_p, seed, len(rows))
-        self.processors = LogitsProcessorList(processors or [])
-        # Processors may look at the tokens so far, left-padded with zeros; our own do not.
-        self.ids = None
+        self.processors, self.warpers = LogitsProcessorList(processors or []), LogitsProcessorList()
+        # The tokens so far, which the user's processors may look at: `[B, n]`; or `[1, n]` of each row, where
+        # rows differ in length, so that none sees padding.
+        self.texts: list[torch.Tensor] = []
         if self.processors:
-            longest = max(map(len, rows))
-            self.ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+            alike = len(set(map(len, rows))) == 1
+            self.texts = [torch.tensor(each, device=device) for each in ([rows] if alike else zip(rows))]
         self.draws = any(option is not None for option in (temperature, top_k, top_p))
         if temperature is not None and temperature != 1:
-            self.processors.append(TemperatureLogitsWarper(float(temperature)))
+            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
         if top_k is not None:
-            self.processors.append(TopKLogitsWarper(int(top_k)))
+            self.warpers.append(TopKLogitsWarper(int(top_k)))
         if top_p is not None:
-            self.processors.append(TopPLogitsWarper(float(top_p)))
+            self.warpers.append(TopPLogitsWarper(float(top_p)))
         self.seed = int(seed)
         self.streams = [
             torch.Generator(device).manual_seed(self.seed + b) for b in range(len(rows) if self.draws else 0)
@@ -77,7 +80,7 @@ class Sampler:
     @property
     def why_not_captured(self) -> str | None:
         """Why a step with it cannot be a graph; None if it can."""
-        if self.ids is None:
+        if not self.texts:
             return None
         return "a logits_processor looks at the tokens so far, whose number grows"
 
@@ -91,7 +94,7 @@ class Sampler:
 
         Nothing here waits for the device.
         """
-        logits = self.processors(cast(torch.LongTensor, self.ids), cast(torch.FloatTensor, logits.float()))
+        logits = self._processed(logits.float())
         largest = logits.amax(1)  # NaN if any is
         unusable = largest.isnan() | (largest.isinf() if self.draws else largest == -math.inf)
         self.broken.copy_((unusable & ~ended).any())
@@ -105,10 +108,21 @@ class Sampler:
         else:
             tokens = logits.argmax(-1)
         tokens = tokens.masked_fill(ended, self.pad)
-        if self.ids is not None:
-            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        added = tokens[:, None].split([len(text) for text in self.texts]) if self.texts else ()
+        self.texts = [torch.cat(pair, 1) for pair in zip(self.texts, added, strict=True)]
         ended |= (tokens[:, None] == self.ends).any(1)
         return tokens
+
+    def _processed(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits `[B, V]` float32 behind the user's processors and our own."""
+        if self.texts:
+            parts = zip(self.texts, logits.split([len(text) for text in self.texts]), strict=True)
+            logits = torch.cat([_apply(self.processors, text, part) for text, part in parts])
+        return _apply(self.warpers, None, logits)
+
+
+def _apply(processors: LogitsProcessorList, text: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    return processors(cast(torch.LongTensor, text), cast(torch.FloatTensor, logits))
 
 
 class Given:
@@ -162,19 +176,15 @@ def _check_options(temperature: object, top_k: object, top_p: object, seed: obje
             f"sampling: temperature must be a finite number of at least {_COLDEST:g}, not {temperature!r}; "
             "leave it out to take the most likely token"
         )
-    if top_k is not None and not (_is_whole(top_k) and top_k >= 1):
+    if top_k is not None and not (is_whole(top_k) and top_k >= 1):
         raise UserError(f"sampling: top_k must be a whole number of at least 1, not {top_k!r}")
     if top_p is not None and not (_is_finite(top_p) and 0 <= top_p <= 1):
         raise UserError(f"sampling: top_p must be a number from 0 to 1, not {top_p!r}")
-    if not (_is_whole(seed) and 0 <= seed <= 2**64 - rows):
+    if not (is_whole(seed) and 0 <= seed <= 2**64 - rows):
         raise UserError(
             f"sampling: seed must be a whole number from 0 to 2**64 - {rows}, not {seed!r}: "
             f"row b of {rows} draws from seed + b"
         )
-
-
-def _is_whole(value: Any) -> TypeGuard[int]:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_finite(value: Any) -> TypeGuard[float]:

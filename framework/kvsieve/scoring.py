@@ -90,8 +90,7 @@ class Scoring:
         if len(rows) != len(self.continuations):
             raise UserError(f"{len(rows)} prompts, but {len(self.continuations)} continuations")
         self.steps = max(map(len, self.continuations))
-        # The last token is predicted, and takes no position.
-        check_positions(model, rows, self.steps - 1, policy_of(policy, cache))
+        check_positions(model, rows, self.steps, policy_of(policy, cache))
         runner = Runner(model, rows, policy, self.steps, prefill_chunk, cache, segments, reader)
         self.decoding = Decoding(runner, Given(self.continuations, model.device), eager)
         self._steps = self._run()

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from .arguments import is_whole
 from .errors import UserError
 
 _INTEGERS = {
@@ -74,7 +75,7 @@ def without_padding(rows: list[list[Any]], mask: list[list[Any]], what: str) -> 
 
 
 def is_id(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return is_whole(value)
 
 
 def shown(value: object) -> str:

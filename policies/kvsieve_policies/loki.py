@@ -65,7 +65,7 @@ class Loki(Calibrated):
             return Selection(*ops.top_by_vectors(part, kv["leading"], kv, most, self.group_score))
         ranking = ops.group_ranking(ops.vector_scores(part, kv["leading"], kv), kv, self.group_score)
         # Each row keeps its own share: the best must come first.
-        counts = (kv.lengths * self.k).long().clamp(min=1)
+        counts = (kv.lengths.double() * self.k).long().clamp(min=1)  # in the arithmetic of `most`
         return Selection(ranking.topk(max(1, most), 2).indices, counts)
 
     @classmethod

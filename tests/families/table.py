@@ -15,6 +15,13 @@ from tests.families.zoo import FAMILIES
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- made by tests/families/table.py: do not edit -->\n", "<!-- end of what is made -->\n"
 
+# By a word of what the refusal says.
+WHY = {
+    "latent": "latent attention (MLA)",
+    "head_dim": "heads of different sizes in its layers",
+    "inside the model": "no attention interface: attention is inside the model",
+}
+
 
 def table() -> str:
     """Both tables, in Markdown."""
@@ -33,11 +40,7 @@ def table() -> str:
         )
     refused = ["| family | configuration | why |", "|---|---|---|"]
     for name, (config, _, reason) in REFUSED.items():
-        why = (
-            "latent attention (MLA)"
-            if "latent" in reason
-            else "no attention interface: attention is inside the model"
-        )
+        why = next(why for word, why in WHY.items() if word in reason)
         refused.append(f"| {name} | `{config}` | {why} |")
     return "\n".join([*rows, "", "Refused, with the reason, before any weight is read:", "", *refused, ""])
 

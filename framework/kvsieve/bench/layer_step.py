@@ -9,7 +9,7 @@ import torch
 from .. import transfer
 from ..attention import decode_step
 from ..cache.forward import Forward
-from ..cache.kv import LastQueries, Scoring
+from ..cache.kv import Scoring
 from ..cache.layer import LayerCache
 from ..cache.rotary import Rotary
 from ..policy import Observe, Policy, Positions
@@ -61,7 +61,7 @@ def fill(layer: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> None:
     if policy.last_queries:
         query = torch.randn_like(keys[:, :, None, -policy.last_queries :])
         counts = torch.full((len(keys),), query.shape[3], device=keys.device)
-        kv._last_queries = LastQueries.joined(None, query, counts, policy.last_queries)
+        kv._prompt.take_queries(query, counts, policy.last_queries)
     layer.end_prompt()
 
 

@@ -15,6 +15,7 @@ from .. import processes
 from ..errors import UserError, unknown
 from . import layouts
 from .new_tokens import NewToken, NewTokens
+from .prompt import PromptState
 from .rotary import Rotary
 from .slots import Slots
 from .traffic import Traffic
@@ -26,28 +27,6 @@ class Scoring(NamedTuple):
     scale: float
     softcap: float | None = None
     sinks: torch.Tensor | None = None  # [K, G]: a logit per head that takes weight and gives no value
-
-
-class LastQueries(NamedTuple):
-    """The last W queries of each row's prompt, so far as it was read."""
-
-    queries: torch.Tensor  # [B, K, G, W, D], a row's real ones first
-    counts: torch.Tensor  # [B], real ones
-
-    @classmethod
-    def joined(
-        cls, held: LastQueries | None, query: torch.Tensor, counts: torch.Tensor, window: int
-    ) -> LastQueries:
-        """The last `window` of those held and of a row's first `counts [B]` new ones, `[B, K, G, Q, D]`."""
-        before = torch.zeros_like(counts) if held is None else held.counts
-        total = before + counts
-        kept = total.clamp(max=window)
-        index = (total - kept)[:, None] + torch.arange(window, device=query.device)
-        if held is not None:  # the new ones stand behind `window` places, of which `before` are real
-            index = torch.where(index < before[:, None], index, index + (window - before)[:, None])
-            query = torch.cat([held.queries, query], 3)
-        index = index.clamp(max=query.shape[3] - 1)[:, None, None, :, None]
-        return cls(query.gather(3, index.expand(*query.shape[:3], -1, query.shape[4])), kept)
 
 
 class Static(Mapping[str, torch.Tensor]):
@@ -86,15 +65,9 @@ class KVView:
         self._arriving: NewToken | None = None  # the token of a step, until it is written
         self._scoring = Scoring(1.0)
         self._rotary: Rotary | None = None  # of the model, for a policy that declares positions of its own
-        self._notes: dict[str, torch.Tensor] = {}
-        self._last_queries: LastQueries | None = None  # while a prompt is read, where a policy wants them
+        self._prompt = PromptState()
         self._in_order = in_order  # slots stand in the order of their tokens: until one is overwritten
         self._steps = 0
-        # Of the pass of a prompt that runs, or was the last one: see reading.py.
-        self._probing = False
-        self._span: torch.Tensor | None = None
-        self._room: torch.Tensor | None = None
-        self._pass_starts: torch.Tensor | None = None
         self._static = Static({}, traffic)
         self._heads = range(0)
         self._split = False  # other processes hold other heads of the layer
@@ -192,29 +165,28 @@ class KVView:
     @property
     def probing(self) -> bool:
         """Whether the forward that runs is a probe: its tokens are taken back."""
-        return self._probing
+        return self._prompt.probing
 
     @property
     def span(self) -> torch.Tensor:
         """`[B, 2]` int64: the tokens of the row's text, from `first` to before `last`, of the pass that runs;
         both 0 in a row that is not in it.
         """
-        if self._span is None:
-            return self.seen.new_zeros(len(self.seen), 2)
-        return self._span.to(self.seen.device)
+        span = self._prompt.span
+        return self.seen.new_zeros(len(self.seen), 2) if span is None else span.to(self.seen.device)
 
     @property
     def room(self) -> torch.Tensor:
         """`[B]` int64: slots that are to stay, while `priority` makes room before a pass; else all."""
-        return self.lengths.amax(1) if self._room is None else self._room
+        return self.lengths.amax(1) if self._prompt.room is None else self._prompt.room
 
     def fresh(self) -> torch.Tensor:
         """`[B, K, T]` bool: slots of the tokens that a row's running or last pass has brought."""
-        live = self.live()
-        if self._pass_starts is None:
+        live, starts = self.live(), self._prompt.pass_starts
+        if starts is None:
             return live
         slots = torch.arange(self.slots_in_use, device=live.device)
-        return live & (slots >= self._pass_starts[..., None])
+        return live & (slots >= starts[..., None])
 
     # ---------------------------------------------------------------- positions, and a prompt's end
     @property
@@ -224,8 +196,10 @@ class KVView:
 
     @property
     def notes(self) -> dict[str, torch.Tensor]:
-        """Tensors that a policy gathers while a prompt is read; empty again once it is cut."""
-        return self._notes
+        """Tensors `[B, ...]` that a policy gathers while a prompt is read, by name; empty again once it is
+        cut. They move with the rows.
+        """
+        return self._prompt.notes
 
     def turned(self, vectors: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """`vectors [..., D]` as they were `by [...]` positions later (broadcast; negative: earlier), float32.
@@ -247,24 +221,10 @@ class KVView:
         self._traffic.written("keys", written, numbers, self._slots.dtype)
         self._slots.write_keys(keys, slots, self._traffic.active)
 
-    def _go_on_from(self, other: KVView) -> None:
-        """Know all that is known of a prompt while it is read."""
-        self._notes = {name: note.clone() for name, note in other._notes.items()}
-        self._last_queries, self._steps = other._last_queries, other._steps
-        self._span, self._pass_starts = other._span, other._pass_starts
-
-    def _end_reading(self) -> None:
-        self._probing, self._span, self._pass_starts = False, None, None
-
     def _reset(self) -> None:
-        self._forget_prompt()
-        self._end_reading()
-        self._steps, self._room, self._arriving = 0, None, None
+        self._prompt = PromptState()
+        self._steps, self._arriving = 0, None
         self._versions.clear()
-
-    def _forget_prompt(self) -> None:
-        self._last_queries = None
-        self._notes.clear()
 
     # ---------------------------------------------------------------- metered
     @property

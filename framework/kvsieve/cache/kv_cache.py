@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .. import contract, ops
+from ..arguments import whole
 from ..errors import UserError
 from ..policy import Policy, Positions, Wants
 from .forward import Forward
@@ -39,7 +41,8 @@ class KVCache(Cache):
         capacity: tokens a row can hold; None grows as needed. A policy with a budget holds its budget.
 
     Raises:
-        UserError: the model was not prepared, or has no layer on which the policy would act.
+        UserError: the model was not prepared, is of a type in which the chosen ops do not compute, or has no
+            layer on which the policy would act; what was given is no policy, or no capacity.
     """
 
     def __init__(
@@ -49,7 +52,10 @@ class KVCache(Cache):
             raise UserError(
                 f"{type(model).__name__} is not ready for a KVCache: call kvsieve.prepare(model) first"
             )
-        policy = policy or Policy()
+        ops.check_type(model.dtype, model.device)
+        policy = contract.checked_policy(policy)
+        if capacity is not None:
+            capacity = whole("capacity", capacity, 1, "tokens a row")
         config = model.config.get_text_config(decoder=True)
         layers = _layers(config, policy, capacity)
         self.policy = policy
@@ -76,6 +82,7 @@ class KVCache(Cache):
                 layer.turn_by(rotary_of(model, layer.index, layer.policy.name))
             if layer.policy.cuts_together:
                 layer.together = [each for each in self.policy_layers if each.policy == layer.policy]
+            layer.waits = any(each.lends for each in layer.together or [layer])
         if self.counts_places:
             self._check_places(model)
         if self.counts_places or self.wants:
@@ -185,9 +192,11 @@ class KVCache(Cache):
             )
 
     def release(self, claim: object) -> None:
-        """End a claim, if it still holds; the tokens stay."""
+        """End a claim, if it still holds; the tokens stay, and others may follow them."""
         if self._claim is claim:
             self._claim = None
+            for layer in self.kv_layers:
+                layer.end_decode()
 
     def reset(self) -> None:
         """Forget all tokens, and end any claim.
@@ -325,9 +334,6 @@ class KVCache(Cache):
         """The prompts are complete, between two forwards: every layer decides who stays."""
         for layer in self.kv_layers:
             layer.end_prompt()
-        for layer in self.kv_layers:
-            if layer.must_drop:  # it lends, and nobody reads now
-                layer.drop_beyond_budget()
 
     def end_reading(self, columns: int, leave: int, trim: bool) -> None:
         """All was read but the last `leave` columns of the prompts: as if in so many columns of tokens.
@@ -337,7 +343,7 @@ class KVCache(Cache):
         self._read = 0
         for layer in self.kv_layers:
             layer.fed = columns
-            layer.kv._end_reading()
+            layer.kv._prompt.end_passes()
             if trim:
                 layer.slots.trim()
         if leave:
@@ -417,6 +423,14 @@ class KVCache(Cache):
         held = [layer.slots.lengths.double().mean(1).cpu() for layer in layers]
         mean: list[float] = torch.stack(held).mean(0).tolist()
         return mean
+
+
+def checked_cache(cache: object) -> KVCache:
+    """Return a cache that a user gave. Raises UserError if it is no KVCache."""
+    if not isinstance(cache, KVCache):
+        given = cache if isinstance(cache, int | float | str) else type(cache).__name__
+        raise UserError(f"cache must be a kvsieve.KVCache, not {given!r}: kvsieve.KVCache(model, policy)")
+    return cache
 
 
 def _nothing_to_do(model: PreTrainedModel, policy: Policy, layers: list[LayerCache]) -> str:

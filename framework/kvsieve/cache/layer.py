@@ -12,22 +12,15 @@ from ..errors import UserError
 from ..policy import Policy, Positions, Ranking, Selection, Wants
 from . import layouts
 from .forward import Forward, kind_of_forward
-from .kv import KVView, LastQueries, Scoring, Static
+from .kv import KVView, Scoring, Static
 from .new_tokens import NewToken, NewTokens
+from .prompt import LastQueries, Written
 from .rotary import Rotary
 from .slots import Checkpoint, Slots
 from .traffic import Traffic
 from .windows import Window, Windowed
 
 _NO_LIMIT = torch.iinfo(torch.int64).max
-
-
-class Prompt(NamedTuple):
-    """Tokens of a prompt as they were written."""
-
-    starts: torch.Tensor  # [B, K], the lengths before
-    counts: torch.Tensor  # [B], real tokens
-    order: torch.Tensor | None  # [B, Q], brings a row's real tokens to the front; None: as they came
 
 
 class BeforeProbe(NamedTuple):
@@ -97,17 +90,16 @@ class LayerCache(CacheLayerMixin):
         # the model's, held in one layer, because they move with the rows.
         self.last_logits: torch.Tensor | None = None
         self.arrived: NewTokens | None = None  # until their surprise is known, if the policy wants it
-        self.visible: torch.Tensor | None = None  # [B, Q, T] bool: what the running prompt's tokens may see
-        self.prompt: Prompt | None = None  # the last one written, for layers that borrow these slots
         self.active: torch.Tensor | None = None  # [B] bool: rows that still decode; None: all
-        self.must_drop = False  # a prompt is complete, and its tokens that do not stay are still there
         self.unpacked = False  # it was packed, and a prompt is being read into padded storage
-        self.pending_cut: contract.Cut | None = None  # who stays, where the policy said it by slots
         # The layers that `cut_together` cuts, in their order; none: this one alone. (A list of itself would
         # keep the storage of every cache until the garbage is collected.)
         self.together: list[LayerCache] = []
         self.before_probe: BeforeProbe | None = None  # while one runs
-        self.lends = False  # other layers attend to these slots too (gemma3n): drop tokens when all have
+        self.lends = False  # other layers attend to these slots too (gemma3n)
+        # A prompt ends when its last forward is over, because this layer lends, or one that is cut with it.
+        self.waits = False
+        self.waiting = False  # for that
         self.model_heads: int | None = None  # KV heads of the layer in all processes, where that is known
         self.group: int | None = None  # query heads per KV head, where that is known
         self.counts_steps = True  # in a model one layer counts them for all
@@ -150,8 +142,6 @@ class LayerCache(CacheLayerMixin):
 
         `write_token` writes it, with what `on_append` has added; or whoever looks before that.
         """
-        if self.must_drop:  # this layer lends, and all have read the prompt by now
-            self.drop_beyond_budget()
         keys, values = self._take_incoming()
         slots, active = self.slots, self.active
         coming = slots.ones if active is None else active
@@ -221,7 +211,7 @@ class LayerCache(CacheLayerMixin):
         starts = slots.lengths.clone()
         at = slots.append_tokens(keys, values, counts)
         slots.used += new
-        self.prompt = Prompt(starts, counts, order)
+        self.kv._prompt.written = Written(starts, counts, order)
         tokens = NewTokens(keys, values, counts, at, self._take_ids(counts, order))
         self._arrived(tokens)
         return tokens
@@ -247,6 +237,19 @@ class LayerCache(CacheLayerMixin):
         if self.forward is Forward.PROMPT:
             self.end_prompt()
 
+    def complete_prompt(self) -> None:
+        """A prompt's last forward has passed this layer: the prompt ends, now or when all have read it."""
+        self.waiting = self.waits
+        if not self.waiting:
+            self.end_prompt()
+
+    def end_forward(self) -> None:
+        """The last forward is over in all layers: a prompt that has waited for that ends."""
+        if self.waiting:
+            for layer in self.together or [self]:
+                layer.waiting = False
+                layer.end_prompt()
+
     def end_prompt(self) -> None:
         """The prompt is complete: tell the policy, ask it who stays, and drop the others.
 
@@ -255,37 +258,29 @@ class LayerCache(CacheLayerMixin):
         self.policy.on_prefill(self.kv)
         together = self.together or [self]
         if not self.policy.cuts_together:
-            self._end(self.policy.cut(self.kv))
+            self._cut(self.policy.cut(self.kv))
         elif self is together[-1]:
             answers = self.policy.cut_together([layer.kv for layer in together])
             contract.check_answers(answers, self.policy, len(together))
             for layer, answer in zip(together, answers, strict=True):
-                layer._end(answer)
+                layer._cut(answer)
 
-    def _end(self, answer: torch.Tensor | None) -> None:
-        if answer is None and self.unpacked and self.policy.keeps is None:  # all stay, packed again
-            answer = self.slots.live()
-        self.pending_cut = contract.checked_cut(answer, self.policy, self.index, self.slots, self.limits)
-        self.kv._forget_prompt()
-        self.must_drop = True
-        if not self.lends:
-            self.drop_beyond_budget()
-
-    def drop_beyond_budget(self) -> None:
-        """Drop what does not stay: all but the last `cut`, or all but the best `keeps` by priority."""
-        keeps, slots = self.policy.keeps, self.slots
-        self.must_drop = self.unpacked = False
-        if self.pending_cut is not None:
-            cut, self.pending_cut = self.pending_cut, None
+    def _cut(self, answer: torch.Tensor | None) -> None:
+        """Drop what does not stay: all but what `cut` answered, or all but the best `keeps` by priority."""
+        keeps, slots, unpacked = self.policy.keeps, self.slots, self.unpacked
+        if answer is None and unpacked and keeps is None:  # all stay, packed again
+            answer = slots.live()
+        cut = contract.checked_cut(answer, self.policy, self.index, slots, self.limits)
+        self.kv._prompt.forget_cut()
+        self.unpacked = False
+        if cut is not None:
             if self.packs and (self._limits is not None or (self._most is None and cut.heads_differ)):
                 slots.pack(cut.stays, cut.counts, self.limits)
             elif cut.drops or slots.used > cut.most:
                 slots.keep_where(cut.stays, cut.most)
-            return
-        if keeps is None or slots.used <= keeps:
-            return
-        # Sorted: the order of tokens is kept.
-        slots.keep(self._priority().topk(keeps, dim=2).indices.sort(dim=2).values)
+        elif keeps is not None and slots.used > keeps:
+            # Sorted: the order of tokens is kept.
+            slots.keep(self._priority().topk(keeps, dim=2).indices.sort(dim=2).values)
 
     def leave_unseen(self) -> None:
         """Drop what a window does not show to the next token; put the others in their order."""
@@ -304,9 +299,9 @@ class LayerCache(CacheLayerMixin):
         """The first slot `[B, K, Q]` that each of a prompt's `new` tokens sees; None: all see from 0 on."""
         if self.window is None or self.fed <= self.window.size:
             return None
-        assert self.prompt is not None
-        slots = self.slots
-        tokens = (slots.seen - self.prompt.counts)[:, None] + torch.arange(new, device=slots.device)
+        slots, written = self.slots, self.kv._prompt.written
+        assert written is not None
+        tokens = (slots.seen - written.counts)[:, None] + torch.arange(new, device=slots.device)
         first = self.window.first(tokens)[:, None].expand(*slots.lengths.shape, new)
         # Slots are in the order of their tokens: `leave_unseen` put them so.
         positions = slots.positions.masked_fill(~slots.live(), _NO_LIMIT)
@@ -365,38 +360,39 @@ class LayerCache(CacheLayerMixin):
         most, drops = torch.stack([counts.max(), (counts < lengths).any()]).tolist()
         if not drops:
             return
-        self.kv._room = rooms.to(lengths.device)
+        self.kv._prompt.room = rooms.to(lengths.device)
         priority = self._priority()
-        self.kv._room = None
+        self.kv._prompt.room = None
         order = priority.argsort(dim=2, descending=True, stable=True)
         among = torch.arange(self.slots.used, device=lengths.device) < counts[..., None]
         self.slots.keep_where(torch.zeros_like(among).scatter_(2, order, among), most)
 
     def begin_pass(self, kind: Forward, rows: torch.Tensor, spans: torch.Tensor) -> None:
         """The rows marked `[B]` begin a pass over tokens `spans [B, 2]` of their prompts."""
-        kv, slots = self.kv, self.slots
-        kv._probing, kv._span = kind is Forward.PROBE, spans
+        prompt, slots = self.kv._prompt, self.slots
+        prompt.probing, prompt.span = kind is Forward.PROBE, spans
         if self.is_empty:
             return
         self.leave_unseen()
         lengths = slots.lengths
-        earlier = torch.zeros_like(lengths) if kv._pass_starts is None else kv._pass_starts
-        kv._pass_starts = torch.where(rows.to(slots.device)[:, None], lengths, earlier)
-        if kv._probing:
+        earlier = torch.zeros_like(lengths) if prompt.pass_starts is None else prompt.pass_starts
+        prompt.pass_starts = torch.where(rows.to(slots.device)[:, None], lengths, earlier)
+        if prompt.probing:
             summaries = {name: summary.clone() for name, summary in slots.summaries.items()}
-            self.before_probe = BeforeProbe(self.fed, slots.checkpoint(), summaries, kv._last_queries)
+            self.before_probe = BeforeProbe(self.fed, slots.checkpoint(), summaries, prompt.last_queries)
 
     def end_pass(self, ragged: bool) -> None:
         """Take a probe back; `ragged`: some rows brought fewer tokens than others."""
-        slots = self.slots
+        slots, prompt = self.slots, self.kv._prompt
+        self.end_forward()
         if self.before_probe is not None:
             before, self.before_probe = self.before_probe, None
-            self.fed, self.kv._last_queries = before.fed, before.last_queries
+            self.fed, prompt.last_queries = before.fed, before.last_queries
             slots.restore(before.slots)
             slots.summaries.update(before.summaries)
         elif ragged:
             slots.used = int(slots.lengths.max())
-        self.expected, self.kv._probing = None, False
+        self.expected, prompt.probing = None, False
 
     def go_on_from(self, other: LayerCache) -> None:
         """Hold a copy of what another layer holds between two passes over the same prompts, as if read here.
@@ -409,7 +405,8 @@ class LayerCache(CacheLayerMixin):
             self.lazy_initialization(keys, slots.values)
         self._make_room(slots.used)
         self.slots.hold_copy_of(slots)
-        self.kv._go_on_from(other.kv)
+        self.kv._prompt.go_on_from(other.kv._prompt)
+        self.kv._steps = other.kv._steps
         self.fed, self.scoring = other.fed, other.scoring
         if other.last_logits is not None:
             with torch.inference_mode(False):  # reset() may be called outside of it
@@ -418,13 +415,19 @@ class LayerCache(CacheLayerMixin):
     # ---------------------------------------------------------------- room
     def fix_shapes(self, tokens: int) -> None:
         """Make room for `tokens` a row, or for the kept ones: decode steps then have constant shapes."""
-        if self.must_drop:  # this layer lends, and all have read the prompt by now
-            self.drop_beyond_budget()
+        self.end_forward()
         to_come = tokens - self.fed
         self.slots.fix(self.slots.used + to_come if self._most is None else min(tokens, self._most))
         # The prompt is in, and from now on `fed` stands still: it cannot tell. `count_fed` counts.
         self.prompt_end = None
         self.kv._steps += 1
+
+    def end_decode(self) -> None:
+        """No decode uses the cache any more: rows that had ended may go on, and the storage may grow."""
+        self.active = None
+        if self.slots.fixed:
+            self.slots.unfix()
+            self.kv._steps -= 1  # it counted the step that would have come
 
     def count_fed(self) -> None:
         """Count one more token fed while shapes are fixed: outside of the step, which may be a graph."""
@@ -513,6 +516,7 @@ class LayerCache(CacheLayerMixin):
                 "cached. Either that forward failed half-way, and a new cache is needed, or this model "
                 "changes keys between cache and attention, and only transformers' own cache can serve it"
             )
+        self.end_forward()
         if self.is_empty and not (self.is_initialized and self.slots.fits(key_states)):
             if key_states.shape != value_states.shape:
                 raise UserError(
@@ -568,10 +572,10 @@ class LayerCache(CacheLayerMixin):
         """Forget all tokens. The storage stays for the next batch, if it has as many rows."""
         self.fed = 0
         self.active, self.incoming, self.prompt_end = None, None, None
-        self.ids, self.visible, self.arrived = None, None, None
+        self.ids, self.arrived = None, None
         if self.last_logits is not None:
             self.last_logits.fill_(torch.nan)
-        self.must_drop, self.unpacked, self.pending_cut = False, False, None
+        self.waiting, self.unpacked = False, False
         self.expected, self.before_probe = None, None
         self.traffic.begin(None, None)  # a step that failed has not ended
         self.kv._reset()
@@ -588,10 +592,9 @@ class LayerCache(CacheLayerMixin):
         if self.last_logits is not None:
             with torch.inference_mode(False):
                 self.last_logits = self.last_logits.index_select(0, indices.to(self.last_logits.device))
-        if self.pending_cut is not None:
-            stays = self.pending_cut.stays.index_select(0, indices.to(self.device))
-            counts = [self.pending_cut.counts[row] for row in indices.tolist()]
-            self.pending_cut = self.pending_cut._replace(stays=stays, counts=counts)
+        if self.active is not None:
+            self.active = self.active.index_select(0, indices.to(self.active.device))
+        self.kv._prompt.reorder(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:

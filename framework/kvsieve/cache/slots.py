@@ -58,11 +58,12 @@ RESERVED = (*layouts.KEY_STORES, VALUES, POSITIONS, "lengths", "seen")
 
 
 class Checkpoint(NamedTuple):
-    """The lengths of a layer at one moment."""
+    """The lengths of a layer at one moment, and whether its shapes were constant."""
 
     used: int
     lengths: torch.Tensor
     seen: torch.Tensor
+    fixed: bool
 
 
 class Slots:
@@ -351,6 +352,11 @@ class Slots:
         self._home = self._stores if self.packing is None else {}
         self.used, self.fixed = self.capacity, True
 
+    def unfix(self) -> None:
+        """Let it grow again; the stores stay where a captured step finds them. Waits for the device."""
+        if self.fixed:
+            self.used, self.fixed = int(self.lengths.max()), False
+
     def trim(self) -> None:
         """Give back the storage beyond the slots in use; not where columns are paged."""
         if self.packing is None and not self._pages and self.capacity > self.used:
@@ -513,7 +519,7 @@ class Slots:
 
     def checkpoint(self) -> Checkpoint:
         """Note the lengths, so that after `restore` the next token is put in the same slot."""
-        return Checkpoint(self.used, self.lengths.clone(), self.seen_by_head.clone())
+        return Checkpoint(self.used, self.lengths.clone(), self.seen_by_head.clone(), self.fixed)
 
     def hold_copy_of(self, other: Slots) -> None:
         """Hold what `other` holds, which has as many rows, the same stores, and nothing packed."""
@@ -532,7 +538,7 @@ class Slots:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint; slots that were overwritten since are not restored."""
-        self.used = checkpoint.used
+        self.used, self.fixed = checkpoint.used, checkpoint.fixed
         self.lengths.copy_(checkpoint.lengths)
         self.seen_by_head.copy_(checkpoint.seen)
 

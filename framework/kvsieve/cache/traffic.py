@@ -52,7 +52,9 @@ class Traffic:
     def read_static(self, name: str, tensor: torch.Tensor) -> None:
         """Count a read of static data: once a step, for all rows together."""
         if self.meter is not None and self.first_read(f"static {name}"):
-            self.meter.add("read/static", tensor.numel() * tensor.element_size())
+            size = tensor.numel() * tensor.element_size()
+            # On the device: what is added up on the host, no replay of a captured step adds.
+            self.meter.add("read/static", torch.full((), size, dtype=torch.int64, device=tensor.device))
 
     def written(self, kind: str, slots: torch.Tensor, numbers: int, dtype: torch.dtype) -> None:
         """Count a write, as `read`."""

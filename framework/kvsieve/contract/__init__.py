@@ -10,9 +10,10 @@ from .answers import (
     checked_selection,
     checked_static,
     first_answers,
+    is_strict,
     strict,
 )
-from .declarations import check_class, check_declarations, mass_column, packs
+from .declarations import check_class, check_declarations, checked_policy, mass_column, packs
 
 __all__ = [
     "Cut",
@@ -21,11 +22,13 @@ __all__ = [
     "check_declarations",
     "checked_cut",
     "checked_limits",
+    "checked_policy",
     "checked_priority",
     "checked_sees",
     "checked_selection",
     "checked_static",
     "first_answers",
+    "is_strict",
     "mass_column",
     "packs",
     "strict",

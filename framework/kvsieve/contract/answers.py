@@ -41,6 +41,11 @@ def strict(wanted: bool = True) -> Iterator[None]:
         _switch.strict = before
 
 
+def is_strict() -> bool:
+    """Whether the values of every answer are checked, in this thread."""
+    return _switch.strict
+
+
 @contextlib.contextmanager
 def first_answers(checked: set[str]) -> Iterator[None]:
     """Check the values of the first answers inside, in this thread: one for each question, layer by layer.

@@ -249,3 +249,19 @@ def packs(policy: Policy) -> bool:
     """
     selects = _innermost(policy).select is not Policy.select
     return not policy.columns and policy.key_layout.kind == "single" and not selects
+
+
+def checked_policy(policy: object) -> Policy:
+    """Return a policy that a user gave; for None, dense.
+
+    Raises:
+        UserError: it is none: its name, or its class.
+    """
+    if policy is None or isinstance(policy, Policy):
+        return policy or Policy()
+    how = "what kvsieve.make_policy makes"
+    if isinstance(policy, type):
+        how = "an object of it, with its parameters"
+    elif isinstance(policy, str):
+        how = f"kvsieve.make_policy({policy!r}, ...)"
+    raise UserError(f"policy must be a kvsieve.Policy, or None for dense, not {policy!r}: give {how}")

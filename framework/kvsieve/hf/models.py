@@ -143,7 +143,8 @@ def check_config(config: PreTrainedConfig) -> None:
     """Refuse, before any weight is read, a model that cannot be served.
 
     Raises:
-        UserError: encoder-decoder, no attention interface, or multi-head latent attention.
+        UserError: encoder-decoder, no attention interface, multi-head latent attention, or layers whose heads
+            differ in size or number.
     """
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -154,6 +155,15 @@ def check_config(config: PreTrainedConfig) -> None:
             f"{kind} uses multi-head latent attention (MLA): its cache holds compressed latents, not the "
             "keys and values that policies choose from. To run it dense, load it with transformers and use "
             "it as it is, with transformers' own cache"
+        )
+    own = {"head_dim", "num_key_value_heads"} & set(getattr(text, "per_layer_attributes", None) or ())
+    if own:
+        name = min(own)  # head_dim, if it is among them
+        values = sorted({getattr(layer, name) for layer in text.per_layer_config})
+        raise UserError(
+            f"{kind} gives each layer a {name} of its own ({', '.join(map(str, values))}): the parameters, "
+            "budgets and calibrations of a policy are for one. Use it with transformers' own cache, or take "
+            "a model whose layers are alike, such as Gemma 3 (docs/models.md)"
         )
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is not None and not model_class._can_set_attn_implementation():

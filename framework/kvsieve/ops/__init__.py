@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("reference", "cpu", "numba", "triton")
 _EXTRAS = {"numba": "cpu", "triton": "triton"}
+# Kernels and compiled loops are written for these; torch computes in any.
+_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_ANY_TYPE = ("reference", "cpu")
 _loaded: dict[str, ModuleType] = {"reference": reference}
 _DEFAULT = os.environ.get("KVSIEVE_OPS")
 _FASTEST_ON_CPU = "numba" if importlib.util.find_spec("numba") else "cpu"
@@ -93,6 +96,17 @@ def implementation(device: torch.device) -> ModuleType:
                 "'reference'"
             ) from None
     return _loaded[name]
+
+
+def check_type(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise UserError if the ops that run on this device do not compute in this type."""
+    name = chosen(device)
+    if name not in _ANY_TYPE and dtype not in _TYPES:
+        raise UserError(
+            f"the {name} ops compute in {', '.join(_TYPES.values())}, and the model is of dtype "
+            f"{str(dtype).removeprefix('torch.')}: load it in one of these, or let torch compute, with "
+            "KVSIEVE_OPS=reference or inside kvsieve.ops.use('reference')"
+        )
 
 
 def attend(
@@ -220,7 +234,7 @@ def window_weights(kv: KVView) -> torch.Tensor:
     Raises:
         UserError: no prompt has just been completed, or the policy declares no `last_queries`.
     """
-    last, slots = kv._last_queries, kv._slots
+    last, slots = kv._prompt.last_queries, kv._slots
     if last is None:
         raise UserError(
             "ops.window_weights(kv) is for on_prefill and cut of a policy that declares `last_queries`, the "
