@@ -176,8 +176,10 @@ def test_a_policy_that_answers_nonsense_fails_with_what_is_wrong(load, model, ki
 
 def test_only_first_answers_are_looked_at(load, model, monkeypatch):
     settings = load("batch_size: 2\ntasks: [needle]\npolicies: [dense]\n").settings
-    looks, look = [], contract._check_chosen
-    monkeypatch.setattr(contract, "_check_chosen", lambda *given: (looks.append(given[0]), look(*given)))
+    looks, look = [], contract.answers._check_chosen
+    monkeypatch.setattr(
+        contract.answers, "_check_chosen", lambda *given: (looks.append(given[0]), look(*given))
+    )
     sparq = kvsieve.make_policy("sparq", r=4, k=16, local=4)
     measured(model, settings, unit_of(sparq, samples=4))
     assert looks == [f"policy sparq, layer {n}: select" for n in range(model.config.num_hidden_layers)]
