@@ -30,7 +30,7 @@ class Cell:
 
     @property
     def budget(self) -> Budget | None:
-        """What was asked for, if that is how the policy got its parameters."""
+        """The budget that was asked for, if that is how the policy got its parameters."""
         return None if self.asked is None else self.asked.budget
 
     @property
