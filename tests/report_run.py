@@ -158,6 +158,7 @@ def write_run(folder, rows, errors=()):
     environment = {
         "started": "2025-11-20T19:40:11+00:00",
         "kvsieve": "0.1.0",
+        "git_commit": "0123456789ab",
         "plugins": {"my-policy": "1.0"},
         "python": "3.11.2",
         "torch": "2.13.0+cpu",

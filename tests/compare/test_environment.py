@@ -1,5 +1,8 @@
 """How busy a machine was while it measured, and when its speeds are not to be quoted."""
 
+import re
+import subprocess
+
 import psutil
 import pytest
 
@@ -24,3 +27,24 @@ def test_above_a_twentieth_of_the_cores_time_for_others_a_speed_is_marked(monkey
     found = Load().since()
     assert found["not_to_be_quoted"] == why
     assert found["stolen"] == steal / 100
+
+
+def test_the_commit_is_that_of_kvsieves_own_clone(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    git("init")
+    other = tmp_path / "venv" / "kvsieve"
+    other.mkdir(parents=True)
+    (other / "environment.py").touch()
+    (tmp_path / "own.txt").touch()
+    who = "-c", "user.name=a", "-c", "user.email=a@b"
+    git("add", "own.txt")
+    git(*who, "commit", "-m", "theirs")
+    assert environment.git_commit(other) is None  # it lies in another project's clone
+    git("add", ".")
+    git(*who, "commit", "-m", "ours")
+    found = environment.git_commit(other)
+    assert re.fullmatch("[0-9a-f]{12}", found)
+    (tmp_path / "own.txt").write_text("edited")
+    assert environment.git_commit(other) == found + "+"

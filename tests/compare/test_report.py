@@ -76,7 +76,8 @@ def test_the_page_holds_every_row_the_headline_and_the_setting_of_the_run(run_fo
         "reference, 3.21 M parameters, float32", "Intel Xeon 2.80GHz, 2 cores", "torch 2.13.0",
         "2025-11-20 19:40 UTC", "my-policy 1.0", "samples: 32", "<code>budget=64 recent=16</code>",
         "<dt>seed</dt><dd>0</dd>", "characters of 64", "lower is better", "0.890 to 1.000", "2.1 MB",
-        "pip install kvsieve==0.1.0 torch==2.13.0 my-policy==1.0\nkvsieve compare config.yaml --out again",
+        "In a clone of kvsieve 0.1.0, with the configuration below", "git checkout 0123456789ab\n"
+        "pip install . torch==2.13.0 my-policy==1.0\nkvsieve compare config.yaml --out again",
         "the grey band its 95% interval",
     ):  # fmt: skip
         assert expected in page, expected

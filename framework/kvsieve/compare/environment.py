@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -121,13 +122,17 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def git_commit() -> str | None:
-    """The commit of the working directory; a `+` behind it: with changes that are not committed."""
+def git_commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of kvsieve's own code; a `+` behind it: with changes that are not committed. None: it is not
+    that of a clone.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            capture_output=True, text=True, timeout=5, check=True,
-        )  # fmt: skip
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # the clone is not another project's
+        return git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() or None

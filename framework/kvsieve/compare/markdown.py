@@ -26,7 +26,8 @@ MARKS = (
 MEANING = (
     "`against dense`: the difference from the dense score on the same samples, with its 95 % interval. "
     "`better`, `worse`: what differs when at most 5 % of all such marks are expected to be wrong "
-    "(Benjamini-Hochberg); `few`: too few samples to say."
+    "(Benjamini-Hochberg); `few`: too few samples to say. An interval is of its row alone: one that leaves 0 "
+    "out may be unmarked among many rows."
 )
 _HEADINGS = ["context", "policy", "score", "95 % interval", "against dense", "answers", "bytes read / dense",
              "KV MB", "slots a head", "tokens/s"]  # fmt: skip

@@ -6,11 +6,11 @@ from typing import Any
 
 from .folder import RunFolder
 
-_PACKAGES = ["kvsieve", "torch", "transformers"]
+_PACKAGES = ["torch", "transformers"]
 
 
 def commands(run: RunFolder) -> str:
-    """The lines of a shell: the versions that were installed, then the comparison itself.
+    """The lines of a shell in a clone of kvsieve: its commit, the versions installed, the comparison.
 
     Of joined runs, which have a configuration each, the line that joins them.
     """
@@ -23,8 +23,20 @@ def commands(run: RunFolder) -> str:
     versions = {name: known[name] for name in _PACKAGES if isinstance(known.get(name), str)}
     versions |= {str(name): str(version) for name, version in known.get("plugins", {}).items()}
     pinned = [f"{name}=={re.sub('[+].*', '', version)}" for name, version in versions.items()]
-    install = [shlex.join(["pip", "install", *pinned])] if pinned else []
-    return "\n".join([*install, "kvsieve compare config.yaml --out again"])
+    return "\n".join(
+        [
+            *_checkout(known.get("git_commit")),
+            shlex.join(["pip", "install", ".", *pinned]),
+            "kvsieve compare config.yaml --out again",
+        ]
+    )
+
+
+def _checkout(commit: Any) -> list[str]:
+    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]+[+]?", commit):
+        return []
+    changed = "  # and changes that were not committed" if commit.endswith("+") else ""
+    return [f"git checkout {commit.rstrip('+')}{changed}"]
 
 
 def protocol(run: RunFolder) -> list[tuple[str, str]]:

@@ -121,6 +121,7 @@ def _sections(run: RunFolder) -> list[Section]:
     notes = [noise_note(results.rows), *eager_notes(results.rows), *loads]
     again = {
         "commands": commands(run),
+        "version": run.environment.get("kvsieve", ""),
         "config": run.config,
         "protocol": protocol(run),
         "environment": json.dumps(run.environment, indent=2, ensure_ascii=False),
