@@ -58,7 +58,7 @@ def mistakes(found: Found) -> list[Mistake]:
 
 
 def unchecked(config: Config) -> list[str]:
-    """What only shows when a model is loaded, a sentence each."""
+    """Say what only shows when a model is loaded, a sentence each."""
     lines = []
     for model in config.models:
         facts = read_facts(model, config.settings.revision)

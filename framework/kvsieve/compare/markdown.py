@@ -84,14 +84,16 @@ def _pivot(results: Results) -> list[str]:
 
 
 def _score(row: Row | None) -> str:
-    return MISSING if row is None or row.score is None else f"{row.score:.3g} {row.symbol}".strip()
+    if row is None or row.score is None:
+        return MISSING if row is None else row.missing
+    return f"{row.score:.3g} {row.symbol}".strip()
 
 
 def _cells(group: Group, row: Row) -> list[str]:
     against = "" if row.policy == DENSE else f"{group.difference(row)} {row.mark}".strip() or MISSING
     ratio = MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}"
     return [
-        str(row.context), row.policy_label, group.text(row.score), group.interval(row) or MISSING, against,
+        str(row.context), row.policy_label, group.score(row), group.interval(row) or MISSING, against,
         row.changes, ratio, megabytes(row.kv_bytes), slots(row.slots_per_head),
         row.speed + " noisy" * row.noisy,
     ]  # fmt: skip

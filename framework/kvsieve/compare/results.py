@@ -18,6 +18,7 @@ from .statistics import ALIKE, BETTER, CHANCE, FEW, WORSE
 
 DENSE = "dense"
 MISSING = "\N{EN DASH}"
+FAILED = "failed"
 SYMBOLS = {
     BETTER: "\N{BLACK UP-POINTING TRIANGLE}",
     WORSE: "\N{BLACK DOWN-POINTING TRIANGLE}",
@@ -78,6 +79,12 @@ class Row(Subject):
     tokens_per_second_max: float | None = None
     machine: str = ""  # of runs on several: each one's speed, `NVIDIA H200: 1,200; AMD EPYC: 85`, none above
     ran_eagerly: str = ""  # on a GPU: why its steps were not one CUDA graph each
+    error: str = ""  # of a cell that failed: the first line of why
+
+    @property
+    def missing(self) -> str:
+        """The text in place of a score that there is not."""
+        return FAILED if self.error else MISSING
 
     @property
     def noisy(self) -> bool:
@@ -166,6 +173,10 @@ class Group:
     def contenders(self) -> list[Row]:
         """The rows of which one may be the best: sparse, judged, and not worse than dense."""
         return [row for row in self.rows if row.policy != DENSE and row.mark not in (WORSE, CHANCE)]
+
+    def score(self, row: Row) -> str:
+        """The text of a row's score; `failed` where its cell failed before there was one."""
+        return row.missing if row.score is None else self.text(row.score)
 
     def text(self, score: float | None) -> str:
         """A score with as many decimals as the scores of its group need."""
@@ -270,8 +281,10 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 
 
 def csv_lines(rows: Iterable[Row]) -> list[str]:
-    """The lines of summary.csv: the names of the columns, then the rows."""
-    names = [field.name for field in dataclasses.fields(Row)]
+    """The lines of summary.csv: the names of the columns, then the rows; `error` where a cell failed."""
+    rows = list(rows)
+    failed = any(row.error for row in rows)
+    names = [field.name for field in dataclasses.fields(Row) if failed or field.name != "error"]
     lines = []
     for values in [names, *([_written(getattr(row, name)) for name in names] for row in rows)]:
         out = io.StringIO(newline="")
@@ -311,6 +324,16 @@ def eager_notes(rows: Iterable[Row]) -> list[str]:
         if row.ran_eagerly:
             labels.setdefault(row.ran_eagerly, {})[row.policy_label] = None
     return [f"Not as one CUDA graph a step: {', '.join(who)} ({why})." for why, who in labels.items()]
+
+
+def failure_notes(results: Results) -> list[str]:
+    """A line for each policy and reason: where it failed, and the first line of why."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for group in results.groups:
+        for row in group.rows:
+            if row.error:
+                where.setdefault((row.policy_label, row.error), []).append(group.column)
+    return [f"failed: {label} on {', '.join(columns)}: {error}" for (label, error), columns in where.items()]
 
 
 def noise_note(rows: Sequence[Row]) -> str:

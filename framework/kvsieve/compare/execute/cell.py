@@ -41,9 +41,7 @@ class Measurement:
         self.capacity = 0
         self.warm = False  # kernels are compiled, and the step is captured
         self.changes_keys = False  # its policy was found to do so
-        self.checked: set[str] = (
-            set()
-        )  # questions to the policy whose first answer was checked, value by value
+        self.checked: set[str] = set()  # the questions whose first answer was: see contract
         self.rows: int | None = None  # that fit into memory; None: no more were asked for than did
 
     def release(self) -> None:

@@ -31,7 +31,8 @@ def pivot(results: Results) -> dict[str, Any]:
 
 def _cell(group: Group, row: Row | None) -> dict[str, Any]:
     if row is None or row.score is None:
-        return {"text": MISSING, "value": None, "symbol": "", "mark": "", "title": "not measured"}
+        text, why = (row.missing, row.error) if row is not None else (MISSING, "")
+        return {"text": text, "value": None, "symbol": "", "mark": "", "title": why or "not measured"}
     against = "" if row.policy == DENSE else f"against dense {group.difference(row)}"
     told = [f"95% interval {group.interval(row)}" if group.interval(row) else "", against, row.changes]
     return {
