@@ -98,7 +98,7 @@ def _why_not(model: str) -> str | None:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         return "no such folder"
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(model)
