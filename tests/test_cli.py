@@ -1,8 +1,10 @@
 """The command line as a user meets it."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +13,7 @@ from kvsieve import __version__, plugins
 from kvsieve.cli import app
 from kvsieve.compare import report, run
 from kvsieve.compare.execute.cell import Measurement
+from kvsieve.compare.results import read_csv
 
 
 @pytest.fixture
@@ -80,13 +83,44 @@ def test_without_a_report_the_table_is_still_there(kvsieve, config, monkeypatch)
 
 
 def test_a_failing_cell_gives_status_1(kvsieve, config, monkeypatch):
+    measure = Measurement.batch
+
+    def failing(measurement, *given):
+        if measurement.cell.policy.name == "dense":
+            return measure(measurement, *given)
+        raise RuntimeError("no luck\nat all")
+
+    monkeypatch.setattr(Measurement, "batch", failing)
+    result = kvsieve("compare", config)
+    assert result.exit_code == 1
+    assert "1 cells failed; results/mine/errors.txt has the tracebacks" in result.stderr
+    label = next(entry["policy_label"] for entry in cells_of("results/mine") if entry["error"])
+    assert f"failed: {label} on needle 120: RuntimeError: no luck" in result.stdout
+    assert re.search(rf"^ *{re.escape(label)} .* failed *$", result.stdout, re.MULTILINE)
+    dense, failed = read_csv(Path("results/mine/summary.csv"))
+    assert (failed.policy_label, failed.score, failed.error) == (label, None, "RuntimeError: no luck")
+    assert (dense.error, failed.bytes_ratio, failed.samples) == ("", None, None)
+    markdown = Path("results/mine/summary.md").read_text()
+    assert re.search(rf"^\| {re.escape(label)} \| . \| failed \|$", markdown, re.MULTILINE)
+    page = Path("results/mine/report.html").read_text()
+    assert '<td class="" title="RuntimeError: no luck" data-text="failed ">failed' in page
+    assert kvsieve("report", "results/mine", "--details").stdout.count("failed: ") == 1
+
+
+def cells_of(folder):
+    return json.loads((Path(folder) / "cells.json").read_text())
+
+
+def test_where_every_cell_fails_the_table_says_so(kvsieve, config, monkeypatch):
     def failing(*_):
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(Measurement, "batch", failing)
     result = kvsieve("compare", config)
     assert result.exit_code == 1
-    assert "2 cells failed; results/mine/errors.txt has the tracebacks" in result.stderr
+    assert "2 cells failed" in result.stderr
+    assert result.stdout.count("failed: ") == 2
+    assert "report: results/mine/report.html" in result.stdout
 
 
 def test_an_interruption_says_how_to_go_on(kvsieve, config, monkeypatch):

@@ -62,7 +62,7 @@ def test_a_policy_that_failed_does_not_keep_the_others_waiting(compare, monkeypa
     outcome = compare(TEXT)
     assert len(outcome.failures) == 2
     # Without another policy the interval is that of dense's own score.
-    assert [row.samples for row in outcome.rows] == [16, 2]
+    assert [row.samples for row in outcome.rows if not row.error] == [16, 2]
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,26 @@ class Broken(kvsieve.Policy):
             raise RuntimeError("the third step")
 
 
+def test_rows_of_an_earlier_run_are_not_lost_without_a_word(compare):
+    first = compare(
+        "tasks: [needle: {context: 120, samples: 1}]\npolicies: [dense, h2o: {budget: 20, recent: 5}]\n"
+    )
+    with pytest.raises(
+        UserError,
+        match="out holds another comparison, of which nothing is asked for here: 2 rows, such as needle 120, "
+        "dense. Give a folder of its own .--out., or remove this one",
+    ):
+        compare("tasks: [needle: {context: 121, samples: 1}]\npolicies: [dense]\n")
+    assert [row["policy"] for row in lines(first.folder)] == ["dense", "h2o"]
+    compare("tasks: [needle: {context: 120, samples: 2}]\npolicies: [dense]\n")
+    said = compare.console.export_text()
+    assert "1 of the 2 rows that" in said
+    assert "are not asked for now, such as needle 120, h2o budget=20 recent=5: their samples are kept" in said
+    compare("tasks: [needle: {context: 120, samples: 1}]\npolicies: [dense, h2o: {budget: 20, recent: 5}]\n")
+    assert "not asked for now" not in compare.console.export_text()
+    assert [row["policy"] for row in lines(first.folder)] == ["dense", "h2o"]
+
+
 def test_a_failing_cell_is_reported_and_the_others_finish(compare, monkeypatch):
     known = plugins.policies() | {"broken": plugins.Registered("broken", Broken, "x", "x", "1")}
     monkeypatch.setattr(plugins, "policies", lambda: known)
@@ -164,7 +184,10 @@ def test_a_failing_cell_is_reported_and_the_others_finish(compare, monkeypatch):
         policies: [broken, dense]
         """)
     assert list(outcome.failures.values()) == ["RuntimeError: the third step"]
-    assert [r["policy"] for r in lines(outcome.folder)] == ["dense"]
+    assert [(r["policy"], r["error"]) for r in lines(outcome.folder)] == [
+        ("broken", "RuntimeError: the third step"),
+        ("dense", ""),
+    ]
     assert "failed: needle 120, broken: RuntimeError: the third step" in compare.console.export_text()
     assert "## Failed\n\n- needle 120, broken: RuntimeError" in (outcome.folder / "summary.md").read_text()
     assert "in select" in (outcome.folder / "errors.txt").read_text()
@@ -261,7 +284,10 @@ def test_a_score_that_is_not_a_number_fails_its_cell_by_name(compare, monkeypatc
         policies: [dense]
         """)
     assert list(outcome.failures.values()) == ["ArithmeticError: the score of sample 0 is nan"]
-    assert [row.task for row in outcome.rows] == ["perplexity"]
+    assert [(row.task, row.error) for row in outcome.rows] == [
+        ("needle", "ArithmeticError: the score of sample 0 is nan"),
+        ("perplexity", ""),
+    ]
 
 
 def test_a_log_probability_that_is_not_a_number_fails_its_cell_by_name(compare, model):

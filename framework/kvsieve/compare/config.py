@@ -89,7 +89,7 @@ class Settings(_Section):
 
 
 class Found(NamedTuple):
-    """The right parts of a configuration; what is wrong is a mistake already, and left out."""
+    """The parts of a configuration that are right; what is not is a mistake already, and left out."""
 
     models: list[str]
     revision: str | None

@@ -89,14 +89,14 @@ def _pivot(results: Results) -> list[str]:
 
 def _score(group: Group, row: Row | None) -> str:
     if row is None or row.score is None:
-        return MISSING
+        return MISSING if row is None else row.missing
     return " ".join(filter(None, [f"{row.score:.3g}", row.symbol, group.count(row)]))
 
 
 def _cells(group: Group, row: Row) -> list[str]:
     against = "" if row.policy == DENSE else f"{group.difference(row)} {row.mark}".strip() or MISSING
     ratio = MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}"
-    score = f"{group.text(row.score)} {group.count(row)}".strip()
+    score = f"{group.score(row)} {group.count(row)}".strip()
     return [
         str(row.context), row.policy_label, score, group.interval(row) or MISSING, against, row.changes,
         ratio, megabytes(row.kv_bytes), slots(row.slots_per_head), row.speed + " noisy" * row.noisy,

@@ -18,6 +18,7 @@ from .statistics import ALIKE, BETTER, CHANCE, FEW, LEVEL, WORSE
 
 DENSE = "dense"
 MISSING = "\N{EN DASH}"
+FAILED = "failed"
 SYMBOLS = {
     BETTER: "\N{BLACK UP-POINTING TRIANGLE}",
     WORSE: "\N{BLACK DOWN-POINTING TRIANGLE}",
@@ -79,6 +80,12 @@ class Row(Subject):
     tokens_per_second_max: float | None = None
     machine: str = ""  # of runs on several: each one's, `NVIDIA H200: 1,200; NVIDIA A100: 700`, none above
     ran_eagerly: str = ""  # on a GPU: why its steps were not one CUDA graph each
+    error: str = ""  # of a cell that failed: the first line of why
+
+    @property
+    def missing(self) -> str:
+        """The text in place of a score that there is not."""
+        return FAILED if self.error else MISSING
 
     @property
     def noisy(self) -> bool:
@@ -173,6 +180,10 @@ class Group:
         """`n=16` where not all rows of the group have as many samples; else empty."""
         uneven = len({one.samples for one in self.rows if one.samples is not None}) > 1
         return f"n={row.samples}" if uneven and row.samples is not None else ""
+
+    def score(self, row: Row) -> str:
+        """The text of a row's score; `failed` where its cell failed before there was one."""
+        return row.missing if row.score is None else self.text(row.score)
 
     def text(self, score: float | None) -> str:
         """A score with as many decimals as the scores of its group need."""
@@ -277,8 +288,10 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 
 
 def csv_lines(rows: Iterable[Row]) -> list[str]:
-    """The lines of summary.csv: the names of the columns, then the rows."""
-    names = [field.name for field in dataclasses.fields(Row)]
+    """The lines of summary.csv: the names of the columns, then the rows; `error` where a cell failed."""
+    rows = list(rows)
+    failed = any(row.error for row in rows)
+    names = [field.name for field in dataclasses.fields(Row) if failed or field.name != "error"]
     lines = []
     for values in [names, *([_written(getattr(row, name)) for name in names] for row in rows)]:
         out = io.StringIO(newline="")
@@ -318,6 +331,16 @@ def eager_notes(rows: Iterable[Row]) -> list[str]:
         if row.ran_eagerly:
             labels.setdefault(row.ran_eagerly, {})[row.policy_label] = None
     return [f"Not as one CUDA graph a step: {', '.join(who)} ({why})." for why, who in labels.items()]
+
+
+def failure_notes(results: Results) -> list[str]:
+    """A line for each policy and reason: where it failed, and the first line of why."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for group in results.groups:
+        for row in group.rows:
+            if row.error:
+                where.setdefault((row.policy_label, row.error), []).append(group.column)
+    return [f"failed: {label} on {', '.join(columns)}: {error}" for (label, error), columns in where.items()]
 
 
 def noise_note(rows: Sequence[Row]) -> str:

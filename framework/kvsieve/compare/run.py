@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .. import plugins, processes
 from ..errors import UserError
-from . import diagnostics, identity, manifest, rounds, summary
+from . import diagnostics, earlier, identity, manifest, rounds, summary
 from .cells import Cell
 from .config import Config
 from .execute import Began, Executor, Measured, Prepared, Restarted, Work, units
@@ -56,8 +56,8 @@ def compare(
             started call this together, and the first of them writes.
 
     Raises:
-        UserError: before anything is measured, for what the model cannot do; later, when results cannot be
-            written.
+        UserError: before anything is measured, for what the model cannot do, or a folder that holds another
+            comparison; later, when results cannot be written.
         KeyboardInterrupt: when interrupted; the samples measured so far are in the folder.
     """
     if not config.settings.tensor_parallel:
@@ -73,6 +73,11 @@ def compare(
     if config.settings.tensor_parallel and processes.rank() > 0:
         return _take_part(executor, itertools.chain([first], models), folder)
     with Store(folder / "samples.jsonl") as store:
+        assert isinstance(first[1], Prepared), "what the first model cannot do is raised"
+        asked = manifest.entries(first[1].cells, config.models[0], {})
+        note = earlier.left_out(folder, list(store.records.values()), asked, config.models)
+        if note:
+            console.print(note, style="yellow", soft_wrap=True, markup=False, highlight=False)
         # The workers of another executor are other processes, and maybe elsewhere.
         journal = Journal(config, store, here=isinstance(executor, Local))
         for one, prepared in itertools.chain([first], models):

@@ -38,7 +38,7 @@ def write(folder: Path, records: Iterable[Record] | None = None) -> list[Row]:
 
 
 def summarize(entries: Sequence[Entry], records: Iterable[Record]) -> list[Row]:
-    """A row for each entry that has samples, compared with the dense row of its group."""
+    """A row for each entry that has samples, compared with the dense row of its group; or that has failed."""
     by_cell: dict[str, dict[int, Record]] = {}
     for record in records:
         by_cell.setdefault(record["cell"], {}).setdefault(record["sample"], record)
@@ -46,12 +46,16 @@ def summarize(entries: Sequence[Entry], records: Iterable[Record]) -> list[Row]:
         (entry, [r for i, r in sorted(by_cell.get(entry.cell, {}).items()) if i < entry.samples])
         for entry in entries
     ]
-    measured = [(entry, of_cell) for entry, of_cell in found if of_cell]
-    dense = {group_key(entry): of_cell for entry, of_cell in reversed(measured) if entry.policy == DENSE}
+    measured = [(entry, of_cell) for entry, of_cell in found if of_cell or entry.error]
+    dense = {
+        group_key(entry): of_cell
+        for entry, of_cell in reversed(measured)
+        if entry.policy == DENSE and of_cell
+    }
     rows = []
     for entry, of_cell in measured:
-        row = _row(entry, of_cell)
-        if entry.policy != DENSE and group_key(entry) in dense:
+        row = _row(entry, of_cell) if of_cell else Row(**_subject(entry), error=_first_line(entry))
+        if of_cell and entry.policy != DENSE and group_key(entry) in dense:
             row = _compared(row, entry, of_cell, dense[group_key(entry)])
         rows.append(row)
     return _marked(rows)
@@ -68,7 +72,7 @@ def _row(entry: Entry, records: Sequence[Record]) -> Row:
     slots = [record["slots"] for record in records if record.get("slots") is not None]
     low, high = interval or (None, None)
     return Row(
-        **{field.name: getattr(entry, field.name) for field in dataclasses.fields(Subject)},
+        **_subject(entry),
         score=float(np.mean(scores)),
         score_low=low,
         score_high=high,
@@ -81,7 +85,17 @@ def _row(entry: Entry, records: Sequence[Record]) -> Row:
         slots_per_head=float(np.mean(slots)) if slots else None,
         **_speeds(records),
         ran_eagerly="; ".join(sorted({why for record in records if (why := _eager_because(record))})),
+        error=_first_line(entry),
     )
+
+
+def _subject(entry: Entry) -> dict[str, Any]:
+    return {field.name: getattr(entry, field.name) for field in dataclasses.fields(Subject)}
+
+
+def _first_line(entry: Entry) -> str:
+    """Of why it failed; empty: it did not."""
+    return next(iter((entry.error or "").strip().splitlines()), "")
 
 
 def _compared(row: Row, entry: Entry, own: Sequence[Record], dense: Sequence[Record]) -> Row:

@@ -10,7 +10,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from .markdown import MARKS, megabytes
-from .results import DENSE, MISSING, Group, Results, Row, bytes_range, chance_note, eager_notes, noise_note
+from .results import (
+    DENSE,
+    MISSING,
+    Group,
+    Results,
+    Row,
+    bytes_range,
+    chance_note,
+    eager_notes,
+    failure_notes,
+    noise_note,
+)
 from .statistics import BETTER, FEW, WORSE
 
 # Columns of a task's table, those left out of a narrow terminal last.
@@ -35,6 +46,8 @@ def show(results: Results, console: Console, *, details: bool = False) -> None:
         return
     for table in overview(results, console):
         console.print(table)
+    for note in failure_notes(results):
+        console.print(note, style="red", markup=False, soft_wrap=True)
     if any(row.symbol for row in results.rows):
         console.print(MARKS, style="dim", soft_wrap=False)
     if note := chance_note(results):
@@ -98,7 +111,7 @@ def _overview(results: Results, shown: Sequence[int]) -> Table:
 
 def _short(group: Group, row: Row | None) -> str:
     if row is None or row.score is None:
-        return MISSING
+        return MISSING if row is None else f"[red]{row.missing}[/red]" if row.error else row.missing
     score = _coloured(row, f"{row.score:.3g} {row.symbol or ' '}")
     return f"{group.count(row)} {score}".lstrip()
 
@@ -121,7 +134,7 @@ def _task_table(groups: Sequence[Group], columns: Sequence[str]) -> Table:
 
 
 def _cells(group: Group, row: Row, best: float | None) -> dict[str, str]:
-    score = f"{group.count(row)} {group.text(row.score)}".lstrip()
+    score = f"{group.count(row)} {group.score(row)}".lstrip()
     against = MISSING if row.policy == DENSE else group.difference(row) or MISSING
     return {
         "policy": escape(row.policy_label),

@@ -160,13 +160,14 @@ def label(group: Group, row: Row) -> str:
     lines = {
         group.metric: f"{group.text(row.score)} ({group.interval(row)})"
         if group.interval(row)
-        else group.text(row.score),
+        else group.score(row),
         "against dense": f"{group.difference(row)} {row.mark}".strip(),
         "answers": row.changes,
         "bytes read": MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f} of dense",
         "memory": byte_text(row.kv_bytes),
         "tokens/s": speed(row.tokens_per_second) + " (noisy)" * row.noisy,
         "samples": str(row.samples or MISSING),
+        "failed": row.error,
     }
     return "\n".join(
         [

@@ -31,7 +31,8 @@ def pivot(results: Results) -> dict[str, Any]:
 
 def _cell(group: Group, row: Row | None) -> dict[str, Any]:
     if row is None or row.score is None:
-        unknown = {"text": MISSING, "value": None, "title": "not measured"}
+        text, why = (row.missing, row.error) if row is not None else (MISSING, "")
+        unknown = {"text": text, "value": None, "title": why or "not measured"}
         return unknown | dict.fromkeys(("count", "symbol", "mark"), "")
     against = "" if row.policy == DENSE else f"against dense {group.difference(row)}"
     interval = f"95% interval {group.interval(row)}" if group.interval(row) else ""

@@ -91,7 +91,7 @@ def _cells(group: Group, row: Row, best: dict[str, float | None]) -> list[Cell]:
     per_step = () if row.bytes_per_step is None else (f"{byte_text(row.bytes_per_step)} a step",)
     held = () if row.slots_per_head is None else (f"{slots(row.slots_per_head)} slots a head",)
     return [
-        Cell(row.score, group.text(row.score), style("score"), _notes(group.interval(row))),
+        Cell(row.score, group.score(row), style("score"), _notes(group.interval(row), row.error)),
         _against(group, row),
         Cell(
             row.bytes_ratio, MISSING if row.bytes_ratio is None else f"{row.bytes_ratio:.3f}", notes=per_step
