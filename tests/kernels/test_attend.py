@@ -16,8 +16,8 @@ SHAPES = [  # group, head size, type, soft-cap, sinks
     (4, 64, F32, None, True),
     (8, 80, F32, 3.0, True),
     (16, 64, F16, None, False),
-    *[on_gpu(g, d, BF16, None, False) for g in (1, 4, 7, 16, 32) for d in (64, 80, 96, 128, 256)],
-    *[on_gpu(4, d, dtype, 30.0, True) for d in (64, 80, 96, 128, 256) for dtype in (F32, F16, BF16)],
+    *[on_gpu(g, d, BF16, None, False) for g in (1, 4, 7, 16, 32) for d in (64, 80, 96, 128, 256, 512)],
+    *[on_gpu(4, d, dtype, 30.0, True) for d in (64, 80, 96, 128, 256, 512) for dtype in (F32, F16, BF16)],
 ]
 
 

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
+
+from kvsieve.ops.triton import launch
 
 KIB = 1024
 SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}  # a block's limit
@@ -30,6 +33,15 @@ def check(*arguments: str, targets: Iterable[str] = SHARED) -> None:
     assert not too_much
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_blocks_are_as_tensor_cores_and_shared_memory_take_them(size: int, dtype: torch.dtype) -> None:
+    assert all(launch.decode(size, dtype, scattered).slots >= 16 for scattered in (False, True))
+    for masked in (False, True):
+        plan = launch.prompt(size, dtype, masked)
+        assert 2 * plan.slots * size * dtype.itemsize * plan.stages <= 128 * KIB  # keys and values
+
+
 def test_every_call_compiles_for_an_nvidia_gpu() -> None:
     check("--targets", "sm_90", targets=["sm_90"])
 
@@ -46,5 +58,5 @@ def test_every_call_compiles_for_every_gpu() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_kernels_compile_for_every_head_size(dtype: str) -> None:
-    check("--dtypes", dtype, "--head-sizes", "64", "80", "96", "256")
+    check("--dtypes", dtype, "--head-sizes", "64", "80", "96", "256", "512")
     check("--dtypes", dtype, "--head-sizes", "128", "--groups", "1", "16")

@@ -16,7 +16,7 @@ SHAPES = [  # group, head size, type, soft-cap, sinks
     (4, 64, F16, None, False),
     (8, 80, F32, None, True),
     (16, 64, F16, 3.0, False),
-    *[on_gpu(4, d, dtype, 30.0, True) for d in (64, 80, 96, 128, 256) for dtype in (F32, F16, BF16)],
+    *[on_gpu(4, d, dtype, 30.0, True) for d in (64, 80, 96, 128, 256, 512) for dtype in (F32, F16, BF16)],
     *[on_gpu(g, 128, BF16, None, False) for g in (1, 3, 7, 16)],
 ]
 MANY = 21 if DEVICE == "cpu" else 1000

@@ -37,12 +37,15 @@ def decode(head_size: int, dtype: torch.dtype, scattered: bool) -> Launch:
     """
     if dtype == torch.float32:  # no tensor cores: the products live in registers
         return Launch(16, 16, 8, 2) if head_size > 64 else Launch(32, 16, 4, 2)
-    slots = min(128, (2**12 if scattered else 2**13) // triton.next_power_of_2(head_size))
+    slots = (2**12 if scattered else 2**13) // triton.next_power_of_2(head_size)
+    slots = min(128, max(16, slots))  # tensor cores take no fewer
     return Launch(slots, 16, 4, 2 if backend() == "hip" else 3)
 
 
 def prompt(head_size: int, dtype: torch.dtype, masked: bool = False) -> Launch:
     """For many query tokens; a mask of its own takes registers."""
+    if head_size > 256:  # a stage of 32 KiB, or 64 of float32; as many rows as registers hold
+        return Launch(16, 16, 8, 1) if dtype == torch.float32 else Launch(16, 32, 8, 2)
     if dtype == torch.float32:
         return Launch(32, 16, 8, 1) if head_size > 64 else Launch(32, 32, 4, 1)
     if backend() == "hip":  # 64 KiB of shared memory
