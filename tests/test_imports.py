@@ -76,7 +76,7 @@ ORDER = [
     "reference_model",
     "ops",
     "transfer",
-    "cache.layouts cache.packing cache.slots cache.traffic cache.forward cache.rotary",
+    "cache.columns cache.layouts cache.packing cache.slots cache.traffic cache.forward cache.rotary",
     "cache.new_tokens cache.prompt cache.kv",
     "policy",
     "wrapper",

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 
+from .cache.columns import KEYS, Column, Paged, Shape
 from .cache.layouts import KeyLayout
-from .cache.slots import KEYS, Column, Paged, Shape
 from .errors import UserError
 
 if TYPE_CHECKING:

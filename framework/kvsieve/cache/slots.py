@@ -10,46 +10,18 @@ reads a packed store here gets a padded copy of it; attention and appending do w
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from .. import ops
-from ..errors import UserError
 from . import layouts
+from .columns import Column, Paged, Shape, dtype_and_size
 from .layouts import KeyLayout
 from .packing import Packing
 from .rotary import Rotary
 
-
-class Like(enum.Enum):
-    """Types of numbers that are known once the model is."""
-
-    KEYS = "keys"
-
-
-KEYS = Like.KEYS  # the type of the keys
-Number = torch.dtype | Like
-# A column or summary holds one number (its type), or a vector (type, size); size "D" is the head size, "D/2"
-# half of it, "G" the number of query heads per KV head, "GD" D for each of them. A summary's size "S" is that
-# of the tensor `[B, K, S]` written last: 0 at first, and after every prompt.
-Shape = Number | tuple[Number, "int | str"]
-SIZES = ("D", "D/2", "G", "GD")
-
-
-class Paged(NamedTuple):
-    """A column with one entry per `page` consecutive slots: entry i is of slots `i * page` and following.
-
-    Only for policies that keep every token, because dropping one would move tokens from page to page.
-    """
-
-    shape: Shape
-    page: int
-
-
-Column = Shape | Paged
 Count = TypeVar("Count", int, torch.Tensor)
 
 # Stores beside the columns; a key layout has one or two of the first three.
@@ -131,10 +103,10 @@ class Slots:
             stores[VALUES] = zeros(rows, heads, capacity, values.shape[3], dtype=values.dtype)
             stores[POSITIONS] = zeros(rows, heads, capacity, dtype=torch.int64)
             for name, shape in self._column_shapes.items():
-                dtype, extra = _dtype_and_size(shape, keys, group)
+                dtype, extra = dtype_and_size(shape, keys, group)
                 stores[name] = zeros(rows, heads, self.entries(name, capacity), *extra, dtype=dtype)
             for name, shape in self._summary_shapes.items():
-                dtype, extra = _dtype_and_size(shape, keys, group)
+                dtype, extra = dtype_and_size(shape, keys, group)
                 self.summaries[name] = zeros(rows, heads, *extra, dtype=dtype)
         self._stores, self._home, self.packing = stores, {}, None
 
@@ -546,17 +518,3 @@ class Slots:
 def _in_front(stays: torch.Tensor) -> torch.Tensor:
     """The slots `[B, K, T]`, those where `stays` first, in their order."""
     return stays.to(torch.uint8).argsort(dim=2, descending=True, stable=True)
-
-
-def _dtype_and_size(
-    shape: Shape, keys: torch.Tensor, group: int | None
-) -> tuple[torch.dtype, tuple[int, ...]]:
-    """The type and the size of a vector, or no size of a number, where keys are like these `[..., D]`."""
-    number, *sizes = shape if isinstance(shape, tuple) else (shape,)
-    dtype = keys.dtype if isinstance(number, Like) else number
-    assert isinstance(dtype, torch.dtype)
-    if group is None and {"G", "GD"} & {*sizes}:
-        raise UserError("a column of size G: this model does not say how many query heads share a KV head")
-    size, group = keys.shape[-1], group or 0
-    letters = {"D": size, "D/2": size // 2, "G": group, "GD": group * size, "S": 0}
-    return dtype, tuple(letters[size] if isinstance(size, str) else size for size in sizes)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ..cache.columns import SIZES, Like, Paged
 from ..cache.layouts import KeyLayout
-from ..cache.slots import RESERVED, SIZES, Like, Paged
+from ..cache.slots import RESERVED
 from ..errors import UserError
 from ..policy import Observe, Policy, Positions, Wants
 from ..wrapper import Wrapper
