@@ -1,7 +1,11 @@
 """Measurements of a cell do not depend on how its steps are run."""
 
+import gc
+import weakref
+
 import pytest
 
+from kvsieve.cache.slots import Slots
 from kvsieve.compare import cells
 from kvsieve.compare.execute.cell import Measurement
 
@@ -40,3 +44,18 @@ def test_speed_is_that_of_decode_steps_alone(load, model, monkeypatch):
     samples = [cell.task.sample(model.tokenizer, 0, index) for index in (0, 1)]
     (record, _) = Measurement(model, cell).batch([0, 1], samples)
     assert record["tokens_per_second"] == pytest.approx([2, 2, 2])  # two rows, a second a step; three rounds
+
+
+def test_a_measured_cell_holds_no_storage_of_its_batch(load, model, monkeypatch):
+    """A unit keeps the measurements of all its cells; on a CPU the storage of each would add up."""
+    made: list[weakref.ref[Slots]] = []
+    allocate = Slots.allocate
+    monkeypatch.setattr(
+        Slots, "allocate", lambda self, *a: (made.append(weakref.ref(self)), allocate(self, *a))
+    )
+    cell = cells.expand(load(CONFIG), model)[0]
+    measurement = Measurement(model, cell)
+    measurement.batch([0, 1], [cell.task.sample(model.tokenizer, 0, index) for index in (0, 1)])
+    gc.collect()
+    assert len(made) >= model.config.num_hidden_layers
+    assert not any(slots() for slots in made)

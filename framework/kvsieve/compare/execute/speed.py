@@ -50,7 +50,7 @@ class Stopwatch:
         """
         if self._start is None:
             return []
-        (self._place, steps), self._start = self._start, None
+        (place, steps), self._start = self._start, None  # which holds storage
         runner, cache = decoding.runner, decoding.runner.cache
         metered, cache.captured = cache.captured, self._captured
         sampler = Sampler(None, None, None, 0, None, runner.rows, runner.model.device)
@@ -60,30 +60,32 @@ class Stopwatch:
             timed.choice, timed.state = timed.replay.choice, timed.replay.state
         timed.state.tokens.copy_(decoding.state.tokens)
         while timed.replay is not None and timed.replay.run.graph is None:  # until the step is captured
-            self._go_back(timed)
+            _go_back(timed, place)
             timed.advance()
-        rounds = [self._round(timed, min(steps, _STEPS)) for _ in range(_ROUNDS)]
+        rounds = [_round(timed, place, min(steps, _STEPS)) for _ in range(_ROUNDS)]
         self._captured, cache.captured = cache.captured, metered
         return rounds
 
-    def _round(self, decoding: Decoding, at_most: int) -> float:
-        self._go_back(decoding)
-        device = decoding.runner.model.device
-        # Processes that share a model must stop after the same step, and each has a clock of its own.
-        most = math.inf if parallel.is_split(decoding.runner.model) else _SECONDS
-        steps, seconds = 0, 0.0
-        while steps < at_most and seconds < most:
-            started = _now(device)
-            decoding.advance()
-            decoding.state.status.tolist()  # `decode` looks at it after every step
-            seconds += _now(device) - started
-            steps += 1
-        return len(decoding.state.tokens) * steps / seconds
 
-    def _go_back(self, decoding: Decoding) -> None:
-        checkpoint, positions, decoding.runner.mask = self._place
-        decoding.runner.cache.restore(checkpoint)
-        decoding.state.positions.copy_(positions)
+def _round(decoding: Decoding, place: Any, at_most: int) -> float:
+    _go_back(decoding, place)
+    device = decoding.runner.model.device
+    # Processes that share a model must stop after the same step, and each has a clock of its own.
+    most = math.inf if parallel.is_split(decoding.runner.model) else _SECONDS
+    steps, seconds = 0, 0.0
+    while steps < at_most and seconds < most:
+        started = _now(device)
+        decoding.advance()
+        decoding.state.status.tolist()  # `decode` looks at it after every step
+        seconds += _now(device) - started
+        steps += 1
+    return len(decoding.state.tokens) * steps / seconds
+
+
+def _go_back(decoding: Decoding, place: Any) -> None:
+    checkpoint, positions, decoding.runner.mask = place
+    decoding.runner.cache.restore(checkpoint)
+    decoding.state.positions.copy_(positions)
 
 
 def _now(device: torch.device) -> float:
