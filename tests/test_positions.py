@@ -24,6 +24,7 @@ from .models import random_prompts, tiny_llama
 NEW = 5
 
 
+@dataclasses.dataclass(frozen=True)
 class EverySecond(Policy):
     """Keeps every second token of a prompt and its last one, at their places in the cache."""
 
@@ -34,11 +35,13 @@ class EverySecond(Policy):
         return kv.live() & ((kv.positions % 2 == 0) | kv.newest(1))
 
 
+@dataclasses.dataclass(frozen=True)
 class EverySecondOfTheText(EverySecond):
     name = "every_second_of_the_text"
     positions = Positions.TEXT
 
 
+@dataclasses.dataclass(frozen=True)
 class Everything(Policy):
     name = "everything"
     positions = Positions.CACHE

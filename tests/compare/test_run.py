@@ -307,13 +307,13 @@ def test_a_log_probability_that_is_not_a_number_fails_its_cell_by_name(compare, 
 
 def test_speeds_are_taken_without_the_meter_and_bytes_with_it(compare, monkeypatch):
     meters = []
-    step = speed.Stopwatch._round
+    step = speed._round
 
-    def watched(self, *arguments):
+    def watched(*arguments):
         meters.append(transfer.current())
-        return step(self, *arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(speed.Stopwatch, "_round", watched)
+    monkeypatch.setattr(speed, "_round", watched)
     with transfer.measure() as outside:
         outcome = compare(SMALL)
     found = samples.read(outcome.folder / "samples.jsonl")
@@ -334,8 +334,7 @@ def test_a_round_has_fewer_steps_where_they_take_long(monkeypatch, takes, steps)
             made.append(clock[0])
             clock[0] += takes
 
-    stopwatch = speed.Stopwatch()
     monkeypatch.setattr(speed, "_now", lambda device: clock[0])
-    monkeypatch.setattr(stopwatch, "_go_back", lambda decoding: None)
-    assert stopwatch._round(Steps(), 6) == pytest.approx(3 / takes)
+    monkeypatch.setattr(speed, "_go_back", lambda decoding, place: None)
+    assert speed._round(Steps(), None, 6) == pytest.approx(3 / takes)
     assert len(made) == steps
