@@ -168,5 +168,6 @@ def test_the_installed_command_says_its_version_and_lists_the_policies(installed
 
 @pytest.mark.slow
 def test_the_installed_package_generates_with_the_model_inside(installed):
-    said = installed("kvsieve", "generate", "--policy", "sparq", "--max-new-tokens", "8", "import os")
-    assert said.strip()
+    fact = "The secret number of Lisbon is"
+    prompt = f"import os\n{fact} 418027.\nimport sys\n{fact}"
+    assert "418027" in installed("kvsieve", "generate", "--policy", "sparq", "--max-new-tokens", "8", prompt)
