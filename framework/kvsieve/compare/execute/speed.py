@@ -50,7 +50,8 @@ class Stopwatch:
         """
         if self._start is None:
             return []
-        (place, steps), self._start = self._start, None  # which holds storage
+        # A place holds storage: none is kept behind the measurement.
+        (place, steps), self._start = self._start, None
         runner, cache = decoding.runner, decoding.runner.cache
         metered, cache.captured = cache.captured, self._captured
         sampler = Sampler(None, None, None, 0, None, runner.rows, runner.model.device)
