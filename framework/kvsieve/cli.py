@@ -124,10 +124,12 @@ def compare(
     checked = _load(config, changes, trust_remote_code=trust_remote_code, trust_task_code=trust_task_code)
     folder = _folder(out, checked)
     from . import processes
+    from .compare.execute import heap
     from .compare.interrupt import Terminated, sigterm_interrupts
     from .compare.run import compare as run  # takes seconds: only once the config is known to be right
 
     _no_loading_bars()
+    heap.keep()
     if dry_run:
         from .compare import dry_run as dry
 

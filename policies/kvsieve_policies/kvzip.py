@@ -35,8 +35,8 @@ from kvsieve import KVView, NewTokens, Pass, Policy, UserError
 
 from . import budgets
 
-_QUERIES = 256  # of a row at once
-_WEIGHTS = 2**22  # at once, where those queries of several rows have no more: 16 MiB
+_QUERIES = 64  # of a row at once
+_WEIGHTS = 2**20  # at once, where those queries of several rows have no more: 4 MiB, which stay in a cache
 
 
 @dataclass(frozen=True)

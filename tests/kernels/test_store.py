@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvsieve.cache.layouts import KeyLayout, slots_first
-from kvsieve.ops import reference
+from kvsieve.ops import cpu, reference
 from kvsieve.ops import triton as ops
 
 from .tensors import DEVICE, normal, on_gpu
@@ -45,6 +45,19 @@ def test_append_keys(layout, dtype, size, count, capacity, active):
     slots = some_slots(count, capacity)
     for got, wanted in views(*layout, dtype, size, capacity):
         ops.append(got, new, slots, rows)
+        reference.append(wanted, new, slots, rows)
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("first", [[0] * 6, [3] * 6, [3, 3, 3, 3, 3, 4], [61] * 6, [-2] * 6], ids=str)
+@pytest.mark.parametrize("active", [None, [True, False]])
+def test_a_cpu_writes_a_run_of_slots_as_any_others(layout, first, active):
+    slots = torch.tensor(first).view(2, 3, 1) + torch.arange(10)
+    new, rows = normal(2, 3, 10, 64, seed=5).cpu(), None if active is None else torch.tensor(active)
+    for stores in views(*layout, torch.float32, 64, CAPACITY):
+        got, wanted = (store.cpu() for store in stores)
+        cpu.append(got, new, slots, rows)
         reference.append(wanted, new, slots, rows)
         assert torch.equal(got, wanted)
 

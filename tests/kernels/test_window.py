@@ -63,5 +63,5 @@ def test_a_window_is_read_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) 
     given = normal(1, 2, 2, 11, 16).cpu(), normal(1, 2, 30, 16).cpu(), lengths, counts
     whole = reference.window_weights(*given, scale=0.3)
     module = importlib.import_module("kvsieve.ops.reference.attend")
-    monkeypatch.setattr(module, "_PREFILL_BLOCK", 4 * 30 * 3)  # three queries
+    monkeypatch.setattr(module, "_QUERIES", 3)
     torch.testing.assert_close(reference.window_weights(*given, scale=0.3), whole)

@@ -153,7 +153,11 @@ def append(
     active: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
 ) -> None:
-    """`reference.append`; one token a row is written without an index of rows and heads."""
+    """`reference.append`; one token a row, or a run of slots, needs no index of rows and heads."""
+    if storage.dim() < 5 and starts is None and active is None and _are_run(slots, storage.shape[2]):
+        first = int(slots[0, 0, 0])
+        storage[:, :, first : first + slots.shape[2]] = new
+        return
     if slots.shape[2] > 1 or storage.dim() == 5 or starts is not None:
         reference.append(storage, new, slots, active, starts)
         return
@@ -167,6 +171,17 @@ def append(
     integers = _INTEGERS[storage.element_size()]
     bits = storage.view(integers)
     bits.scatter_(2, inside, torch.where(written, new.view(integers), bits.gather(2, inside)))
+
+
+def _are_run(slots: torch.Tensor, capacity: int) -> bool:
+    """Whether all heads of all rows have the same slots, several, one after another, that exist."""
+    count = slots.shape[2]
+    if count < 2 or not slots.numel():
+        return False
+    first = int(slots[0, 0, 0])
+    return 0 <= first <= capacity - count and torch.equal(
+        slots, torch.arange(first, first + count, device=slots.device).expand_as(slots)
+    )
 
 
 def append_token(

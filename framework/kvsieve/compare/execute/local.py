@@ -11,7 +11,7 @@ from ...hf import models, parallel
 from .. import environment, identity
 from ..cells import Cell, expand
 from ..config import Config, Diagnose, Settings
-from . import Events, Prepared, Work
+from . import Events, Prepared, Work, heap
 from .batch import batch_size
 from .diagnose import diagnose_cells
 from .unit import measure_unit
@@ -29,6 +29,7 @@ class Local:
             # Never two at a time.
             self.model = None
             gc.collect()
+            heap.give_back()
             self.model = load_model(config.settings)
         prepared = prepare(config, self.model, started)
         self.settings = config.settings.model_copy(update={"batch_size": prepared.batch_size})

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from . import Began, Event, Events, Failed, Measured, Prepared, Restarted, Unit, Work, cost, units
+from . import Began, Event, Events, Failed, Measured, Prepared, Restarted, Unit, Work, cost, heap, units
 from .diagnose import diagnose_cells
 from .local import load_model, prepare
 from .unit import failed, measure_unit
@@ -252,5 +252,6 @@ def _diagnose(
 
 def _enter(folder: str) -> None:
     """Paths are relative to where the comparison was started; a machine without that folder has its own."""
+    heap.keep()
     with contextlib.suppress(OSError):
         os.chdir(folder)

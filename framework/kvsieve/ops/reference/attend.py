@@ -1,12 +1,17 @@
 """Attention of a decode step and of a prompt, and the weights that the newest queries give."""
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from .blend import blend, kept_mass, logits_of, softmax, with_tail
 from .places import below, index_of, readable, unpacked
 
-_PREFILL_BLOCK = 2**22  # attention weights held at once during prefill: 16 MiB
+_QUERIES = 64  # of a row at once, during prefill: fewer would read the keys again for little work
+_WEIGHTS = 2**22  # held at once at most: 16 MiB
+_CACHED = 2**20  # of several rows at once: 4 MiB, which stay in the last-level cache
 
 
 def attend(
@@ -98,28 +103,26 @@ def prefill(
         each = (rows, heads, group, total) if by_head else (rows, heads, total)
         mass = query.new_zeros(each, dtype=torch.float32)
     values = values.masked_fill(~below(starts + counts[:, None], total)[..., None], 0)  # 0 * NaN is NaN
-    step = max(1, _PREFILL_BLOCK // (rows * heads * group * total))
-    held = 0 if fresh else int(starts.max())
-    for first in range(0, new, step):
-        block = slice(first, min(first + step, new))
+    for these, block in _blocks(rows, new, heads * group * total):
         # No query of the block sees a slot beyond, or before.
-        start = 0 if since is None else int(since[:, :, block].min())
+        held = 0 if fresh else int(starts[these].max())
+        start = 0 if since is None else int(since[these, :, block].min())
         reach = slice(start, min(held + block.stop, total))
         slots = torch.arange(reach.start, reach.stop, device=query.device)
-        last_seen = starts[..., None] + torch.arange(block.start, block.stop, device=query.device)
+        last_seen = starts[these, :, None] + torch.arange(block.start, block.stop, device=query.device)
         seen = slots <= last_seen[..., None]
-        seen &= real[:, None, block, None]
+        seen &= real[these, None, block, None]
         if since is not None:
-            seen &= slots >= since[:, :, block, None]
+            seen &= slots >= since[these, :, block, None]
         if visible is not None:
-            seen &= visible[:, None, block, reach]
-        logits = logits_of(query[:, :, :, block].flatten(2, 3), keys[:, :, reach], scale, softcap)
-        logits = logits.unflatten(2, (group, -1))
+            seen &= visible[these, None, block, reach]
+        asking = query[these, :, :, block].flatten(2, 3)
+        logits = logits_of(asking, keys[these, :, reach], scale, softcap).unflatten(2, (group, -1))
         weights = softmax(logits, seen[:, :, None], sinks)
-        blended = torch.matmul(weights.to(values.dtype).flatten(2, 3), values[:, :, reach])
-        output[:, :, :, block] = blended.unflatten(2, (group, -1))
+        blended = torch.matmul(weights.to(values.dtype).flatten(2, 3), values[these, :, reach])
+        output[these, :, :, block] = blended.unflatten(2, (group, -1))
         if mass is not None:
-            mass[..., reach] += weights.sum(3) if by_head else weights.mean(2).sum(2)
+            mass[these, ..., reach] += weights.sum(3) if by_head else weights.mean(2).sum(2)
     return output, mass
 
 
@@ -141,11 +144,21 @@ def window_weights(
     (rows, heads, group, window, _), total = query.shape, keys.shape[2]
     weights = query.new_zeros(rows, heads, group, total, dtype=torch.float32)
     slots = torch.arange(total, device=query.device)
-    step = max(1, _PREFILL_BLOCK // (rows * heads * group * total))
-    for first in range(0, window, step):
-        token = torch.arange(first, min(first + step, window), device=query.device)
-        own = (lengths - counts[:, None])[..., None] + token
-        visible = (slots <= own[..., None]) & (token < counts[:, None])[:, None, :, None]
-        logits = logits_of(query[:, :, :, first : first + step].flatten(2, 3), keys, scale, softcap)
-        weights += softmax(logits.unflatten(2, (group, -1)), visible[:, :, None], sinks).sum(3)
+    for these, block in _blocks(rows, window, heads * group * total):
+        token = torch.arange(block.start, block.stop, device=query.device)
+        own = (lengths[these] - counts[these, None])[..., None] + token
+        visible = (slots <= own[..., None]) & (token < counts[these, None])[:, None, :, None]
+        logits = logits_of(query[these, :, :, block].flatten(2, 3), keys[these], scale, softcap)
+        weights[these] += softmax(logits.unflatten(2, (group, -1)), visible[:, :, None], sinks).sum(3)
     return weights
+
+
+def _blocks(rows: int, queries: int, each: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of rows and of their queries that are worked on at once; a query of a row has `each` weights.
+
+    Rows are the outer loop: blocks of a row read the same keys.
+    """
+    block = min(queries, _QUERIES, max(1, _WEIGHTS // each))
+    together = max(1, _CACHED // max(1, each * block))
+    for first, start in itertools.product(range(0, rows, together), range(0, queries, max(1, block))):
+        yield slice(first, min(first + together, rows)), slice(start, min(start + block, queries))
