@@ -24,7 +24,7 @@ from .reference.blend import blend, kept_mass, with_tail
 from .reference.places import below, readable, unpacked, within
 from .reference.scores import channel_scores, page_scores, slot_weights, tempered
 from .reference.select import holding, lowest, slots_of_pages, top_channels, top_slots
-from .reference.store import compact
+from .reference.store import FEW, compact
 
 __all__ = [
     "append",
@@ -174,9 +174,9 @@ def append(
 
 
 def _are_run(slots: torch.Tensor, capacity: int) -> bool:
-    """Whether all heads of all rows have the same slots, several, one after another, that exist."""
+    """Whether all heads of all rows have the same slots, one after another, that exist; not of a few."""
     count = slots.shape[2]
-    if count < 2 or not slots.numel():
+    if count <= FEW or not slots.numel():
         return False
     first = int(slots[0, 0, 0])
     return 0 <= first <= capacity - count and torch.equal(

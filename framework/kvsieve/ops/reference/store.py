@@ -7,7 +7,7 @@ import torch
 
 from .places import below, capacity, first_of, index_of, split_of, within
 
-_FEW = 8  # tokens written one by one: a decode step may write so many and not look at the device
+FEW = 8  # tokens written one by one: a decode step may write so many and not look at the device
 
 
 def append(
@@ -23,7 +23,7 @@ def append(
     is written for a slot outside [0, C), nor in rows that are not `active [B]`.
     """
     count = slots.shape[2]
-    if 1 < count <= _FEW or (starts is not None and count > 1):
+    if 1 < count <= FEW or (starts is not None and count > 1):
         for i in range(count):
             append(storage, new[:, :, i : i + 1], slots[:, :, i : i + 1], active, starts)
         return
