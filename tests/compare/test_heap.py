@@ -20,8 +20,7 @@ def faults():
 
 loose = faults()
 heap.keep()
-torch.zeros(2**24)
-kept = faults()
+kept = min(faults() for _ in range(3))  # the first ones find room that is kept from then on
 held = psutil.Process().memory_info().rss
 heap.give_back()
 print(loose, kept, held - psutil.Process().memory_info().rss)
