@@ -1,5 +1,8 @@
 """Triton's prefill equals the reference: chunks after other slots, ragged and empty rows, sinks, mass."""
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 
@@ -131,3 +134,27 @@ def test_a_mask_beyond_causal_order(dtype: torch.dtype, fresh: bool) -> None:
         clean(query), clean(keys), clean(values), starts, counts, fresh=False, scale=0.125
     )
     assert (plain - right).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("sight", ["all", "since", "visible"])
+def test_the_reference_gives_the_same_in_blocks_of_rows_and_queries(
+    monkeypatch: pytest.MonkeyPatch, sight: str, by_head: bool
+) -> None:
+    starts, counts = torch.tensor([[9, 0], [3, 9], [0, 1]]), torch.tensor([11, 5, 0])
+    query, keys, values = normal(3, 2, 2, 11, 16), normal(3, 2, 30, 16, seed=1), normal(3, 2, 30, 16, seed=2)
+    tensors = query.cpu(), keys.cpu(), values.cpu(), starts, counts
+    own = starts[..., None] + torch.arange(11)
+    how: dict[str, Any] = {"fresh": False, "scale": 0.25, "want_mass": True, "by_head": by_head}
+    if sight == "since":
+        how["since"] = (own - 4).clamp(min=0)
+    elif sight == "visible":
+        how["visible"] = torch.rand(3, 11, 30, generator=torch.Generator().manual_seed(0)) < 0.7
+        how["visible"].scatter_(2, own.transpose(1, 2), True)
+    whole = reference.prefill(*tensors, **how)
+    module = importlib.import_module("kvsieve.ops.reference.attend")
+    blocks = list(module._blocks(3, 11, 4 * 30))
+    monkeypatch.setattr(module, "_QUERIES", 4)
+    monkeypatch.setattr(module, "_CACHED", 1)
+    assert (len(blocks), len(list(module._blocks(3, 11, 4 * 30)))) == (1, 9)
+    torch.testing.assert_close(reference.prefill(*tensors, **how), whole)

@@ -154,10 +154,11 @@ def append(
     starts: torch.Tensor | None = None,
 ) -> None:
     """`reference.append`; one token a row, or a run of slots, needs no index of rows and heads."""
-    if storage.dim() < 5 and starts is None and active is None and _are_run(slots, storage.shape[2]):
-        first = int(slots[0, 0, 0])
-        storage[:, :, first : first + slots.shape[2]] = new
-        return
+    if storage.dim() < 5 and starts is None and active is None:
+        first = _run_from(slots, storage.shape[2])
+        if first is not None:
+            storage[:, :, first : first + slots.shape[2]] = new
+            return
     if slots.shape[2] > 1 or storage.dim() == 5 or starts is not None:
         reference.append(storage, new, slots, active, starts)
         return
@@ -173,15 +174,14 @@ def append(
     bits.scatter_(2, inside, torch.where(written, new.view(integers), bits.gather(2, inside)))
 
 
-def _are_run(slots: torch.Tensor, capacity: int) -> bool:
-    """Whether all heads of all rows have the same slots, one after another, that exist; not of a few."""
+def _run_from(slots: torch.Tensor, capacity: int) -> int | None:
+    """The first of more than a few slots that exist and follow one another, alike in all heads; or None."""
     count = slots.shape[2]
     if count <= FEW or not slots.numel():
-        return False
+        return None
     first = int(slots[0, 0, 0])
-    return 0 <= first <= capacity - count and torch.equal(
-        slots, torch.arange(first, first + count, device=slots.device).expand_as(slots)
-    )
+    run = torch.arange(first, first + count)
+    return first if 0 <= first <= capacity - count and torch.equal(slots, run.expand_as(slots)) else None
 
 
 def append_token(

@@ -251,7 +251,7 @@ def _diagnose(
 
 
 def _enter(folder: str) -> None:
-    """Paths are relative to where the comparison was started; a machine without that folder has its own."""
+    """Work where the comparison was started, if this machine has that folder; keep memory that is freed."""
     heap.keep()
     with contextlib.suppress(OSError):
         os.chdir(folder)
